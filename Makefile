@@ -1,0 +1,81 @@
+# A fresh machine needs Python 3.10 or later (with venv) and make, nothing else: `make demo`, `make test`.
+
+PYTHON ?= python3
+ARGS ?=
+# Notebooks are tested by so many processes at once (at least 1), each with its share of the cores.
+NB_WORKERS ?= 2
+NB_THREADS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(NB_WORKERS) \| 1)
+
+bin := .venv/bin
+installed := .venv/.installed
+newest := .venv-newest/bin/python
+
+# albumentations asks the network for updates unless told; plots of the checks need no display.
+export NO_ALBUMENTATIONS_UPDATE = 1
+check test-nbs test-py test-newest test-full: export MPLBACKEND = Agg
+# What is imported is for the environments to say; with IN_TEST set, nbdev_export does nothing.
+unexport PYTHONPATH PYTHONHOME IN_TEST
+
+# $(call timed,name,command): runs the command and says how long it took.
+timed = @echo "== $(1)"; start=$$(date +%s); { $(2); }; status=$$?; \
+	echo "== $(1): $$(($$(date +%s) - start)) s"; exit $$status
+
+nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 OMP_NUM_THREADS=$(NB_THREADS) \
+	$(bin)/nbdev_test --n_workers $(NB_WORKERS) --timing
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo train test check test-nbs test-py test-newest test-full export readme clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+install: $(installed) ## make .venv with the package, editable, and all it needs
+
+$(installed): settings.ini setup.py pyproject.toml
+	@test -x $(bin)/pip || $(PYTHON) -m venv .venv
+	$(call timed,install,$(bin)/python -m pip install -q --upgrade pip && $(bin)/python -m pip install -e '.[dev]')
+	@touch $@
+
+demo: $(installed) ## train on the handwritten digits that ship with scikit-learn (minutes, no download)
+	$(bin)/cifar_train --data digits $(ARGS)
+
+train: $(installed) ## train on CIFAR-10, found or downloaded; options go in ARGS="--epochs 3 …"
+	$(bin)/cifar_train $(ARGS)
+
+test: check test-nbs test-py test-newest ## run every check
+
+check: $(installed) ## notebooks are clean, the package is their export, README.md is made from the index
+	$(call timed,clean and in sync,$(bin)/python tools/check_sync.py)
+	$(call timed,README.md,$(bin)/python tools/readme.py --check)
+
+test-nbs: $(installed) ## run all notebooks on the digits, one epoch
+	$(call timed,notebooks,$(nbdev_test))
+
+test-py: $(installed) ## run pytest, without what is marked slow
+	$(call timed,pytest,$(bin)/python -m pytest -m "not slow")
+
+# The package is installed here, not linked; in tests/ the checkout's own copy is out of reach.
+test-newest: ## the same in a second environment, with the newest fastai
+	@test -x .venv-newest/bin/pip || $(PYTHON) -m venv .venv-newest
+	@rm -rf build
+	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade . fastai pytest)
+	@rm -rf build
+	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
+	$(call timed,pytest with the newest fastai,cd tests && ../$(newest) -m pytest -m "not slow" -p no:cacheprovider --import-mode=importlib .)
+
+test-full: check ## the notebooks and pytest with all that is marked slow
+	$(call timed,notebooks,$(nbdev_test) --flags slow)
+	$(call timed,pytest,$(bin)/python -m pytest)
+
+export: $(installed) ## after an edit of notebooks: write the package and README.md, clean the notebooks
+	$(bin)/nbdev_export
+	$(bin)/nbdev_clean
+	$(bin)/python tools/readme.py
+
+readme: ## write README.md from nbs/index.ipynb, and the repository's links from settings.ini
+	$(PYTHON) tools/readme.py
+
+clean: ## remove builds and caches; environments and runs stay
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache
+	find cifar_fastai nbs tests tools -name __pycache__ -prune -exec rm -rf {} +

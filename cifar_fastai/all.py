@@ -1,0 +1,10 @@
+"""Every public name of the package, for notebooks: `from cifar_fastai.all import *` behind `from fastai.vision.all import *`"""
+
+from .core import *
+from .augment import *
+from .data import *
+from .models import *
+from .schedule import *
+from .learner import *
+from .interpret import *
+from .training import *
