@@ -6,18 +6,18 @@
 __all__ = ['cifar_train', 'LRFindSettings', 'cifar_lr_find', 'InterpretSettings', 'cifar_interpret', 'PredictSettings',
            'cifar_predict', 'main']
 
-# %% ../nbs/20_cli.ipynb #08c8164c
+# %% ../nbs/20_cli.ipynb #2e5686ca
 import sys, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from .core import TrainSettings
 
-# %% ../nbs/20_cli.ipynb #cf3a1c65
+# %% ../nbs/20_cli.ipynb #ff1fc808
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -25,8 +25,10 @@ def _command(f):
         args=None, # list of arguments; `None` is those of the process
     ):
         warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
-        settings_type = f.__annotations__['settings']
-        try: f(tyro.cli(settings_type, prog=f.__name__, description=f.__doc__, args=args))
+        checked = f.__annotations__['settings']
+        unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None}) # tyro would put a box round what is refused
+        given = tyro.cli(unchecked, prog=f.__name__, description=f.__doc__, args=args)
+        try: f(checked(**{field.name: getattr(given, field.name) for field in fields(checked)}))
         except KeyboardInterrupt: sys.exit(130)
         except BrokenPipeError: sys.exit(141)
         except (ValueError, OSError) as e: sys.exit(f'{f.__name__}: {" ".join(str(e).split())}')

@@ -74,8 +74,8 @@ def _canonical(x, y):
 cifar10_fingerprint = ('16212d65187a450ef0e5cd9f20e82e6ab85d8eee74a7e4fc4075e85890c4a963',
                        '3cc5ab92249153bb2bcd379241839865d9f260ecbdb0dc56db859307cea09d9f')
 
-# %% ../nbs/02_data.ipynb #64abf473
-def load_digits(): # -> `CIFAR10Data`, 1,437 training and 360 test images, give or take the rounding in each class
+# %% ../nbs/02_data.ipynb #ab15234a
+def load_digits(): # -> `CIFAR10Data`, 1,438 training and 359 test images
     "scikit-learn's handwritten digits as 32×32 RGB; the same fifth of each class is always the test set"
     from sklearn.datasets import load_digits as sk_digits
     digits = sk_digits()

@@ -23,7 +23,7 @@ from .data import cifar_dls, load_cifar10
 from .learner import cifar_learner, load_weights
 from .models import CustomResNet
 
-# %% ../nbs/06_interpret.ipynb #123c3935
+# %% ../nbs/06_interpret.ipynb #b8bced6e
 class Misclassified(NamedTuple):
     "One wrong prediction"
     idx: int # position in the data set
@@ -95,6 +95,12 @@ class CifarInterpretation(ClassificationInterpretation):
     def confusion_matrix(self): # -> counts (classes, classes), actual by predicted
         "How often each class (row) was taken for each (column)"
         return confusion_matrix(self.targs, self.decoded, labels=range(len(self.vocab)))
+
+    def most_confused(self,
+        min_val:int=1, # leave out what happened less often
+    ): # -> list of (actual, predicted, how often), the most frequent first
+        "The pairs of classes that are taken for each other"
+        return [(actual, predicted, int(n)) for actual, predicted, n in super().most_confused(min_val)]
 
     def print_classification_report(self):
         "scikit-learn's report"

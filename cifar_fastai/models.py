@@ -60,24 +60,25 @@ class CustomResNet(nn.Module):
         x = self.res2(self.layer3(self.layer2(x)))
         return self.fc(self.pool(x).flatten(1))
 
-# %% ../nbs/03_models.ipynb #7c803696
-def layer_table(
-    model, # any module that takes one batch of images
-    size=(3, 32, 32), # (C, H, W) of an image
-): # -> list of (type, output shape without the batch, parameters), a layer a row
-    "What each layer of `model` makes of an image of `size`, in the order in which they run"
-    rows = []
-    def record(module, inputs, output):
-        rows.append((type(module).__name__, tuple(output.shape[1:]), sum(p.numel() for p in module.parameters())))
-    layers = [m for m in model.modules() if not list(m.children())]
-    hooks = [m.register_forward_hook(record) for m in layers]
-    modes = [(m, m.training) for m in model.modules()]
+# %% ../nbs/03_models.ipynb #2da092c3
+def _output_shapes(model, modules, size):
+    "(module, shape of its output without the batch) in the order in which `modules` run on an image of `size`"
+    seen, modes = [], [(m, m.training) for m in model.modules()]
+    hooks = [m.register_forward_hook(lambda m, inputs, output: seen.append((m, tuple(output.shape[1:])))) for m in modules]
     try:
         with torch.no_grad(): model.eval()(torch.zeros(1, *size, device=next(model.parameters()).device))
     finally:
         for hook in hooks: hook.remove()
         for m, mode in modes: m.training = mode
-    return rows
+    return seen
+
+def layer_table(
+    model, # any module that takes one batch of images
+    size=(3, 32, 32), # (C, H, W) of an image
+): # -> list of (type, output shape without the batch, parameters), a layer a row
+    "What each layer of `model` makes of an image of `size`, in the order in which they run"
+    layers = [m for m in model.modules() if not list(m.children())]
+    return [(type(m).__name__, shape, sum(p.numel() for p in m.parameters())) for m, shape in _output_shapes(model, layers, size)]
 
 def model_summary(
     model, # any module that takes one batch of images
@@ -96,34 +97,32 @@ def model_summary(
         rule, f'Input size (MB): {sizes[0]:.2f}', f'Forward/backward pass size (MB): {sizes[1]:.2f}',
         f'Params size (MB): {sizes[2]:.2f}', f'Estimated Total Size (MB): {sum(sizes):.2f}', rule])
 
-# %% ../nbs/03_models.ipynb #84e2335f
+# %% ../nbs/03_models.ipynb #17abaff8
 def plot_model(
     model, # a `CustomResNet`
     ax=None, # matplotlib axes; `None` makes a figure
 ): # -> the axes
-    "The parts of `model` from left to right with the shapes between them"
-    if ax is None: _, ax = plt.subplots(figsize=(11, 3.6), layout='constrained')
-    shapes, hooks = {}, []
-    for name, part in model.named_children():
-        hooks.append(part.register_forward_hook(lambda m, i, o, name=name: shapes.update({name: tuple(o.shape[1:])})))
-    c_in, modes = model.prep[0].in_channels, [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, c_in, 32, 32, device=model.fc.weight.device))
-    finally:
-        for hook in hooks: hook.remove()
-        for m, mode in modes: m.training = mode
-    x = 0
-    for name, shape in dict(image=(c_in, 32, 32), **shapes).items():
-        channels, side = shape[0], shape[1] if len(shape) == 3 else 1
-        width, height = 0.35 + channels/700, 0.35 + side/16
+    "The parts of `model` from left to right: their output shapes, and their layers in order"
+    if ax is None: _, ax = plt.subplots(figsize=(11, 4.6), layout='constrained')
+    size = (model.prep[0].in_channels, 32, 32)
+    names = {part: name for name, part in model.named_children()}
+    parts = [('image', size, [])] + [(names[part], shape, list(part.children()) or [part]) for part, shape in _output_shapes(model, names, size)]
+    x, gap = 0, .42
+    for name, shape, layers in parts:
+        side = shape[1] if len(shape) == 3 else 1
+        width, height = .5 + shape[0]/700, .35 + side/16
         residual = name.startswith('res')
         ax.add_patch(plt.Rectangle((x, -height/2), width, height, facecolor='tab:orange' if residual else 'tab:blue', alpha=.55, edgecolor='black'))
-        ax.text(x + width/2, height/2 + .08, name, ha='center', va='bottom', fontsize=9, weight='bold')
+        top = height/2
+        if residual: # from in front of the block, over it, to behind it
+            top += .22
+            ax.plot([x - gap*.6, x - gap*.6, x + width + gap*.3], [0, top, top], color='tab:red')
+            ax.annotate('', (x + width + gap*.3, 0), (x + width + gap*.3, top), arrowprops=dict(arrowstyle='->', color='tab:red', shrinkA=0))
+        ax.text(x + width/2, top + .08, f'{name}: x + f(x)' if residual else name, ha='center', va='bottom', fontsize=9, weight='bold')
         ax.text(x + width/2, -height/2 - .08, '×'.join(map(str, shape)), ha='center', va='top', fontsize=8)
-        if residual: # from the output of the part before, over the block, to its end
-            ax.annotate('', (x + width + .12, 0), (x - .22, 0), arrowprops=dict(arrowstyle='->', connectionstyle='arc3,rad=-0.75', color='tab:red', lw=1.6))
-        if name != 'fc': ax.annotate('', (x + width + .34, 0), (x + width, 0), arrowprops=dict(arrowstyle='->', color='0.3'))
-        x += width + .34
-    ax.set(xlim=(-.2, x - .1), ylim=(-1.75, 1.75))
+        ax.text(x + width/2, -height/2 - .34, '\n'.join(type(m).__name__ for m in layers), ha='center', va='top', fontsize=6.5, color='0.35')
+        if name != 'fc': ax.annotate('', (x + width + gap, 0), (x + width, 0), arrowprops=dict(arrowstyle='->', color='0.3'))
+        x += width + gap
+    ax.set(xlim=(-.2, x - gap + .2), ylim=(-2.1, 1.5))
     ax.axis('off')
     return ax

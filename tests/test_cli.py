@@ -1,0 +1,235 @@
+"""The commands, as they are typed: what they say, what they refuse in one sentence, and what Ctrl-C leaves."""
+import hashlib, inspect, json, os, re, shutil, signal, subprocess, sys, time
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cifar_fastai import cli
+from cifar_fastai.cli import LRFindSettings, InterpretSettings, PredictSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_train
+from cifar_fastai.core import TrainSettings, data_variable
+from cifar_fastai.data import read_image
+from cifar_fastai.interpret import class_probabilities, load_run
+
+commands = dict(cifar_train=TrainSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings, cifar_predict=PredictSettings)
+scripts = Path(sys.executable).parent
+
+def refused(command, *args):
+    "What `command` says when it refuses `args`: one sentence, behind its name"
+    with pytest.raises(SystemExit) as e: command([str(arg) for arg in args])
+    said = e.value.code
+    assert isinstance(said, str), 'the exit status is not 1' # of a string: printed to stderr, and 1
+    assert '\n' not in said and said.startswith(f'{command.__name__}: ')
+    return said
+
+# ---- help
+
+def comments(settings): # {name: comment} of a dataclass and those it is made from
+    lines = [line for cls in settings.__mro__[:-1] for line in inspect.getsource(cls).splitlines()]
+    return dict(re.findall(r'^    (\w+): .* # (.+)$', '\n'.join(lines), re.MULTILINE))
+
+@pytest.fixture(scope='module')
+def help_of():
+    "What `--help` prints, unfolded, and the seconds it took, by name of the command"
+    def run(command):
+        start = time.perf_counter()
+        done = subprocess.run([scripts/command, '--help'], capture_output=True, text=True, env={**os.environ, 'COLUMNS': '200'}, check=True)
+        return ' '.join(done.stdout.replace('│', ' ').split()), time.perf_counter() - start
+    run('cifar_train') # after this the files are in memory
+    return {command: min((run(command) for _ in range(2)), key=lambda r: r[1]) for command in commands}
+
+@pytest.mark.parametrize('command', commands)
+def test_help_comes_in_under_a_second(help_of, command): assert help_of[command][1] < 1
+
+@pytest.mark.parametrize('command', commands)
+def test_help_says_what_every_option_means(help_of, command):
+    said, explained = help_of[command][0], comments(commands[command])
+    assert f'usage: {command}' in said
+    for field in fields(commands[command]):
+        assert f'--{field.name.replace("_", "-")}' in said or f' {field.name.upper()}' in said
+        assert explained[field.name] in said, f'no help for {field.name}'
+
+def test_help_says_what_the_command_does(help_of):
+    assert 'Train the network and write a run folder' in help_of['cifar_train'][0]
+
+@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict'])
+def test_python_m_is_the_same_command(name, capsys):
+    with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
+    through_main = capsys.readouterr().out
+    with pytest.raises(SystemExit): getattr(cli, f'cifar_{name}')(['--help'])
+    assert e.value.code in (0, None) and through_main == capsys.readouterr().out != ''
+
+def test_python_m_without_a_command_names_them(capsys):
+    cli.main(['--help'])
+    assert '{train,lr_find,interpret,predict}' in capsys.readouterr().out
+    for args in ([], ['fly']):
+        with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict'): cli.main(args)
+
+# ---- arguments that are refused
+
+both_spellings = pytest.mark.parametrize('option', ['--peak_epoch', '--peak-epoch'])
+
+@both_spellings
+def test_options_have_both_spellings(option): assert 'peak_epoch is 99.0: give' in refused(cifar_train, option, 99)
+
+@pytest.mark.parametrize('args, message', [
+    (['--epochs', 0], 'epochs is 0: give 1 or more'), (['--bs', 1], 'bs is 1: give 2 or more'), (['--bs', -8], 'bs is -8: give'), (['--lr_max', -.1], 'lr_max is -0.1: give a positive number'),
+    (['--lr_min', 0], 'lr_min is 0.0: give'), (['--lr_max', 'nan'], 'lr_max is nan: give'), (['--lr_max', 'inf'], 'lr_max is inf: give'),
+    (['--lr_min', .2, '--lr_max', .1], 'lr_min is 0.2: give less than lr_max (0.1)'), (['--peak_epoch', 24], 'peak_epoch is 24.0: give a number between 0 and epochs (24)'),
+    (['--dropout', 1], 'dropout is 1.0: give'), (['--seed', -1], 'seed is -1: give'), (['--data', '/no/such'], '/no/such does not exist: give')])
+def test_what_makes_no_sense_is_refused_in_one_sentence_and_leaves_no_folder(args, message, folder_of_its_own):
+    assert message in refused(cifar_train, '--out', 'run', *args)
+    assert list(folder_of_its_own.iterdir()) == []
+
+@pytest.mark.parametrize('args, named', [
+    (['--norm', 'instance'], ['norm', 'batch', 'group', 'layer']), (['--precision', 'fp8'], ['precision', 'auto', 'fp32', 'bf16', 'fp16']), (['--valid', 'train'], ['valid', 'test', 'holdout']),
+    (['--colour', 'red'], ['--colour']), (['--epochs', 'many'], ['--epochs', 'many']), (['--bs', '2.5'], ['--bs', '2.5']), (['--lr_max', 'high'], ['--lr', 'high']), (['--epochs'], ['--epochs'])])
+def test_what_cannot_be_read_is_refused_by_name(args, named, capsys, folder_of_its_own):
+    with pytest.raises(SystemExit) as e: cifar_train(args)
+    said = capsys.readouterr()
+    assert e.value.code not in (0, None) and said.out == '' and 'Traceback' not in said.err
+    assert all(name in said.err for name in named)
+    assert list(folder_of_its_own.iterdir()) == []
+
+def test_an_existing_run_folder_is_refused(folder_of_its_own):
+    Path('run').mkdir()
+    assert 'run exists already: give another run folder with --out' in refused(cifar_train, '--data', 'digits', '--out', 'run')
+    assert list(Path('run').iterdir()) == []
+
+def test_without_network_and_data_it_says_what_to_do(empty_home, folder_of_its_own):
+    said = refused(cifar_train, '--out', 'run')
+    assert 'CIFAR-10 not found' in said and 'give its folder or archive' in said and data_variable in said
+    assert 'cifar10.tgz' in said and 'cifar-10-python.tar.gz' in said # what was tried
+    assert list(folder_of_its_own.iterdir()) == [] and not [p for p in empty_home.rglob('*') if p.is_file()]
+
+def test_damaged_data_is_refused_in_one_sentence(folder, small_archive, tmp_path):
+    (tmp_path/'cut.tgz').write_bytes(small_archive.read_bytes()[:9000])
+    assert 'cut.tgz cannot be read' in refused(cifar_train, '--data', tmp_path/'cut.tgz', '--out', 'run')
+    shutil.rmtree(folder/'train'/'ship')
+    assert 'cifar10 has no train images of ship' in refused(cifar_train, '--data', folder, '--out', 'run')
+    Image.new('RGB', (40, 40)).save(folder/'test'/'cat'/'big.png')
+    assert 'test/cat/big.png is 40×40 RGB: every image must be 32×32 RGB' in refused(cifar_train, '--data', folder, '--out', 'run')
+    assert not Path('run').exists()
+
+def test_a_process_that_is_refused_prints_one_line_and_exits_with_1(command):
+    done = command('train', '--epochs', 0)
+    assert (done.returncode, done.stdout, done.stderr) == (1, '', 'cifar_train: epochs is 0: give 1 or more\n')
+
+# ---- a run, typed
+
+small_run = '--bs 16 --lr_min 0.001 --lr_max 0.01 --precision fp32 --num_workers 0'.split()
+
+def test_train_as_a_process_makes_a_run(small_archive, finished, folder_of_its_own):
+    done = subprocess.run([scripts/'cifar_train', '--data', small_archive, '--epochs', '2', *small_run], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == ''
+    lines = done.stdout.splitlines()
+    assert [line[:12] for line in lines if line.startswith('epoch')] == ['epoch 1 of 2', 'epoch 2 of 2']
+    [run] = (folder_of_its_own/'runs').iterdir()
+    assert lines[-1].endswith(f'runs/{run.name}')
+    assert json.loads((run/'summary.json').read_text())['weights_sha256'] == finished[1]['weights_sha256'] # as in this process
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f'it ended too early: {process.communicate()}'
+        assert time.monotonic() < end, 'it took too long'
+        time.sleep(.05)
+
+@pytest.mark.parametrize('moment', ['in the first epoch', 'after the first epoch'])
+@pytest.mark.parametrize('workers', ['2'])
+def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, workers, folder_of_its_own):
+    first = moment == 'in the first epoch'
+    data, run = ('digits', small_archive)[not first], folder_of_its_own/'run'
+    process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', '--data', data, '--epochs', '500', *small_run[:-1], workers, '--out', run],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for((run/'config.json').exists if first else lambda: (run/'history.csv').exists() and len((run/'history.csv').read_text().splitlines()) > 1, process)
+    os.killpg(process.pid, signal.SIGINT) # as a terminal does: to the process and to its workers
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert 'Traceback' not in out + err and 'interrupted: history and last model are in' in out
+    history, summary = pd.read_csv(run/'history.csv'), json.loads((run/'summary.json').read_text())
+    assert summary['interrupted'] is True and summary['epochs'] == len(history)
+    assert (len(history) == 0) if first else len(history) >= 1
+    assert summary['accuracy'] == (None if first else pytest.approx(history['accuracy'].iloc[-1]))
+    assert summary['weights_sha256'] == hashlib.sha256((run/'model.safetensors').read_bytes()).hexdigest()
+    assert load_run(run)[1] == json.loads((run/'config.json').read_text())
+    assert not list(run.rglob('*.part'))
+
+# ---- predict
+
+@pytest.fixture
+def images(small, folder_of_its_own):
+    Image.fromarray(small.test_x[3]).save('same.png')
+    Image.fromarray(small.test_x[9]).resize((200, 120)).save('wide.jpg')
+    Image.fromarray(small.test_x[20]).resize((20, 45)).convert('L').save('tall grey.png')
+    return ['same.png', 'wide.jpg', 'tall grey.png']
+
+def test_predict_says_class_and_probability_of_each_image(finished, images, capsys):
+    cifar_predict(['--model', str(finished[0]), *images])
+    model, config = load_run(finished[0])
+    probs = class_probabilities(model, [read_image(image) for image in images], config['data']['stats'])
+    expected = [f'{image}: {config["data"]["vocab"][p.argmax()]} {p.max():.1%}' for image, p in zip(images, probs)]
+    assert capsys.readouterr().out.splitlines() == expected
+
+def test_predict_takes_the_best_weights_when_asked(finished, images, capsys, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    (run/'model.safetensors').unlink()
+    cifar_predict(['--model', str(run), '--weights', 'best', *images])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert 'model.safetensors does not exist' in refused(cifar_predict, '--model', run, *images)
+
+def test_predict_refuses_what_is_no_image(finished, images):
+    Path('text.png').write_text('no picture')
+    run = finished[0]
+    assert 'text.png is no image that can be read' in refused(cifar_predict, '--model', run, images[0], 'text.png')
+    assert 'nothing.png does not exist' in refused(cifar_predict, '--model', run, 'nothing.png')
+    assert 'no image: give one or more files' in refused(cifar_predict, '--model', run)
+
+def test_predict_refuses_what_is_no_run(images):
+    assert 'no_run is no run folder: give one that cifar_train has written' in refused(cifar_predict, '--model', 'no_run', *images)
+
+@pytest.mark.parametrize('config', ['{', '{}', '{"settings": {}, "data": {"vocab": ["a", "b"]}}', '{"settings": {"epochs": "x"}, "data": {}}'])
+def test_predict_refuses_a_damaged_run_in_one_sentence(finished, images, tmp_path, config):
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    (run/'config.json').write_text(config)
+    refused(cifar_predict, '--model', run, *images)
+
+# ---- interpret
+
+def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, small):
+    run, summary = shutil.copytree(finished[0], tmp_path/'run'), finished[1]
+    shutil.rmtree(run/'plots')
+    cifar_interpret([str(run), '--k', '3'])
+    said = capsys.readouterr().out
+    assert f'accuracy {summary["accuracy"]:.2%}, {summary["n_wrong"]} of 40 wrong' in said
+    assert all(re.search(rf'^{name} +[\d.]+ +[\d.]+ +[\d.]+ +4$', said, re.MULTILINE) for name in small.vocab)
+    assert len(re.findall(r'^\w+ taken for \w+: \d+$', said, re.MULTILINE)) == 3
+    assert {'confusion_matrix.png', 'misclassified.png', 'history.png'} <= {p.name for p in (run/'plots').iterdir()}
+
+@pytest.mark.parametrize('weights, optimistic', [('best', True), ('last', False)])
+def test_interpret_calls_the_best_on_test_images_optimistic(finished, capsys, tmp_path, weights, optimistic):
+    cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run')), '--weights', weights])
+    assert ('optimistic' in capsys.readouterr().out) == optimistic
+
+def test_interpret_refuses_what_is_no_run(finished, tmp_path):
+    assert 'no_run' in refused(cifar_interpret, 'no_run')
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    assert '/no/such does not exist' in refused(cifar_interpret, run, '--data', '/no/such')
+    (run/'model.safetensors').write_bytes(b'')
+    assert 'model.safetensors holds no weights of this network' in refused(cifar_interpret, run)
+
+# ---- lr_find
+
+def test_lr_find_prints_both_rates_and_saves_the_plot(capsys, folder_of_its_own):
+    cifar_lr_find('--data digits --bs 8 --precision fp32 --num_workers 0 --plot found.png'.split())
+    said = dict(line.split(' ') for line in capsys.readouterr().out.splitlines()[-3:])
+    assert 0 < float(said['lr_min']) <= float(said['lr_max'])/10 and said['plot'] == 'found.png'
+    with Image.open('found.png') as img: assert img.format == 'PNG' and min(img.size) > 200
+    assert [p.name for p in folder_of_its_own.iterdir()] == ['found.png']
+
+def test_lr_find_refuses_a_plot_in_no_folder():
+    assert 'plot is no/such/folder.png: give a file in a folder that exists' in refused(cifar_lr_find, '--data', 'digits', '--plot', 'no/such/folder.png')
+
+def test_lr_find_checks_the_settings_of_a_run(): assert 'epochs is 0: give 1 or more' in refused(cifar_lr_find, '--epochs', 0)

@@ -1,0 +1,133 @@
+"""The facts, the settings and their refusals, and that importing them costs nothing."""
+import json, math, subprocess, sys, time
+from dataclasses import asdict, fields
+
+import pytest
+
+from cifar_fastai.core import (TrainSettings, cifar10_classes, cifar10_stats, data_variable, environment, named_source, read_json, settings_from,
+                               source_defaults, write_json)
+
+
+def test_classes_are_the_ten_in_alphabetical_order():
+    assert list(cifar10_classes) == sorted('airplane automobile bird cat deer dog frog horse ship truck'.split())
+
+def test_stats_are_those_of_the_training_images():
+    assert cifar10_stats == ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+
+# ---- defaults
+
+def test_defaults_are_the_assignment():
+    s = TrainSettings()
+    assert (s.data, s.epochs, s.bs, s.peak_epoch) == ('cifar10', 24, 512, 5)
+    assert (s.lr_min, s.lr_max, s.anneal) == ('find', 'find', 'linear')
+    assert (s.norm, s.dropout, s.conv_bias, s.valid, s.precision) == ('batch', 0, False, 'test', 'auto')
+
+def test_digits_have_defaults_of_their_own():
+    s = TrainSettings(data='digits')
+    assert (s.epochs, s.bs) == (10, 64)
+    assert s.peak_epoch == pytest.approx(10*5/24)
+
+def test_what_is_given_is_kept():
+    s = TrainSettings(data='digits', epochs=3, bs=32, peak_epoch=0.5)
+    assert (s.epochs, s.bs, s.peak_epoch) == (3, 32, 0.5)
+
+def test_the_environment_names_the_data_in_place_of_cifar10(monkeypatch):
+    monkeypatch.setenv(data_variable, 'digits')
+    assert named_source() == named_source('cifar10') == 'digits'
+    assert named_source('/some/folder') == '/some/folder'
+    assert source_defaults() == dict(epochs=10, bs=64)
+    assert TrainSettings().epochs == 10
+
+def test_an_empty_variable_is_as_none(monkeypatch):
+    monkeypatch.setenv(data_variable, '')
+    assert named_source() == 'cifar10'
+
+# ---- refusals
+
+refused = [
+    ('epochs', 0), ('epochs', -1), ('bs', 1), ('bs', 0), ('bs', -64), ('peak_epoch', 0), ('peak_epoch', 24), ('peak_epoch', 30.), ('peak_epoch', math.nan),
+    ('lr_max', 0), ('lr_max', -.1), ('lr_max', math.inf), ('lr_max', math.nan), ('lr_max', 'high'), ('lr_min', 0.), ('lr_min', math.nan), ('lr_min', 'low'),
+    ('anneal', 'steps'), ('norm', 'instance'), ('n_groups', 0), ('n_groups', 3), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
+    ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
+    ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('seed', -1), ('seed', 2**32)]
+
+@pytest.mark.parametrize('name, value', refused)
+def test_what_makes_no_sense_is_refused_by_name_value_and_remedy(name, value):
+    with pytest.raises(ValueError) as e: TrainSettings(**{name: value})
+    message = str(e.value)
+    assert message.startswith(f'{name} is {value!r}: give ')
+    assert '\n' not in message
+
+def test_every_setting_but_names_and_switches_has_a_refusal():
+    assert {f.name for f in fields(TrainSettings)} - {name for name, _ in refused} == {'data', 'conv_bias', 'out'}
+
+@pytest.mark.parametrize('name', ['epochs', 'bs', 'peak_epoch', 'dropout', 'n_groups', 'eps', 'wd', 'num_workers', 'seed', 'betas'])
+def test_a_value_of_another_type_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=name): TrainSettings(**{name: 'many'})
+
+@pytest.mark.parametrize('name', ['epochs', 'bs', 'seed'])
+def test_what_is_counted_is_a_whole_number(name):
+    with pytest.raises(ValueError, match=name): TrainSettings(**{name: 2.5})
+
+@pytest.mark.parametrize('lr_min, lr_max', [(.1, .1), (.2, .1)])
+def test_lr_min_must_be_less_than_lr_max(lr_min, lr_max):
+    with pytest.raises(ValueError, match=r'lr_min is 0\.\d: give less than lr_max \(0\.1\)'): TrainSettings(lr_min=lr_min, lr_max=lr_max)
+
+def test_one_epoch_has_its_peak_within_it(): assert TrainSettings(epochs=1).peak_epoch == pytest.approx(5/24)
+
+def test_settings_do_not_change():
+    with pytest.raises(AttributeError): TrainSettings().epochs = 3
+
+# ---- JSON
+
+@pytest.mark.parametrize('changes', [{}, dict(data='digits', lr_max=.1, lr_min=.001, betas=(.8, .9), norm='group', n_groups=4, conv_bias=True, out='runs/a')])
+def test_settings_come_back_from_json(changes, tmp_path):
+    s = TrainSettings(**changes)
+    assert settings_from(read_json(write_json(tmp_path/'s.json', asdict(s)))) == s
+
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(ValueError, match='unknown settings colour, size'): settings_from(dict(epochs=3, size=1, colour='red'))
+
+def test_settings_from_a_file_are_checked_too():
+    with pytest.raises(ValueError, match='epochs is 0'): settings_from(dict(epochs=0))
+
+@pytest.mark.parametrize('content, reason', [(b'{"a": ', 'is no JSON'), (b'\xff\xfe\x00', 'is no JSON'), (b'[1]', 'holds no JSON object'), (b'', 'is no JSON')])
+def test_what_is_no_json_object_is_refused_by_file(content, reason, tmp_path):
+    (tmp_path/'config.json').write_bytes(content)
+    with pytest.raises(ValueError, match=f'config.json {reason}'): read_json(tmp_path/'config.json')
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path/'a.json', {'n': 1})
+    with pytest.raises(TypeError): write_json(tmp_path/'a.json', {'n': object()})
+    assert read_json(tmp_path/'a.json') == {'n': 1}
+    assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+
+def test_environment_says_what_ran_where():
+    env = json.loads(json.dumps(environment()))
+    assert env['python'] == '.'.join(map(str, sys.version_info[:3]))
+    assert env['cores'] >= 1 and env['processor']
+    assert {'torch', 'fastai', 'cifar_fastai'} <= set(env['packages'])
+    assert all(env['packages'].values())
+
+# ---- imports
+
+def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+
+@pytest.mark.parametrize('modules', ['cifar_fastai', 'cifar_fastai.core, cifar_fastai.cli'])
+def test_package_core_and_commands_import_neither_torch_nor_fastai(modules):
+    loaded = set(python(f'import sys, {modules}; print(*sys.modules)'))
+    assert 'cifar_fastai' in loaded
+    assert loaded.isdisjoint({'torch', 'torchvision', 'fastai', 'fastcore', 'albumentations', 'sklearn', 'pandas', 'matplotlib'})
+
+def test_the_package_is_imported_in_half_a_second():
+    def seconds():
+        start = time.perf_counter()
+        python('import cifar_fastai')
+        return time.perf_counter() - start
+    assert min(seconds() for _ in range(3)) < .5
+
+def test_importing_everything_prints_nothing_and_draws_nothing():
+    state = 'hash((random.getstate(), numpy.random.get_state()[1].tobytes(), bytes(torch.get_rng_state().tolist())))'
+    code = f'import random, numpy, torch; import fastai.vision.all, albumentations; before = {state}; from cifar_fastai.all import *; print("same" if before == {state} else "drawn")'
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ('same\n', '')

@@ -1,0 +1,339 @@
+"""Adam, precision, history, repeatability and checkpoints, seen where they happen."""
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Callback, Learner, ProgressCallback, ReduceLROnPlateau, accuracy, error_rate, load_learner, set_seed
+from torch import nn
+
+from cifar_fastai.core import TrainSettings
+from cifar_fastai.data import cifar_dls
+from cifar_fastai.learner import (CPUAutocast, FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks, precision_of,
+                                  save_weights)
+from cifar_fastai.models import CustomResNet
+from cifar_fastai.schedule import OneCycle
+
+cpu = torch.device('cpu')
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+def on(event, f, order=0):
+    "A callback that runs `f(callback)` at `event`"
+    return type(f'On_{event}', (Callback,), {event: lambda cb: f(cb) and None, 'order': order})()
+
+# ---- Adam
+
+def a_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4*6*6, 5))
+
+def step(net, opt, i):
+    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(i))
+    net(x).square().sum().backward()
+    opt.step(); opt.zero_grad()
+
+def reference(net, lr, betas=(.9, .99), eps=1e-8, wd=.2):
+    "torch's AdamW, unfused, with norms and biases undecayed"
+    undecayed = [p for p in net.parameters() if p.ndim == 1]
+    groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=wd), dict(params=undecayed, weight_decay=0.)]
+    return torch.optim.AdamW(groups, lr, betas, eps, fused=False, foreach=False)
+
+@pytest.mark.parametrize('settings', [{}, dict(betas=(.8, .95), eps=1e-4, wd=0.), dict(wd=1.)])
+def test_it_is_torchs_adamw_with_norms_and_biases_undecayed(settings):
+    ours, theirs = a_net(), a_net()
+    opt, expected = FusedAdam(list(ours.parameters()), lr=.01, **settings), reference(theirs, .01, **settings)
+    for i in range(6):
+        step(ours, opt, i); step(theirs, expected, i)
+        assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(ours.parameters(), theirs.parameters()))
+
+def test_its_defaults_are_those_of_the_settings():
+    [decayed, undecayed] = FusedAdam(list(a_net().parameters())).opt.param_groups
+    assert (decayed['betas'], decayed['eps'], decayed['weight_decay']) == (TrainSettings.betas, TrainSettings.eps, TrainSettings.wd)
+    assert undecayed['weight_decay'] == 0 and all(p.ndim == 1 for p in undecayed['params'])
+    assert decayed['fused']
+
+def test_what_is_written_to_hypers_reaches_the_optimizer():
+    opt = FusedAdam(list(a_net().parameters()))
+    for h in opt.hypers: h['lr'] = .123
+    opt.hypers[0]['mom'] = .5
+    assert [g['lr'] for g in opt.opt.param_groups] == [.123, .123]
+    assert opt.opt.param_groups[0]['betas'] == (.5, .99) and opt.opt.param_groups[1]['betas'] == (.9, .99)
+    assert opt.hypers[0]['lr'] == .123 and opt.hypers[0]['mom'] == .5
+
+def test_set_hyper_reaches_the_optimizer_and_wd_only_the_weights():
+    opt = FusedAdam(list(a_net().parameters()))
+    opt.set_hyper('lr', .5); opt.set_hyper('wd', .3); opt.set_hyper('sqr_mom', .9)
+    assert [g['lr'] for g in opt.opt.param_groups] == [.5, .5]
+    assert [g['weight_decay'] for g in opt.opt.param_groups] == [.3, 0]
+    assert [g['betas'] for g in opt.opt.param_groups] == [(.9, .9)]*2
+
+def test_wd_of_a_fit_reaches_only_the_weights(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(1, .01, wd=.4)
+    assert [g['weight_decay'] for g in learn.opt.opt.param_groups] == [.4, 0]
+
+def test_the_settings_of_the_learner_reach_the_optimizer(tiny_learner):
+    learn = tiny_learner(betas=(.7, .8), eps=1e-3, wd=.05)
+    learn.create_opt()
+    group = learn.opt.opt.param_groups[0]
+    assert (group['betas'], group['eps'], group['weight_decay']) == ((.7, .8), 1e-3, .05)
+
+def halves(model): return [[p for m in model[:1] for p in m.parameters()], [p for m in model[1:] for p in m.parameters()]]
+
+def test_each_part_of_a_splitter_has_its_weights_and_the_rest_apart():
+    opt = FusedAdam(halves(a_net()))
+    assert [[p.ndim for p in g] for g in opt.param_lists] == [[4], [2], [1, 1, 1]]
+
+def test_reduce_lr_on_plateau_really_lowers_the_rate(tiny_learner):
+    learn, rates = tiny_learner(), []
+    see = on('before_epoch', lambda cb: rates.append([g['lr'] for g in cb.opt.opt.param_groups]))
+    learn.fit(4, .01, cbs=[ReduceLROnPlateau(patience=1, min_delta=100, factor=10), see]) # no epoch is better by 100
+    assert np.allclose(rates, [[.01, .01], [.01, .01], [.001, .001], [.0001, .0001]])
+
+@pytest.mark.filterwarnings('ignore:Loading only the model')
+def test_a_checkpoint_brings_back_model_and_optimizer(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(1, .01)
+    file = learn.save('checkpoint')
+    learn.fit(1, .01)
+    after = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    other = tiny_learner()
+    other.create_opt()
+    other.load('checkpoint')
+    assert file.exists() and other.opt.state_dict()['state'].keys() == learn.opt.state_dict()['state'].keys()
+    other.fit(1, .01)
+    assert same(other.model.state_dict(), after) # with other moments it would differ
+
+# ---- precision
+
+def test_bf16_on_a_processor_computes_in_bf16_and_keeps_fp32(tiny_learner):
+    learn, seen = tiny_learner(precision='bf16'), dict(conv=set(), loss=set(), grads=set(), preds=set())
+    learn.model[0].register_forward_hook(lambda m, x, out: seen['conv'].add((out.dtype, m.training)))
+    see = [on('after_loss', lambda cb: seen['loss'].add(cb.loss.dtype)), on('before_step', lambda cb: seen['grads'].update(p.grad.dtype for p in cb.model.parameters())),
+           on('after_batch', lambda cb: seen['preds'].add(cb.pred.dtype))]
+    learn.fit(1, .01, cbs=see)
+    assert seen == dict(conv={(torch.bfloat16, True), (torch.bfloat16, False)}, loss={torch.float32}, grads={torch.float32}, preds={torch.float32})
+    assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    assert {v.dtype for s in learn.opt.opt.state.values() for v in s.values()} == {torch.float32}
+
+def test_fp32_computes_in_fp32(tiny_learner):
+    learn, seen = tiny_learner(precision='fp32'), set()
+    learn.model[0].register_forward_hook(lambda m, x, out: seen.add(out.dtype))
+    learn.fit(1, .01)
+    assert seen == {torch.float32}
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_model_runs_channels_last(small_dls, precision):
+    set_seed(0)
+    learn, seen = cifar_learner(small_dls(bs=40), precision=precision).remove_cbs(ProgressCallback), set()
+    for conv in (learn.model.layer1[0], learn.model.res2[0]):
+        conv.register_forward_hook(lambda m, x, out: seen.update(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x[0], m.weight, out)))
+    learn.fit(1, .01)
+    assert seen == {True}
+
+def test_bf16_learns_what_fp32_learns(tiny_learner):
+    def losses(precision):
+        learn = tiny_learner(precision=precision)
+        learn.fit(2, .01)
+        return [row['train_loss'] for row in learn.recorder.history]
+    assert losses('bf16') == pytest.approx(losses('fp32'), rel=.02) and losses('bf16') != losses('fp32')
+
+def test_auto_is_what_the_hardware_is_good_at(tiny_learner):
+    best = best_precision(cpu)
+    assert best == ('bf16' if torch.cpu._is_avx512_bf16_supported() else 'fp32')
+    assert precision_of(tiny_learner(precision='auto')) == best
+    assert best_precision(torch.device('meta')) == 'fp32'
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_precision_of_a_learner_can_be_asked(tiny_learner, precision): assert precision_of(tiny_learner(precision=precision)) == precision
+
+def test_fp16_on_a_processor_is_refused():
+    with pytest.raises(ValueError, match="precision is 'fp16', which needs a CUDA GPU.*give 'auto', 'bf16' or 'fp32'"): precision_callbacks('fp16', cpu)
+
+def test_an_unknown_precision_is_refused(small_dls):
+    with pytest.raises(ValueError, match="precision is 'fp8': give 'auto', 'fp32', 'bf16' or 'fp16'"): cifar_learner(small_dls(), precision='fp8')
+
+@pytest.mark.parametrize('event', ['after_pred', 'before_step', 'before_batch', 'after_loss', 'before_validate'])
+def test_an_interrupted_fit_leaves_no_autocast_open_to_the_next(tiny_learner, event):
+    def interrupt(cb): raise KeyboardInterrupt
+    learn, seen = tiny_learner(precision='bf16'), []
+    try: learn.fit(1, .01, cbs=on(event, interrupt, order=100))
+    except KeyboardInterrupt: pass
+    else: pytest.fail('the fit was not interrupted')
+    learn.fit(1, .01, cbs=on('before_epoch', lambda cb: seen.append(torch.is_autocast_enabled('cpu'))))
+    assert seen == [False] and not torch.is_autocast_enabled('cpu')
+    assert len(learn.recorder.history) == 1
+
+def test_predicting_and_validating_leave_no_autocast_open(tiny_learner, small_dls):
+    learn = tiny_learner(precision='bf16')
+    learn.validate(); learn.get_preds()
+    learn.get_preds(dl=learn.dls.test_dl([learn.dls.valid_ds[0][0]], num_workers=0)) # no labels, no loss
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_a_prediction_in_bf16_is_an_fp32_tensor(tiny_learner): assert tiny_learner(precision='bf16').get_preds()[0].dtype == torch.float32
+
+# ---- history
+
+columns = ['epoch', 'lr', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy', 'seconds']
+
+def test_history_has_a_row_an_epoch_with_both_sets(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(3, .01)
+    rows = learn.recorder.history
+    assert [list(row) for row in rows] == [columns]*3
+    assert [row['epoch'] for row in rows] == [1, 2, 3]
+    assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
+    assert all(row['seconds'] > 0 and 0 <= row['accuracy'] <= 1 and 0 <= row['train_accuracy'] <= 1 for row in rows)
+
+def test_train_loss_and_accuracy_are_means_over_all_training_images(tiny_learner, small_dls):
+    learn, seen = tiny_learner(small_dls(bs=32)), [] # batches of 32, 32, 16
+    def see(cb):
+        if cb.training: seen.append((cb.epoch, len(cb.yb[0]), cb.loss.item(), (cb.pred.argmax(1) == cb.yb[0]).sum().item()))
+    learn.fit(2, .01, cbs=on('after_loss', see))
+    for row in learn.recorder.history:
+        batches = [b for b in seen if b[0] + 1 == row['epoch']]
+        assert [n for _, n, *_ in batches] == [32, 32, 16]
+        assert row['train_loss'] == pytest.approx(sum(n*loss for _, n, loss, _ in batches)/80, rel=1e-5)
+        assert row['train_accuracy'] == pytest.approx(sum(right for *_, right in batches)/80)
+
+def test_valid_loss_and_accuracy_are_those_of_the_validation_images(tiny_learner, small):
+    learn = tiny_learner()
+    learn.fit(1, .01)
+    probs, targs = learn.get_preds()
+    [row] = learn.recorder.history
+    assert row['accuracy'] == pytest.approx((probs.argmax(1) == targs).float().mean().item())
+    assert row['valid_loss'] == pytest.approx(nn.functional.nll_loss(probs.log(), targs).item(), rel=1e-4)
+
+def test_lr_is_that_of_the_epochs_last_step(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(3, cbs=OneCycle(.001, .01, peak_epoch=1))
+    assert [row['lr'] for row in learn.recorder.history] == pytest.approx([learn.recorder.lrs[i] for i in (4, 9, 14)])
+    assert learn.recorder.history[0]['lr'] == pytest.approx(.01) and learn.recorder.history[2]['lr'] == pytest.approx(.001)
+
+def test_validating_and_predicting_change_nothing_in_the_history(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(2, .01)
+    kept = [dict(row) for row in learn.recorder.history], list(learn.recorder.lrs), list(learn.recorder.losses), list(learn.recorder.values)
+    learn.validate(); learn.get_preds(); learn.predict(learn.dls.valid_ds[0][0])
+    assert (learn.recorder.history, learn.recorder.lrs, learn.recorder.losses, learn.recorder.values) == kept
+
+def test_a_second_fit_begins_a_history_of_its_own(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(2, .01)
+    learn.fit(1, .01)
+    assert [row['epoch'] for row in learn.recorder.history] == [1] and len(learn.recorder.lrs) == 5
+
+def test_validate_returns_loss_and_accuracy(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(1, .01)
+    assert list(learn.validate()) == pytest.approx([learn.recorder.history[0]['valid_loss'], learn.recorder.history[0]['accuracy']])
+    assert len(learn.validate(0)) == 2 and len(learn.validate(dl=learn.dls.train)) == 2
+
+def test_each_epoch_has_a_line_where_there_is_no_bar(tiny_learner, capsys):
+    tiny_learner().fit(2, .01)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for i, line in enumerate(lines, 1):
+        assert line.startswith(f'epoch {i} of 2: lr 0.01, train_loss ')
+        assert all(name in line for name in ('train_accuracy', 'valid_loss', 'accuracy'))
+
+def test_the_bar_shows_loss_accuracy_and_rate(tiny_net, small_dls):
+    learn, comments = cifar_learner(small_dls(), tiny_net(), 'fp32'), []
+    learn.fit(1, .01, cbs=on('after_batch', lambda cb: comments.append(cb.learn.progress.pbar.comment) if cb.training else None, order=1000))
+    assert len(comments) == 5
+    assert all(word in comments[-1] for word in ('loss ', 'accuracy ', 'lr 1.00e-02'))
+
+def test_fastais_plots_of_the_recorder_work(tiny_learner):
+    learn = tiny_learner()
+    learn.fit(2, cbs=OneCycle(.001, .01))
+    assert len(learn.recorder.plot_loss(skip_start=0).lines[0].get_ydata()) == 10
+    learn.recorder.plot_sched()
+
+def test_other_metrics_can_be_given(tiny_learner):
+    learn = tiny_learner(metrics=[accuracy, error_rate])
+    learn.fit(1, .01)
+    [row] = learn.recorder.history
+    assert row['error_rate'] == pytest.approx(1 - row['accuracy']) and row['train_error_rate'] == pytest.approx(1 - row['train_accuracy'])
+
+# ---- the same seed, the same weights
+
+def trained(small_dls, tiny_net, shown=False, **changes):
+    dls = small_dls(**changes)
+    set_seed(3)
+    learn = cifar_learner(dls, tiny_net(), 'fp32').remove_cbs(ProgressCallback)
+    if shown: dls.show_batch()
+    learn.fit(2, cbs=OneCycle(.001, .01))
+    return learn.model.state_dict()
+
+@pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # fastai hands matplotlib a tensor
+@pytest.mark.parametrize('changes', [{}, dict(num_workers=2), dict(shown=True)], ids=['again', 'with two workers', 'with a batch shown before'])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(small_dls, tiny_net, changes):
+    assert same(trained(small_dls, tiny_net), trained(small_dls, tiny_net, **changes))
+
+def test_another_seed_gives_other_weights(small_dls, tiny_net): assert not same(trained(small_dls, tiny_net), trained(small_dls, tiny_net, seed=1))
+
+# ---- weights in files
+
+@pytest.fixture
+def file(tmp_path): return tmp_path/'model.safetensors'
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_weights_come_back_from_a_file(file, memory_format):
+    net, other = CustomResNet(norm='batch').to(memory_format=memory_format), CustomResNet().to(memory_format=memory_format)
+    net.prep[1].running_mean += 1
+    assert save_weights(net, file) == file
+    assert load_weights(other, file) is other
+    assert same(net.state_dict(), other.state_dict())
+    assert other.res1[0].weight.is_contiguous(memory_format=memory_format)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+def test_the_file_does_not_depend_on_the_memory_format(tmp_path):
+    net = CustomResNet()
+    first = save_weights(net, tmp_path/'a').read_bytes()
+    assert save_weights(net.to(memory_format=torch.channels_last), tmp_path/'b').read_bytes() == first
+
+def test_a_file_can_be_written_over(file, tiny_net):
+    save_weights(tiny_net(), file)
+    net = tiny_net()
+    assert same(load_weights(tiny_net(), save_weights(net, file)).state_dict(), net.state_dict())
+
+damages = {'cut short': lambda b: b[:-100], 'empty': lambda b: b'', 'text': lambda b: b'text', 'with other bytes': lambda b: b'\xff'*9 + b[9:]}
+
+@pytest.mark.parametrize('damage', damages)
+def test_a_damaged_file_is_refused_by_name(file, tiny_net, damage):
+    save_weights(tiny_net(), file)
+    file.write_bytes(damages[damage](file.read_bytes()))
+    with pytest.raises(ValueError, match='model.safetensors holds no weights of this network') as e: load_weights(tiny_net(), file)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('other', [dict(n_out=3), dict(n_out=10)], ids=['of other shapes', 'of other layers'])
+def test_weights_of_another_network_are_refused(file, tiny_net, other):
+    save_weights(tiny_net(**other), file)
+    net = nn.Sequential(*tiny_net(), nn.Linear(10, 10)) if other['n_out'] == 10 else tiny_net()
+    with pytest.raises(ValueError, match='holds no weights of this network'): load_weights(net, file)
+
+def test_a_missing_file_is_refused_by_name(file, tiny_net):
+    with pytest.raises(FileNotFoundError, match='model.safetensors does not exist'): load_weights(tiny_net(), file)
+
+@pytest.mark.filterwarnings("ignore:.*pickle:UserWarning") # fastai's load_learner says that it unpickles
+def test_an_exported_learner_predicts_the_same(small, small_dls, tiny_net):
+    learn = cifar_learner(small_dls(), tiny_net())
+    learn.fit(1, .01)
+    img = learn.dls.valid_ds[0][0]
+    expected = learn.predict(img)[2]
+    learn.export('learner.pkl')
+    assert torch.allclose(load_learner('learner.pkl').predict(img)[2], expected, atol=1e-6)
+
+# ---- the learner
+
+def test_a_learner_of_digits_has_their_classes():
+    learn = cifar_learner(cifar_dls('digits', num_workers=0))
+    assert isinstance(learn, Learner) and isinstance(learn.model, CustomResNet) and learn.model.fc.out_features == 10
+
+def test_arguments_of_fastais_learner_are_passed_on(tiny_learner, tmp_path):
+    learn = tiny_learner(path=tmp_path/'elsewhere', lr=.5, opt_func=partial(FusedAdam, wd=0.), cbs=CPUAutocast())
+    learn.create_opt()
+    assert learn.path == tmp_path/'elsewhere' and learn.opt.hypers[0]['lr'] == .5 and learn.opt.hypers[0]['wd'] == 0
+    assert any(isinstance(cb, CPUAutocast) for cb in learn.cbs)

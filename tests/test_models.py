@@ -1,0 +1,165 @@
+"""The network: layer by layer as in the seeds, with each norm, and refused where it makes no sense."""
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch import nn
+
+from cifar_fastai.models import CustomResNet, layer_table, model_summary, plot_model
+
+# Seed 001, without its two rows of whole blocks
+seed_001 = '''
+    Conv2d 64,32,32 1728;     BatchNorm2d 64,32,32 128;                          ReLU 64,32,32 0
+    Conv2d 128,32,32 73728;   MaxPool2d 128,16,16 0; BatchNorm2d 128,16,16 256;  ReLU 128,16,16 0
+    Conv2d 128,16,16 147456;  BatchNorm2d 128,16,16 256;                         ReLU 128,16,16 0
+    Conv2d 128,16,16 147456;  BatchNorm2d 128,16,16 256;                         ReLU 128,16,16 0
+    Conv2d 256,16,16 294912;  MaxPool2d 256,8,8 0;   BatchNorm2d 256,8,8 512;    ReLU 256,8,8 0
+    Conv2d 512,8,8 1179648;   MaxPool2d 512,4,4 0;   BatchNorm2d 512,4,4 1024;   ReLU 512,4,4 0
+    Conv2d 512,4,4 2359296;   BatchNorm2d 512,4,4 1024;                          ReLU 512,4,4 0
+    Conv2d 512,4,4 2359296;   BatchNorm2d 512,4,4 1024;                          ReLU 512,4,4 0
+    MaxPool2d 512,1,1 0;      Linear 10 5130'''
+
+# Seed 002
+seed_002 = '''
+    Conv2d 64,32,32 1792;     BatchNorm2d 64,32,32 128;                          ReLU 64,32,32 0
+    Conv2d 128,32,32 73856;   MaxPool2d 128,16,16 0; BatchNorm2d 128,16,16 256;  ReLU 128,16,16 0
+    Conv2d 128,16,16 147584;  BatchNorm2d 128,16,16 256;                         ReLU 128,16,16 0
+    Conv2d 128,16,16 147584;  BatchNorm2d 128,16,16 256;                         ReLU 128,16,16 0
+    Conv2d 256,16,16 295168;  MaxPool2d 256,8,8 0;   BatchNorm2d 256,8,8 512;    ReLU 256,8,8 0
+    Conv2d 512,8,8 1180160;   MaxPool2d 512,4,4 0;   BatchNorm2d 512,4,4 1024;   ReLU 512,4,4 0
+    Conv2d 512,4,4 2359808;   BatchNorm2d 512,4,4 1024;                          ReLU 512,4,4 0
+    Conv2d 512,4,4 2359808;   BatchNorm2d 512,4,4 1024;                          ReLU 512,4,4 0
+    MaxPool2d 512,1,1 0;      Linear 10 5130'''
+
+def rows(table):
+    cells = (row.split() for row in re.split(r'[;\n]', table) if row.strip())
+    return [(kind, tuple(map(int, shape.split(','))), int(n)) for kind, shape, n in cells]
+
+def printed_rows(summary):
+    found = re.findall(r'^ *(\w+)-(\d+) +\[-1, ([\d, ]+)\] +([\d,]+)$', summary, re.MULTILINE)
+    assert [int(i) for _, i, _, _ in found] == list(range(1, len(found) + 1))
+    return [(kind, tuple(map(int, shape.split(','))), int(n.replace(',', ''))) for kind, _, shape, n in found]
+
+@pytest.fixture(scope='module')
+def nets(): return {bias: CustomResNet(conv_bias=bias) for bias in (False, True)}
+
+seeds = pytest.mark.parametrize('conv_bias, table, total', [(False, seed_001, 6_573_130), (True, seed_002, 6_575_370)], ids=['seed 001', 'seed 002'])
+
+# ---- the tables of the seeds
+
+@seeds
+def test_the_layers_are_those_of_the_seed(nets, conv_bias, table, total):
+    assert len(rows(table)) == 29
+    assert layer_table(nets[conv_bias]) == printed_rows(model_summary(nets[conv_bias])) == rows(table)
+
+@seeds
+def test_the_parameters_are_those_of_the_seed(nets, conv_bias, table, total):
+    net, summary = nets[conv_bias], model_summary(nets[conv_bias])
+    assert sum(p.numel() for p in net.parameters()) == sum(n for *_, n in rows(table)) == total
+    assert f'Total params: {total:,}\nTrainable params: {total:,}\nNon-trainable params: 0\n' in summary
+
+def test_the_sizes_are_those_of_seed_002(nets):
+    summary = model_summary(nets[True])
+    for line in ('Input size (MB): 0.01', 'Forward/backward pass size (MB): 6.44', 'Params size (MB): 25.08', 'Estimated Total Size (MB): 31.54'):
+        assert line in summary
+
+def test_frozen_parameters_are_counted_apart():
+    net = CustomResNet()
+    net.fc.requires_grad_(False)
+    assert 'Trainable params: 6,568,000\nNon-trainable params: 5,130\n' in model_summary(net)
+
+def test_the_summary_takes_any_module_and_leaves_it_as_it_was():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4*6*6, 2))
+    net[1].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert layer_table(net, (1, 8, 8)) == [('Conv2d', (4, 6, 6), 40), ('BatchNorm2d', (4, 6, 6), 8), ('Flatten', (144,), 0), ('Linear', (2,), 290)]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net.training and not net[1].training
+    assert not any(m._forward_hooks for m in net.modules())
+
+# ---- structure
+
+def test_children_are_named_in_order(nets):
+    assert [name for name, _ in nets[False].named_children()] == ['prep', 'layer1', 'res1', 'layer2', 'layer3', 'res2', 'pool', 'fc']
+
+def test_every_layer_is_a_module_of_torch():
+    leaves = [m for m in CustomResNet(dropout=.1).modules() if not list(m.children())]
+    assert {type(m).__module__.split('.')[0] for m in leaves} == {'torch'}
+
+def test_every_convolution_is_3_by_3_with_stride_and_padding_1(nets):
+    convs = [m for m in nets[False].modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 8
+    assert {(c.kernel_size, c.stride, c.padding, c.bias) for c in convs} == {((3, 3), (1, 1), (1, 1), None)}
+
+def test_logits_are_the_sum_over_blocks_by_hand(nets):
+    net, x = nets[False].eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        h = net.layer1(net.prep(x))
+        h = h + nn.Sequential(*net.res1)(h)
+        h = net.layer3(net.layer2(h))
+        h = h + nn.Sequential(*net.res2)(h)
+        expected = net.fc(nn.functional.max_pool2d(h, 4).flatten(1))
+        assert torch.equal(net(x), expected)
+    assert expected.shape == (2, 10) and not torch.allclose(expected.exp().sum(1), torch.ones(2)) # logits, no softmax
+
+def test_gradients_reach_every_parameter(nets):
+    net = CustomResNet(conv_bias=True)
+    net(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert all(p.grad.abs().max() > 0 for name, p in net.named_parameters() if p.ndim > 1)
+
+@pytest.mark.parametrize('n_out, c_in', [(10, 3), (100, 3), (7, 1)])
+def test_classes_and_channels_can_be_others(n_out, c_in):
+    net = CustomResNet(n_out, c_in).eval()
+    with torch.no_grad(): assert net(torch.zeros(2, c_in, 32, 32)).shape == (2, n_out)
+    assert layer_table(net, (c_in, 32, 32))[-1] == ('Linear', (n_out,), 513*n_out)
+
+# ---- norm and dropout
+
+def norms(net): return [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+
+@pytest.mark.parametrize('kwargs, groups', [(dict(norm='group'), 2), (dict(norm='group', n_groups=32), 32), (dict(norm='layer'), 1), (dict(norm='layer', n_groups=8), 1)])
+def test_group_and_layer_norm_have_their_groups_and_as_many_parameters(kwargs, groups):
+    net = CustomResNet(**kwargs)
+    assert len(norms(net)) == 8 and all(type(m) is nn.GroupNorm and m.num_groups == groups for m in norms(net))
+    assert sum(p.numel() for p in net.parameters()) == 6_573_130
+
+def test_batch_norm_is_the_default(nets): assert [type(m) for m in norms(nets[False])] == [nn.BatchNorm2d]*8
+
+def test_dropout_follows_each_activation():
+    layers = [m for m in CustomResNet(dropout=.25).modules() if isinstance(m, (nn.ReLU, nn.Dropout))]
+    assert [type(m) for m in layers] == [nn.ReLU, nn.Dropout]*8
+    assert {m.p for m in layers[1::2]} == {.25}
+
+def test_a_dropout_of_nought_has_no_layer(nets): assert not [m for m in nets[False].modules() if isinstance(m, nn.Dropout)]
+
+def test_dropout_drops_in_training_only():
+    net, x = CustomResNet(norm='group', dropout=.5), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(net.train()(x), net(x))
+        assert torch.equal(net.eval()(x), net(x))
+
+@pytest.mark.parametrize('name, value', [('norm', 'instance'), ('norm', None), ('dropout', -.1), ('dropout', 1), ('dropout', float('nan'))])
+def test_what_makes_no_sense_is_refused(name, value):
+    with pytest.raises(ValueError, match=f'{name} is {value!r}: give '): CustomResNet(**{name: value})
+
+@pytest.mark.parametrize('n_groups', [0, -2, 3, 128])
+def test_groups_must_divide_the_channels(n_groups):
+    with pytest.raises(ValueError, match=f'n_groups is {n_groups}: give a divisor of 64'): CustomResNet(norm='group', n_groups=n_groups)
+
+# ---- picture
+
+def test_the_picture_names_every_part_with_its_shape(nets):
+    expected = ['image', '3×32×32', 'prep', '64×32×32', 'layer1', '128×16×16', 'res1', '128×16×16', 'layer2', '256×8×8',
+                'layer3', '512×4×4', 'res2', '512×4×4', 'pool', '512×1×1', 'fc', '10']
+    texts = [t.get_text().split(':')[0] for t in plot_model(nets[False]).texts]
+    assert [t for t in texts if t in expected] == expected
+
+def test_the_picture_is_drawn_where_it_is_told_and_leaves_the_network_as_it_was():
+    net, (_, ax) = CustomResNet(c_in=1).train(), plt.subplots()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert plot_model(net, ax) is ax
+    assert net.training and all(m.training for m in net.modules())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not any(m._forward_hooks for m in net.modules())

@@ -1,0 +1,172 @@
+"""One run, from its settings to its folder: what it holds, what is refused, and that it can be repeated."""
+import csv, hashlib, json, re
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Callback
+from PIL import Image
+from safetensors.torch import load_file
+
+from cifar_fastai.core import read_json, settings_from
+from cifar_fastai.interpret import CifarInterpretation
+from cifar_fastai.learner import load_weights
+from cifar_fastai.schedule import LRBounds, one_cycle_lr
+from cifar_fastai.training import SaveRun, history_columns, new_run_folder, run_config, settle_bounds, train
+
+# ---- what a run folder holds
+
+def test_a_run_folder_holds_all_that_was_promised_and_nothing_else(finished):
+    run, _ = finished
+    assert sorted(p.name for p in run.iterdir()) == ['best.safetensors', 'config.json', 'history.csv', 'model.safetensors', 'plots', 'summary.json']
+
+def test_the_plots_are_pictures_of_something(finished):
+    plots = {p.stem: p for p in (finished[0]/'plots').iterdir()}
+    assert {'history', 'learning_rate', 'confusion_matrix', 'confusion_matrix_normalized', 'misclassified', 'samples', 'augmented'} <= set(plots)
+    for file in plots.values():
+        with Image.open(file) as img:
+            assert img.format == 'PNG' and min(img.size) > 200
+            assert np.asarray(img.convert('L')).std() > 5
+
+def test_the_history_has_its_header_and_a_row_an_epoch(finished):
+    lines = (finished[0]/'history.csv').read_text().splitlines()
+    assert lines[0] == 'epoch,lr,train_loss,train_accuracy,valid_loss,accuracy,seconds' == ','.join(history_columns)
+    assert [line.split(',')[0] for line in lines[1:]] == ['1', '2']
+    assert all(np.isfinite([float(value) for value in line.split(',')]).all() for line in lines[1:])
+
+def test_the_history_has_the_rate_of_each_epochs_last_step(finished):
+    rows = list(csv.DictReader((finished[0]/'history.csv').open()))
+    steps = [one_cycle_lr(step, 10, round(2*5/24*5) - 1, 1e-3, 1e-2) for step in range(10)]
+    assert [float(row['lr']) for row in rows] == pytest.approx([steps[4], steps[9]])
+
+def test_the_summary_is_what_train_returns(finished):
+    run, summary = finished
+    assert read_json(run/'summary.json') == json.loads(json.dumps(summary))
+
+def test_the_summary_holds_what_was_promised(finished, small, settings):
+    run, summary = finished
+    assert summary['n_params'] == 6_573_130 and summary['epochs'] == 2 and summary['seed'] == 0 and summary['interrupted'] is False
+    assert summary['seconds'] == pytest.approx(sum(float(row['seconds']) for row in csv.DictReader((run/'history.csv').open())))
+    assert summary['device'] and summary['precision'] == 'fp32'
+    assert summary['settings'] == asdict(settings(out=str(run)))
+    assert summary['bounds'] == dict(lr_min=1e-3, lr_max=1e-2)
+    assert tuple(summary['data']['fingerprint']) == small.fingerprint and summary['data']['is_cifar10'] is False
+    assert {'torch', 'fastai', 'cifar_fastai'} <= set(summary['environment']['packages'])
+
+def test_final_and_best_accuracy_are_those_of_the_history(finished):
+    run, summary = finished
+    accuracies = [float(row['accuracy']) for row in csv.DictReader((run/'history.csv').open())]
+    assert summary['accuracy'] == pytest.approx(accuracies[-1]) and summary['best_accuracy'] == pytest.approx(max(accuracies))
+    assert summary['best_epoch'] == 1 + accuracies.index(max(accuracies))
+    assert summary['n_wrong'] == round(40*(1 - accuracies[-1]))
+
+def test_the_hash_is_that_of_the_weights_file(finished):
+    run, summary = finished
+    assert summary['weights_sha256'] == hashlib.sha256((run/'model.safetensors').read_bytes()).hexdigest()
+
+def test_the_config_gives_the_settings_back(finished, settings):
+    run, _ = finished
+    config = read_json(run/'config.json')
+    assert settings_from(config['settings']) == settings(out=str(run))
+    assert config['data']['vocab'][3] == 'cat' and (config['data']['n_train'], config['data']['n_test']) == (80, 40)
+
+def test_the_weights_are_those_of_the_network(finished):
+    tensors = load_file(finished[0]/'model.safetensors')
+    assert tensors['res2.0.weight'].shape == (512, 512, 3, 3) and {t.dtype for t in tensors.values()} == {torch.float32, torch.int64}
+    assert tensors['prep.1.num_batches_tracked'] == 10
+
+# ---- what it says
+
+def test_a_run_says_what_data_it_has_and_that_best_on_test_images_is_optimistic(settings, capsys, small):
+    train(settings(epochs=1, out='run'))
+    said = capsys.readouterr().out
+    assert '80 training and 40 test images' in said and 'not the original CIFAR-10' in said and small.fingerprint[0][:8] in said
+    assert 'learning rates from 1.00e-03 to 1.00e-02' in said and 'epoch 1 of 1: lr ' in said
+    assert re.search(r'on the test images.*best \d+\.\d+% after epoch 1 \(chosen on the test images, so optimistic\); run\n', said)
+
+def test_a_run_on_the_hold_out_uses_no_test_image_and_says_so(settings, capsys):
+    summary = train(settings(epochs=1, valid='holdout', norm='group', n_groups=4, dropout=.1, conv_bias=True, anneal='cos', out='run'))
+    said = capsys.readouterr().out
+    assert 'on the held-out training images' in said and 'optimistic' not in said
+    assert summary['valid'] == 'holdout' and summary['n_params'] == 6_575_370
+    assert len(CifarInterpretation.from_run('run').targs) == 10 # a tenth of 80, rounded in each class
+
+# ---- the same again
+
+def test_the_same_settings_give_the_same_weights(settings, finished):
+    again, other = train(settings(out='again')), train(settings(out='other', seed=1, epochs=1))
+    assert again['weights_sha256'] == finished[1]['weights_sha256'] != other['weights_sha256']
+    assert again['accuracy'] == finished[1]['accuracy']
+
+# ---- last and best
+
+@pytest.fixture
+def worse_at_the_end(tiny_learner, settings, small):
+    "A fit of three epochs whose network is spoilt after the first, and the callback that saved it"
+    class Spoil(Callback):
+        def before_validate(self):
+            if self.epoch > 0: self.model[-1].weight.data.zero_()
+    learn, saved = tiny_learner(), SaveRun('run', run_config(settings(), small, LRBounds(1e-3, 1e-2)))
+    learn.fit(8, .02)
+    learn.fit(3, .005, cbs=[saved, Spoil()])
+    return learn, saved
+
+def test_best_and_last_weights_are_both_kept(worse_at_the_end, tiny_net, small_dls):
+    learn, saved = worse_at_the_end
+    accuracies = [row['accuracy'] for row in learn.recorder.history]
+    assert accuracies[0] > .25 and accuracies[1:] == pytest.approx([.1, .1])
+    def accuracy(name):
+        learn.model = load_weights(tiny_net(), saved.path/name)
+        return learn.validate()[1]
+    assert saved.best_epoch == 1
+    assert accuracy('best.safetensors') == pytest.approx(accuracies[0])
+    assert accuracy('model.safetensors') == pytest.approx(accuracies[-1])
+
+# ---- refusals
+
+def test_a_new_run_folder_has_the_date_as_its_name():
+    assert re.fullmatch(r'runs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d', str(new_run_folder()))
+
+@pytest.mark.parametrize('kind', ['folder', 'full folder', 'file', 'broken link'])
+def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(settings, kind, tmp_path):
+    out = tmp_path/'run'
+    if kind == 'file': out.write_text('mine')
+    elif kind == 'broken link': out.symlink_to('nowhere')
+    else: out.mkdir()
+    if kind == 'full folder': (out/'history.csv').write_text('mine')
+    before = sorted((p.name, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*'))
+    with pytest.raises(FileExistsError, match='run exists already: give another run folder with --out'): train(settings(out=str(out)))
+    assert sorted((p.name, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')) == before
+
+def test_a_run_folder_below_a_file_is_refused_by_name(settings, tmp_path):
+    (tmp_path/'file').write_text('mine')
+    with pytest.raises(OSError) as e: train(settings(out=str(tmp_path/'file'/'run')))
+    assert str(tmp_path/'file') in str(e.value) and 'Exception occured' not in str(e.value)
+
+refused = {'no data': (dict(data='/no/such'), FileNotFoundError, '/no/such does not exist'),
+           'an fp16 on a processor': (dict(precision='fp16'), ValueError, "precision is 'fp16'")}
+
+@pytest.mark.parametrize('change', refused)
+def test_a_run_that_is_refused_leaves_no_folder(settings, change, folder_of_its_own):
+    changes, error, message = refused[change]
+    with pytest.raises(error, match=message): train(settings(out='runs/a', **changes))
+    assert list(folder_of_its_own.iterdir()) == []
+
+def test_bounds_that_do_not_fit_what_was_found_are_refused(settings, tiny_learner, monkeypatch):
+    "lr_max is found by a range test, and lies below the lr_min that was given"
+    learn = tiny_learner(lr=.01)
+    with pytest.raises(ValueError, match='lr_min|the loss'): settle_bounds(settings(lr_min=1e6, lr_max='find'), learn)
+
+def test_bounds_that_are_given_need_no_range_test(settings, tiny_learner):
+    assert settle_bounds(settings(), tiny_learner()) == (LRBounds(1e-3, 1e-2), None)
+
+# ---- found bounds, on the real network
+
+def test_a_run_with_found_bounds_records_and_draws_them(settings, capsys, digits):
+    summary = train(settings(data='digits', epochs=1, bs=16, lr_min='find', lr_max='find', out='run'), digits.first(160, 40))
+    said = capsys.readouterr().out
+    lr_min, lr_max = summary['bounds']['lr_min'], summary['bounds']['lr_max']
+    assert 0 < lr_min <= lr_max/10 and lr_max < 10
+    assert f'learning rates from {lr_min:.2e} to {lr_max:.2e}, found by a range test' in said
+    assert (folder_plots := {p.name for p in CifarInterpretation.from_run('run', digits.first(160, 40)).learn.path.joinpath('run/plots').iterdir()}) and 'range_test.png' in folder_plots
