@@ -17,7 +17,7 @@ import tyro
 
 from .core import TrainSettings
 
-# %% ../nbs/20_cli.ipynb #ff1fc808
+# %% ../nbs/20_cli.ipynb #b9b1d590
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -68,10 +68,13 @@ class InterpretSettings:
 def cifar_interpret(settings:InterpretSettings):
     "Run a trained network over the images that validated it: what is right, what is wrong, and the plots."
     from cifar_fastai.interpret import CifarInterpretation
-    from cifar_fastai.training import read_history, save_plots
+    from cifar_fastai.core import read_json
+    from cifar_fastai.training import best_is, read_history, save_plots
     history = read_history(settings.run)
     interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
-    print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong\n')
+    valid = read_json(Path(settings.run)/'config.json')['settings']['valid']
+    chosen = f', by the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
+    print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}\n')
     print(interp.per_class().to_string(float_format='{:.3f}'.format), '\n')
     for actual, predicted, n in interp.most_confused()[:settings.k]: print(f'{actual} taken for {predicted}: {n}')
     save_plots(Path(settings.run)/'plots', interp, history)

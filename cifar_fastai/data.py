@@ -95,7 +95,7 @@ def first_of_each_class(
         mask[idxs[:max(1, round(share*len(idxs)))]] = True
     return mask
 
-# %% ../nbs/02_data.ipynb #48d40386
+# %% ../nbs/02_data.ipynb #e9510e8b
 class _ArraysOnly(pickle.Unpickler):
     "Builds NumPy arrays, and refuses whatever else a pickle asks for"
     _allowed = {('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
@@ -111,9 +111,10 @@ def _members(path:Path):
     "Yield (name, bytes) of the files of a data set, from a folder or a tar archive"
     wanted = lambda name: not PurePosixPath(name).name.startswith('.') and (_png_name.search(name) or _batch_name.search(name))
     if path.is_dir():
+        path = path.resolve()
         for file in _files(path):
-            name = file.relative_to(path.parent).as_posix()
-            if wanted(name): yield name, file.read_bytes()
+            name = f'{path.name}/{file}'
+            if wanted(name) and (path/file).is_file(): yield name, (path/file).read_bytes()
         return
     try:
         with tarfile.open(path, 'r|*') as tar:
@@ -122,7 +123,9 @@ def _members(path:Path):
     except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
         raise ValueError(f'{path} cannot be read as a tar archive ({e}): it may be cut short; fetch it again') from None
 
-def _files(folder:Path): return sorted(p for p in folder.rglob('*') if p.is_file())
+def _files(folder:Path):
+    "Names below `folder`, relative to it"
+    return sorted(Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
 
 def _decode_png(data:bytes, name:str):
     try: img = Image.open(io.BytesIO(data))
@@ -199,10 +202,10 @@ def find_cifar10(
                                                      ('archive', 'cifar10.tgz'), ('archive', 'cifar-10-python.tar.gz')]]
     return next((p for p in places if p.exists()), None) or fetch_cifar10(urls)
 
-# %% ../nbs/02_data.ipynb #df513dae
+# %% ../nbs/02_data.ipynb #7bd0eb36
 def _cache_file(path:Path):
-    stat = lambda p: (p.stat().st_size, p.stat().st_mtime_ns)
-    files = [(p.relative_to(path).as_posix(), *stat(p)) for p in _files(path)] if path.is_dir() else [stat(path)]
+    names = _files(path) if path.is_dir() else ['']
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := os.stat(os.path.join(path, name) if name else path))]
     key = hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:32]
     return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
 

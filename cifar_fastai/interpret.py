@@ -23,7 +23,7 @@ from .data import cifar_dls, load_cifar10
 from .learner import cifar_learner, load_weights
 from .models import CustomResNet
 
-# %% ../nbs/06_interpret.ipynb #b8bced6e
+# %% ../nbs/06_interpret.ipynb #a5fae71f
 class Misclassified(NamedTuple):
     "One wrong prediction"
     idx: int # position in the data set
@@ -47,7 +47,7 @@ class CifarInterpretation(ClassificationInterpretation):
     @classmethod
     def from_learner(cls,
         learn:Learner,
-        ds_idx:int=1, # 0: the training images, 1: the validation images
+        ds_idx:int=1, # 1: the validation images; 0: the training images, augmented as in training
         dl=None, # another `DataLoader`, with labels
         act=None, # what makes probabilities of logits; the loss function's own
     ):

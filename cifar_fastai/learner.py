@@ -184,7 +184,7 @@ def cifar_learner(
     learn.logger = learn.recorder.print_row
     return learn
 
-# %% ../nbs/05_learner.ipynb #d634776b
+# %% ../nbs/05_learner.ipynb #cd552415
 def save_weights(model, path): # -> `Path`
     "Parameters and buffers of `model` as safetensors, whole or not at all"
     path = Path(path)
@@ -196,5 +196,5 @@ def load_weights(model, path): # -> `model`
     "Read what `save_weights` wrote; raises `ValueError` when the file is damaged or of another network"
     try: model.load_state_dict(load_file(path))
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
-    except Exception as e: raise ValueError(f'{path} holds no weights of this network: {str(e).splitlines()[0]}') from None
+    except Exception as e: raise ValueError(f'{path} holds no weights of this network: {" ".join(str(e).split())[:200]}') from None
     return model

@@ -106,27 +106,33 @@ def range_test(
     n = len(losses) if np.isfinite(losses).all() else int(np.argmin(np.isfinite(losses)))
     return np.array(seen.lrs[:n]), losses[:n]
 
-# %% ../nbs/04_schedule.ipynb #20a8b3eb
+# %% ../nbs/04_schedule.ipynb #7d448e07
 class LRBounds(NamedTuple):
     "The two learning rates of `OneCycle`, in the order of its arguments"
     lr_min: float
     lr_max: float
 
-def _smooth(losses, n=5): return np.convolve(np.pad(losses, n//2, mode='edge'), np.ones(n)/n, mode='valid')
+def _smooth(losses, window=5): return np.convolve(np.pad(losses, window//2, mode='edge'), np.ones(window)/window, mode='valid')
 
-def find_edge(lrs, losses): # of a range test -> index of the edge
-    "The last step before the smoothed loss has climbed back, after its minimum, by a tenth of its descent"
-    smooth = _smooth(losses)
-    low, start = smooth.argmin(), smooth[:max(1, len(smooth)//10)].mean()
+def _start(smooth): return smooth[:max(1, len(smooth)//10)].mean() # where the curve begins
+
+def find_edge(
+    lrs, losses, # of a range test
+    window:int=5, # steps of the moving average, odd
+): # -> index of the edge
+    "The last step before the smoothed loss has climbed back, after its minimum and for good, by a tenth of its descent"
+    smooth = _smooth(losses, window)
+    low, start = smooth.argmin(), _start(smooth)
     if not smooth[low] < 0.9*start: raise ValueError(f'the loss does not fall anywhere between the learning rates {lrs[0]:.1e} and {lrs[-1]:.1e}: test more steps or a wider range, or give lr_min and lr_max')
-    climbed = np.flatnonzero(smooth[low:] > smooth[low] + (start - smooth[low])/10)
-    if not len(climbed): raise ValueError(f'the loss has not risen again at a learning rate of {lrs[-1]:.1e}: test up to a higher one, or give lr_min and lr_max')
-    return low + climbed[0] - 1
+    climbed = smooth > smooth[low] + (start - smooth[low])/10
+    after = [i for i in range(low, len(smooth)) if climbed[i:i+5].all()] # one noisy step is no edge
+    if not after: raise ValueError(f'the loss has not risen again at a learning rate of {lrs[-1]:.1e}: test up to a higher one, or give lr_min and lr_max')
+    return after[0] - 1
 
 def bounds_from(lrs, losses): # of a range test -> `LRBounds`
     "LRMAX a third of the edge; LRMIN where the loss has come half-way down, at most a tenth of LRMAX. `ValueError` when the curve has no valley"
     smooth, edge = _smooth(losses), find_edge(lrs, losses)
-    half = (smooth[:max(1, len(smooth)//10)].mean() + smooth.min())/2
+    half = (_start(smooth) + smooth.min())/2
     lr_max = lrs[edge]/3
     return LRBounds(float(min(lrs[np.argmax(smooth <= half)], lr_max/10)), float(lr_max))
 
@@ -143,7 +149,7 @@ def plot_range_test(
     for name, lr, color in [('LRMIN', bounds.lr_min, 'tab:green'), ('LRMAX', bounds.lr_max, 'tab:red')]:
         ax.axvline(lr, color=color, label=f'{name} {lr:.2e}')
     ax.plot(lrs[edge], smooth[edge], 'o', color='tab:orange', label=f'edge {lrs[edge]:.2e}')
-    start = smooth[:max(1, len(smooth)//10)].mean()
+    start = _start(smooth)
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss', ylim=(max(0, smooth.min() - .2*(start - smooth.min())), start + .3*(start - smooth.min())))
     ax.legend(fontsize=8)
     return ax

@@ -48,7 +48,7 @@ def test_help_says_what_every_option_means(help_of, command):
     said, explained = help_of[command][0], comments(commands[command])
     assert f'usage: {command}' in said
     for field in fields(commands[command]):
-        assert f'--{field.name.replace("_", "-")}' in said or f' {field.name.upper()}' in said
+        assert f'--{field.name.replace("_", "-")} ' in said.replace(',', ' ') or field.name in ('run', 'images') # the two that have no name
         assert explained[field.name] in said, f'no help for {field.name}'
 
 def test_help_says_what_the_command_does(help_of):
@@ -119,10 +119,10 @@ def test_a_process_that_is_refused_prints_one_line_and_exits_with_1(command):
 
 # ---- a run, typed
 
-small_run = '--bs 16 --lr_min 0.001 --lr_max 0.01 --precision fp32 --num_workers 0'.split()
+small_run = '--bs 16 --lr_min 0.001 --lr_max 0.01 --precision fp32'.split()
 
 def test_train_as_a_process_makes_a_run(small_archive, finished, folder_of_its_own):
-    done = subprocess.run([scripts/'cifar_train', '--data', small_archive, '--epochs', '2', *small_run], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([scripts/'cifar_train', '--data', small_archive, '--epochs', '2', '--num_workers', '0', *small_run], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == ''
     lines = done.stdout.splitlines()
     assert [line[:12] for line in lines if line.startswith('epoch')] == ['epoch 1 of 2', 'epoch 2 of 2']
@@ -130,32 +130,33 @@ def test_train_as_a_process_makes_a_run(small_archive, finished, folder_of_its_o
     assert lines[-1].endswith(f'runs/{run.name}')
     assert json.loads((run/'summary.json').read_text())['weights_sha256'] == finished[1]['weights_sha256'] # as in this process
 
-def wait_for(condition, process, seconds=240):
+def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f'it ended too early: {process.communicate()}'
-        assert time.monotonic() < end, 'it took too long'
-        time.sleep(.05)
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(.02)
 
-@pytest.mark.parametrize('moment', ['in the first epoch', 'after the first epoch'])
-@pytest.mark.parametrize('workers', ['2'])
-def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, workers, folder_of_its_own):
-    first = moment == 'in the first epoch'
-    data, run = ('digits', small_archive)[not first], folder_of_its_own/'run'
-    process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', '--data', data, '--epochs', '500', *small_run[:-1], workers, '--out', run],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for((run/'config.json').exists if first else lambda: (run/'history.csv').exists() and len((run/'history.csv').read_text().splitlines()) > 1, process)
-    os.killpg(process.pid, signal.SIGINT) # as a terminal does: to the process and to its workers
-    out, err = process.communicate(timeout=120)
+def press_ctrl_c(process): os.killpg(process.pid, signal.SIGINT) # as a terminal does: for the process and its workers
+
+@pytest.mark.parametrize('moment', ['at once', 'after an epoch'])
+def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_its_own):
+    run, at_once = folder_of_its_own/'run', moment == 'at once'
+    data, workers = ('digits', '2') if at_once else (small_archive, '0') # at once: just before the workers are forked
+    args = ['--data', data, '--epochs', '200', *small_run, '--num_workers', workers, '--out', run]
+    process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for((run/'config.json' if at_once else run/'best.safetensors').exists, process)
+        press_ctrl_c(process)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None: process.kill(); process.communicate()
     assert process.returncode == 130
     assert 'Traceback' not in out + err and 'interrupted: history and last model are in' in out
     history, summary = pd.read_csv(run/'history.csv'), json.loads((run/'summary.json').read_text())
     assert summary['interrupted'] is True and summary['epochs'] == len(history)
-    assert (len(history) == 0) if first else len(history) >= 1
-    assert summary['accuracy'] == (None if first else pytest.approx(history['accuracy'].iloc[-1]))
+    assert len(history) == 0 and summary['accuracy'] is None if at_once else summary['accuracy'] == pytest.approx(history['accuracy'].iloc[-1])
     assert summary['weights_sha256'] == hashlib.sha256((run/'model.safetensors').read_bytes()).hexdigest()
     assert load_run(run)[1] == json.loads((run/'config.json').read_text())
-    assert not list(run.rglob('*.part'))
 
 # ---- predict
 
@@ -204,7 +205,8 @@ def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, s
     cifar_interpret([str(run), '--k', '3'])
     said = capsys.readouterr().out
     assert f'accuracy {summary["accuracy"]:.2%}, {summary["n_wrong"]} of 40 wrong' in said
-    assert all(re.search(rf'^{name} +[\d.]+ +[\d.]+ +[\d.]+ +4$', said, re.MULTILINE) for name in small.vocab)
+    assert all(re.search(rf'^{name} +[\d.]+ +[\d.]+ +[\d.]+ +4 *$', said, re.MULTILINE) for name in small.vocab)
+    assert '\r' not in said # a bar is for people
     assert len(re.findall(r'^\w+ taken for \w+: \d+$', said, re.MULTILINE)) == 3
     assert {'confusion_matrix.png', 'misclassified.png', 'history.png'} <= {p.name for p in (run/'plots').iterdir()}
 
@@ -223,7 +225,7 @@ def test_interpret_refuses_what_is_no_run(finished, tmp_path):
 # ---- lr_find
 
 def test_lr_find_prints_both_rates_and_saves_the_plot(capsys, folder_of_its_own):
-    cifar_lr_find('--data digits --bs 8 --precision fp32 --num_workers 0 --plot found.png'.split())
+    cifar_lr_find('--data digits --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
     said = dict(line.split(' ') for line in capsys.readouterr().out.splitlines()[-3:])
     assert 0 < float(said['lr_min']) <= float(said['lr_max'])/10 and said['plot'] == 'found.png'
     with Image.open('found.png') as img: assert img.format == 'PNG' and min(img.size) > 200

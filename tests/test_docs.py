@@ -1,0 +1,164 @@
+"""The checkout: README.md and notebooks as they should be committed, and commands that exist."""
+import ast, importlib, json, posixpath, re
+from configparser import ConfigParser
+from importlib.metadata import distribution
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import cifar_fastai
+
+root = Path(__file__).resolve().parent.parent
+if not (root/'settings.ini').exists(): pytest.skip('a checkout: settings.ini, README.md and nbs/ beside tests/', allow_module_level=True)
+
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+modules = [p for p in notebooks if p.parent.name == 'nbs' and p.stem[:2].isdigit()]
+each_notebook = pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.relative_to(root/'nbs').as_posix())
+each_module = pytest.mark.parametrize('notebook', modules, ids=lambda p: p.stem)
+
+def cells(notebook, kind=None):
+    return [cell for cell in json.loads(notebook.read_text(encoding='utf8'))['cells'] if kind in (None, cell['cell_type'])]
+
+def source(cell): return ''.join(cell['source'])
+
+@pytest.fixture(scope='module')
+def config():
+    config = ConfigParser(delimiters=['='])
+    config.read(root/'settings.ini', encoding='utf8')
+    return config['DEFAULT']
+
+# ---- README.md
+
+def test_the_readme_is_made_from_the_index():
+    from readme import drifted
+    assert [str(path.relative_to(root)) for path in drifted(root)] == []
+
+def test_the_readme_says_what_it_must(config):
+    text = (root/'README.md').read_text(encoding='utf8')
+    for words in ('make demo', 'make test', 'colab.research.google.com', 'from cifar_fastai.all import *', 'OneCycle(lr_min, lr_max, peak_epoch=5)',
+                  '92.33', '91.63', '92.39', '93.07', '92.68'): # the seeds' figures
+        assert words in text, words
+
+def test_owner_and_repository_stand_in_settings_ini_alone(config):
+    address = f'github.com/{config["user"]}/{config["repo"]}'
+    for file in [root/'README.md', *notebooks]:
+        for owner, repo in re.findall(r'(?:github\.com|colab\.research\.google\.com/github)/([\w.-]+)/(cifar_fastai\b[\w.-]*)', file.read_text(encoding='utf8')):
+            assert f'github.com/{owner}/{repo.removesuffix(".git")}' == address, file
+
+def links(text): # targets in Markdown and HTML that are relative
+    code_free = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.DOTALL)
+    found = re.findall(r'\]\(([^)\s]+)', code_free) + re.findall(r'\b(?:src|href)="([^"]+)"', code_free)
+    return [unquote(link.split('#')[0]) for link in found if link.split('#')[0] and not re.match(r'[a-z][a-z0-9+.-]*:|attachment:', link)]
+
+def test_every_picture_and_link_of_the_readme_is_there():
+    missing = [link for link in links((root/'README.md').read_text(encoding='utf8')) if not (root/link).exists()]
+    assert missing == []
+
+def test_the_readme_shows_a_picture():
+    assert [link for link in links((root/'README.md').read_text(encoding='utf8')) if link.endswith('.png')]
+
+# ---- notebooks
+
+def target(notebook, link): # nbdev links pages, as .html, to notebooks
+    path = notebook.parent/posixpath.normpath(link)
+    pages = [p for p in notebooks if link.endswith('.html') and re.sub(r'^\d+\w*?_', '', p.stem) == Path(link).stem]
+    return pages or path.exists()
+
+@each_notebook
+def test_every_link_of_a_notebook_is_there(notebook):
+    assert [link for cell in cells(notebook, 'markdown') for link in links(source(cell)) if not target(notebook, link)] == []
+
+@each_notebook
+def test_a_notebook_holds_no_path_of_a_machine(notebook):
+    text = re.sub(r'"image/\w+": "[^"]*"', '', notebook.read_text(encoding='utf8')) # letters of a picture may look like one
+    assert re.findall(r'(?<![\w.:/])/(?:home|root|Users|work|tmp|mnt|opt|var|private)/[\w.-]+|\b[A-Z]:\\\\', text) == []
+
+@each_notebook
+def test_a_notebook_is_committed_clean(notebook):
+    for cell in cells(notebook, 'code'):
+        assert cell['execution_count'] is None
+        for output in cell['outputs']:
+            assert output['output_type'] != 'error'
+            assert output.get('execution_count') is None
+            assert output.get('name') != 'stderr', output['text']
+
+@each_notebook
+def test_a_notebook_begins_with_a_title_and_a_line_that_says_what_it_is(notebook):
+    first = source(cells(notebook)[0]) + '\n' + source(cells(notebook)[1])
+    assert re.search(r'^# \S', first, re.MULTILINE)
+    assert re.search(r'^(> \S|description: \S)', first, re.MULTILINE)
+
+@each_module
+def test_a_module_notebook_is_committed_with_its_outputs(notebook):
+    assert any(cell['outputs'] for cell in cells(notebook, 'code'))
+    assert any('assert' in source(cell) or 'test_' in source(cell) for cell in cells(notebook, 'code'))
+
+def test_the_tutorial_opens_in_colab_and_installs_the_package_there(config):
+    notebook = root/'nbs/tutorials/train_cifar10.ipynb'
+    text = '\n'.join(source(cell) for cell in cells(notebook))
+    assert f'colab.research.google.com/github/{config["user"]}/{config["repo"]}/blob/{config["branch"]}/nbs/tutorials/train_cifar10.ipynb' in text
+    first = source(cells(notebook, 'code')[0])
+    assert 'pip install' in first and f'git+{config["git_url"]}' in first and 'colab' in first.lower()
+
+def test_the_tutorial_is_committed_with_the_outputs_of_a_run():
+    shown = [output for cell in cells(root/'nbs/tutorials/train_cifar10.ipynb', 'code') for output in cell['outputs']]
+    assert sum('image/png' in output.get('data', {}) for output in shown) >= 5
+    assert any('train_loss' in str(output.get('data', {}).get('text/html', '')) for output in shown) # the table of epochs
+
+# ---- the package
+
+def parts(): return sorted(p.stem for p in Path(cifar_fastai.__file__).parent.glob('*.py') if p.stem not in ('__init__', '_modidx', 'all'))
+
+def test_each_module_has_its_notebook():
+    assert parts() == sorted(re.sub(r'^\d+_', '', p.stem) for p in modules)
+
+def imports(module): # names of the package's modules that a module imports at its top
+    tree = ast.parse((Path(cifar_fastai.__file__).parent/f'{module}.py').read_text(encoding='utf8'))
+    return [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+
+@each_module
+def test_a_module_imports_only_those_before_it(notebook):
+    name = re.sub(r'^\d+_', '', notebook.stem)
+    before = [re.sub(r'^\d+_', '', p.stem) for p in modules if p < notebook]
+    assert [other for other in imports(name) if other not in before] == []
+
+@pytest.mark.parametrize('name', parts())
+def test_every_public_name_has_a_docstring_and_is_in_all(name):
+    module = importlib.import_module(f'cifar_fastai.{name}')
+    every = importlib.import_module('cifar_fastai.all')
+    for public in module.__all__:
+        value = getattr(module, public)
+        assert not callable(value) or value.__doc__, public
+        if name != 'cli': assert getattr(every, public) is value
+
+def test_the_wildcard_import_brings_the_contract_and_not_fastai():
+    from cifar_fastai import all as everything
+    names = {name for name in vars(everything) if not name.startswith('_')}
+    assert {'cifar10_stats', 'cifar10_classes', 'TrainSettings', 'CropFlipCutout', 'load_cifar10', 'cifar_block', 'cifar_dls', 'CustomResNet', 'model_summary',
+            'one_cycle_lr', 'OneCycle', 'lr_bounds', 'cifar_learner', 'CifarInterpretation', 'train'} <= names
+    assert names.isdisjoint({'Learner', 'DataBlock', 'DataLoaders', 'accuracy', 'np', 'torch', 'plt', 'nn'})
+
+def scripts(config): return dict(script.split('=') for script in config['console_scripts'].split())
+
+def test_every_command_of_settings_ini_is_there(config):
+    assert set(scripts(config)) == {'cifar_train', 'cifar_lr_find', 'cifar_interpret', 'cifar_predict'}
+    for name, target in scripts(config).items():
+        module, function = target.split(':')
+        assert getattr(importlib.import_module(module), function).__name__ == name
+
+def test_the_installed_commands_are_those_of_settings_ini(config):
+    installed = {e.name: e.value for e in distribution('cifar_fastai').entry_points if e.group == 'console_scripts'}
+    assert installed == scripts(config)
+
+def test_versions_agree(config):
+    assert cifar_fastai.__version__ == config['version'] == distribution('cifar_fastai').version
+
+def test_requirements_of_users_are_lower_bounds(config):
+    assert all(re.fullmatch(r'[\w-]+(>=[\d.]+)?', requirement) for requirement in config['requirements'].split())
+    required = {re.split('[>=]', requirement)[0] for requirement in config['requirements'].split()}
+    assert {'fastai', 'torch', 'torchvision', 'albumentations', 'matplotlib', 'safetensors', 'tyro'} <= required
+
+def test_only_augment_knows_albumentations():
+    knowing = [p.stem for p in Path(cifar_fastai.__file__).parent.glob('*.py') if re.search(r'import albumentations|from albumentations', p.read_text(encoding='utf8'))]
+    assert knowing == ['augment']
