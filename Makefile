@@ -34,7 +34,7 @@ install: $(installed) ## make .venv with the package, editable, and all it needs
 
 $(installed): settings.ini setup.py pyproject.toml
 	@test -x $(bin)/pip || $(PYTHON) -m venv .venv
-	$(call timed,install,$(bin)/python -m pip install -q --upgrade pip && $(bin)/python -m pip install -e '.[dev]')
+	$(call timed,install,$(bin)/python -m pip install -q --upgrade pip && $(bin)/python -m pip install -q -e '.[dev]')
 	@touch $@
 
 demo: $(installed) ## train on the handwritten digits that ship with scikit-learn (minutes, no download)

@@ -17,7 +17,7 @@ import tyro
 
 from .core import TrainSettings
 
-# %% ../nbs/20_cli.ipynb #b9b1d590
+# %% ../nbs/20_cli.ipynb #2376a793
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -26,7 +26,7 @@ def _command(f):
     ):
         warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
         checked = f.__annotations__['settings']
-        unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None}) # tyro would put a box round what is refused
+        unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None, '__module__': checked.__module__}) # tyro would put a box round what is refused
         given = tyro.cli(unchecked, prog=f.__name__, description=f.__doc__, args=args)
         try: f(checked(**{field.name: getattr(given, field.name) for field in fields(checked)}))
         except KeyboardInterrupt: sys.exit(130)

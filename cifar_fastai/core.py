@@ -6,12 +6,13 @@
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'named_source', 'source_defaults', 'TrainSettings', 'write_json',
            'read_json', 'settings_from', 'environment']
 
-# %% ../nbs/00_core.ipynb #041f70a8
+# %% ../nbs/00_core.ipynb #4983bec9
 import json, math, os, platform
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 # %% ../nbs/00_core.ipynb #db0a6877
 cifar10_classes = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
@@ -34,7 +35,7 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
     "Epochs and batch size for `source`: the assignment's 24 and 512, or 10 and 64 for the small digits"
     return dict(epochs=10, bs=64) if str(named_source(source)) == 'digits' else dict(epochs=24, bs=512)
 
-# %% ../nbs/00_core.ipynb #da2408ae
+# %% ../nbs/00_core.ipynb #9dd5913d
 @dataclass(frozen=True)
 class TrainSettings:
     "What a run depends on. `None` is filled in from the data; what makes no sense raises `ValueError`."
@@ -62,9 +63,10 @@ class TrainSettings:
     def __post_init__(self):
         for name, value in source_defaults(self.data).items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
+        if self.peak_epoch is None and isinstance(self.epochs, int): object.__setattr__(self, 'peak_epoch', self.epochs*5/24)
+        for f in fields(self): _check(_fits(getattr(self, f.name), f.type), f.name, getattr(self, f.name), f'give {_in_words(f.type)}')
         _check(self.epochs >= 1, 'epochs', self.epochs, 'give 1 or more')
         _check(self.bs >= 2, 'bs', self.bs, 'give 2 or more images a batch')
-        if self.peak_epoch is None: object.__setattr__(self, 'peak_epoch', self.epochs*5/24)
         _check(0 < self.peak_epoch < self.epochs, 'peak_epoch', self.peak_epoch, f'give a number between 0 and epochs ({self.epochs})')
         for name in ('lr_max', 'lr_min'):
             lr = getattr(self, name)
@@ -73,14 +75,11 @@ class TrainSettings:
             _check(self.lr_min < self.lr_max, 'lr_min', self.lr_min, f'give less than lr_max ({self.lr_max})')
         _check(0 <= self.dropout < 1, 'dropout', self.dropout, 'give 0 or more and less than 1')
         _check(self.n_groups >= 1 and 64 % self.n_groups == 0, 'n_groups', self.n_groups, 'give a divisor of 64')
-        _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), 'betas', self.betas, 'give two numbers, 0 or more and less than 1')
+        _check(all(0 <= b < 1 for b in self.betas), 'betas', self.betas, 'give two numbers, 0 or more and less than 1')
         _check(_positive(self.eps), 'eps', self.eps, 'give a positive number')
         _check(0 <= self.wd < math.inf, 'wd', self.wd, 'give 0 or more')
         _check(self.num_workers is None or self.num_workers >= 0, 'num_workers', self.num_workers, 'give 0 or more')
         _check(0 <= self.seed < 2**32, 'seed', self.seed, 'give 0 or more and less than 2**32')
-        for f in fields(self):
-            choices = getattr(f.type, '__args__', ()) if getattr(f.type, '__origin__', None) is Literal else ()
-            _check(not choices or getattr(self, f.name) in choices, f.name, getattr(self, f.name), f'give one of {", ".join(choices)}')
 
     @property
     def network(self): # -> keyword arguments of `CustomResNet`
@@ -89,10 +88,24 @@ class TrainSettings:
 
 def _positive(x): return isinstance(x, (int, float)) and math.isfinite(x) and x > 0
 
+def _fits(value, kind):
+    "Is `value` of the annotated type `kind`? A float may be a whole number, a number is never a bool"
+    if get_origin(kind) is Literal: return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType): return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple: return isinstance(value, tuple) and len(value) == len(get_args(kind)) and all(map(_fits, value, get_args(kind)))
+    if kind in (int, float): return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+def _in_words(kind):
+    if get_origin(kind) is Literal: return ('one of ' if len(get_args(kind)) > 1 else '') + ', '.join(get_args(kind))
+    if get_origin(kind) is tuple: return f'{len(get_args(kind))} numbers'
+    if get_args(kind): return ' or '.join(_in_words(k) for k in get_args(kind))
+    return {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False'}.get(kind, 'None')
+
 def _check(ok, name, value, remedy):
     if not ok: raise ValueError(f'{name} is {value!r}: {remedy}')
 
-# %% ../nbs/00_core.ipynb #cb08b825
+# %% ../nbs/00_core.ipynb #de7652cd
 def write_json(path, content): # -> the path
     "Write `content` as indented JSON, whole or not at all (a temporary file takes the name when it is complete)"
     path = Path(path)
@@ -109,6 +122,7 @@ def read_json(path): # -> dict; raises `ValueError` with one sentence when it is
 
 def settings_from(config:dict): # what `config.json` holds under 'settings' -> `TrainSettings`
     "The settings that were written as a dictionary; raises `ValueError` for names it does not know"
+    if not isinstance(config, dict): raise ValueError(f'the settings are {config!r}, and no dictionary: was this written by another program?')
     unknown = set(config) - {f.name for f in fields(TrainSettings)}
     if unknown: raise ValueError(f'unknown settings {", ".join(sorted(unknown))}: was this written by another version?')
     return TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})

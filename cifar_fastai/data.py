@@ -6,19 +6,21 @@
 __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'CIFAR10Data', 'load_digits', 'first_of_each_class', 'read_images',
            'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'cifar_block', 'SeededDL', 'cifar_dls', 'read_image']
 
-# %% ../nbs/02_data.ipynb #6e1e41b8
-import hashlib, io, os, pickle, re, signal, tarfile, tempfile, warnings, zlib
+# %% ../nbs/02_data.ipynb #c73a6bb1
+import gzip, hashlib, io, os, pickle, re, signal, tarfile, tempfile, warnings, zlib
 from functools import partial
+from http.client import HTTPException
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
-from urllib.error import ContentTooShortError, URLError
+from urllib.error import ContentTooShortError, HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_cfg
 from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, ItemGetter, Normalize, TfmdDL
-from fastdownload import download_url
+from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 
 from .augment import CropFlipCutout, ItemAugment
@@ -95,7 +97,7 @@ def first_of_each_class(
         mask[idxs[:max(1, round(share*len(idxs)))]] = True
     return mask
 
-# %% ../nbs/02_data.ipynb #e9510e8b
+# %% ../nbs/02_data.ipynb #3191b76a
 class _ArraysOnly(pickle.Unpickler):
     "Builds NumPy arrays, and refuses whatever else a pickle asks for"
     _allowed = {('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
@@ -117,15 +119,30 @@ def _members(path:Path):
             if wanted(name) and (path/file).is_file(): yield name, (path/file).read_bytes()
         return
     try:
-        with tarfile.open(path, 'r|*') as tar:
-            for member in tar:
-                if member.isreg() and wanted(member.name): yield member.name, tar.extractfile(member).read()
+        with open(path, 'rb') as f:
+            zipped = f.read(2) == b'\x1f\x8b'
+            f.seek(0)
+            stream = _Tail(gzip.GzipFile(fileobj=f) if zipped else f)
+            with tarfile.open(fileobj=stream, mode='r|') as tar:
+                for member in tar:
+                    if member.isreg() and wanted(member.name): yield member.name, tar.extractfile(member).read()
+            while stream.read(2**20): pass
+            if len(stream.tail) < 512 or any(stream.tail): raise EOFError('its end is missing')
     except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
         raise ValueError(f'{path} cannot be read as a tar archive ({e}): it may be cut short; fetch it again') from None
 
+class _Tail:
+    "A file that is read from front to back, and its last 512 bytes: a tar archive ends with a block of zeros"
+    def __init__(self, file): self.file, self.tail = file, b''
+    def read(self, n):
+        block = self.file.read(n)
+        self.tail = (self.tail + block)[-512:]
+        return block
+
 def _files(folder:Path):
     "Names below `folder`, relative to it"
-    return sorted(Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
+    n = len(str(folder)) # 60,000 `Path` would take half a second
+    return sorted(f'{root[n:].replace(os.sep, "/")}/{name}'[1:] for root, _, names in os.walk(folder) for name in names)
 
 def _decode_png(data:bytes, name:str):
     try: img = Image.open(io.BytesIO(data))
@@ -165,8 +182,15 @@ def read_images(path): # folder or tar archive, either layout -> `CIFAR10Data`
     arrays = [a for xs, ys in images.values() for a in _canonical(np.concatenate(xs), np.concatenate(ys).astype(np.int64))]
     return CIFAR10Data(*arrays, list(cifar10_classes))
 
-# %% ../nbs/02_data.ipynb #1a2d6a0a
+# %% ../nbs/02_data.ipynb #4aed1124
 cifar10_urls = (URLs.CIFAR, 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
+
+def _download(url, part:Path, show_progress):
+    with urlopen(url, timeout=30) as response, open(part, 'wb') as f:
+        size = int(response.headers.get('Content-Length') or 0)
+        blocks = iter(partial(response.read, 2**20), b'')
+        for block in progress_bar(blocks, total=-(-size//2**20)) if size and show_progress else blocks: f.write(block)
+    if part.stat().st_size < size: raise ContentTooShortError(f'only {part.stat().st_size:,} of {size:,} bytes came', None)
 
 def fetch_cifar10(
     urls=cifar10_urls, # addresses of archives, tried in this order
@@ -174,16 +198,21 @@ def fetch_cifar10(
     show_progress:bool=True, # a progress bar
 ): # -> `Path` of the archive
     "Download CIFAR-10; raises `FileNotFoundError` with what was tried when no address answers"
-    folder = Path(folder or fastai_cfg().path('archive'))
-    tried = []
+    folder, tried = Path(folder or fastai_cfg().path('archive')), []
+    folder.mkdir(parents=True, exist_ok=True)
     for url in urls:
         dest = folder/url.rsplit('/', 1)[-1]
+        part = dest.with_name(f'{dest.name}.{os.getpid()}.part')
         for attempt in range(2):
-            try: return download_url(url, dest, timeout=30, show_progress=show_progress)
-            except (OSError, ContentTooShortError, URLError) as e: failure = e
-            finally: dest.with_name(dest.name + '.part').unlink(missing_ok=True)
+            try:
+                _download(url, part, show_progress)
+                for name, content in _members(part): pass # to its end: what is no whole archive is not kept
+                return part.replace(dest)
+            except HTTPError as e: failure = e.close() or e
+            except (OSError, HTTPException, ValueError) as e: failure = e
+            finally: part.unlink(missing_ok=True)
             if not isinstance(failure, ContentTooShortError): break
-        tried.append(f'{url} ({getattr(failure, "reason", None) or failure})')
+        tried.append(f'{url} ({" ".join(str(getattr(failure, "reason", failure)).split())})')
     raise FileNotFoundError(f'CIFAR-10 not found, and it could not be fetched: tried {"; ".join(tried)}; give its folder or archive, or set {data_variable}')
 
 # %% ../nbs/02_data.ipynb #d7847683
@@ -202,7 +231,7 @@ def find_cifar10(
                                                      ('archive', 'cifar10.tgz'), ('archive', 'cifar-10-python.tar.gz')]]
     return next((p for p in places if p.exists()), None) or fetch_cifar10(urls)
 
-# %% ../nbs/02_data.ipynb #7bd0eb36
+# %% ../nbs/02_data.ipynb #4f5093ba
 def _cache_file(path:Path):
     names = _files(path) if path.is_dir() else ['']
     files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := os.stat(os.path.join(path, name) if name else path))]
@@ -211,7 +240,7 @@ def _cache_file(path:Path):
 
 def _read_cache(file:Path):
     try:
-        with np.load(file, allow_pickle=False) as arrays: return CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
+        with open(file, 'rb') as f, np.load(f, allow_pickle=False) as arrays: return CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
     except FileNotFoundError: return None
     except Exception: return None # damaged: it is made again
 
@@ -239,14 +268,15 @@ def load_cifar10(
         _write_cache(cache, data)
     return data
 
-# %% ../nbs/02_data.ipynb #1b4f508c
+# %% ../nbs/02_data.ipynb #1f4fc05f
 def _items(source, valid):
     "(image, class name, is it for validation) of every image that is used"
     data = load_cifar10(source)
     x, y = data.train_x, data.train_y
+    name = lambda labels: [data.vocab[label] for label in labels]
     is_valid = first_of_each_class(y, 0.1) if valid == 'holdout' else np.zeros(len(y), dtype=bool)
-    items = list(zip(x, itemgetter(*y)(data.vocab), is_valid.tolist()))
-    if valid == 'test': items += zip(data.test_x, itemgetter(*data.test_y)(data.vocab), [True]*len(data.test_y))
+    items = list(zip(x, name(y), is_valid.tolist()))
+    if valid == 'test': items += zip(data.test_x, name(data.test_y), [True]*len(data.test_y))
     return items
 
 def cifar_block(
@@ -262,11 +292,11 @@ def cifar_block(
                      get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=FuncSplitter(itemgetter(2)),
                      item_tfms=ItemAugment(aug, stats[0]), batch_tfms=Normalize.from_stats(*stats))
 
-# %% ../nbs/02_data.ipynb #4f958f70
+# %% ../nbs/02_data.ipynb #8bec41e6
 class SeededDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation depend on `seed` and `epoch` alone; each pass counts `epoch` up by one"
     def __init__(self, dataset, seed:int=0, **kwargs):
-        self.seed, self.epoch, self.augments = seed, 0, []
+        self.seed, self.epoch, self.drawing, self.augments = seed, 0, 0, []
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):

@@ -6,7 +6,7 @@
 __all__ = ['Misclassified', 'CifarInterpretation', 'plot_images', 'plot_classes', 'plot_history', 'plot_lrs', 'load_run',
            'learner_from_run', 'class_probabilities']
 
-# %% ../nbs/06_interpret.ipynb #9af889b4
+# %% ../nbs/06_interpret.ipynb #c908d047
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from sklearn.metrics import classification_report, confusion_matrix, precision_r
 
 from .core import TrainSettings, read_json, settings_from
 from .data import cifar_dls, load_cifar10
-from .learner import cifar_learner, load_weights
+from .learner import bars_for_people, cifar_learner, load_weights
 from .models import CustomResNet
 
 # %% ../nbs/06_interpret.ipynb #a5fae71f
@@ -188,7 +188,7 @@ def plot_lrs(
     ax.grid(alpha=.3)
     return ax
 
-# %% ../nbs/06_interpret.ipynb #60e392bd
+# %% ../nbs/06_interpret.ipynb #609b0d43
 def load_run(
     run, # run folder
     weights:Literal['last', 'best']='last', # after the last epoch, or after the best by validation accuracy
@@ -199,8 +199,8 @@ def load_run(
     if weights not in ('last', 'best'): raise ValueError(f"weights is {weights!r}: give 'last' or 'best'")
     if not (run/'config.json').exists(): raise FileNotFoundError(f'{run} has no config.json: give a run folder that cifar_train has written')
     config = read_json(run/'config.json')
-    try: settings, vocab = settings_from(config['settings']), config['data']['vocab']
-    except KeyError as e: raise ValueError(f'{run}/config.json has no {e}: give a run folder that cifar_train has written') from None
+    try: settings, vocab, (mean, std) = settings_from(config['settings']), config['data']['vocab'], config['data']['stats']
+    except (KeyError, TypeError) as e: raise ValueError(f'{run}/config.json is not complete ({e}): give a run folder that cifar_train has written') from None
     model = CustomResNet(len(vocab), **settings.network)
     return load_weights(model, run/dict(last='model.safetensors', best='best.safetensors')[weights]).eval(), config
 
@@ -215,7 +215,7 @@ def learner_from_run(
     data = load_cifar10(settings.data if data is None else data)
     if data.vocab != config['data']['vocab']: raise ValueError(f"the run's classes are {', '.join(config['data']['vocab'])}, and the data's {', '.join(data.vocab)}: give the data of the run")
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, seed=settings.seed, stats=config['data']['stats'], num_workers=settings.num_workers)
-    return cifar_learner(dls, model, settings.precision)
+    return bars_for_people(cifar_learner(dls, model, settings.precision))
 
 def class_probabilities(
     model, # logits

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FusedAdam', 'CPUAutocast', 'best_precision', 'precision_callbacks', 'precision_of', 'EpochRecorder', 'EpochProgress',
-           'SetEpoch', 'cifar_learner', 'save_weights', 'load_weights']
+           'SetEpoch', 'bars_for_people', 'cifar_learner', 'save_weights', 'load_weights']
 
-# %% ../nbs/05_learner.ipynb #92522762
-import time
+# %% ../nbs/05_learner.ipynb #d9a11193
+import sys, time
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
-from fastai.vision.all import Callback, CrossEntropyLossFlat, L, Learner, Recorder, accuracy
+from fastai.vision.all import IN_NOTEBOOK, Callback, CrossEntropyLossFlat, L, Learner, Recorder, accuracy
 from safetensors.torch import load_file, save_file
 
 from .core import TrainSettings
@@ -158,12 +158,16 @@ class EpochProgress(ProgressCallback):
         running = [f'{m.name} {float(m.value):.4f}' for m in self.recorder.metrics]
         self.pbar.comment = ', '.join([f'loss {float(self.smooth_loss):.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
 
-# %% ../nbs/05_learner.ipynb #490ec865
+# %% ../nbs/05_learner.ipynb #6857058e
 class SetEpoch(Callback):
     "Make the order and augmentation of each epoch of a fit a function of seed and epoch alone"
     order = -10 # before the `DataLoader` is asked for its first batch
     def before_train(self):
         if isinstance(self.dls.train, SeededDL): self.dls.train.epoch = self.epoch
+
+def bars_for_people(learn:Learner): # -> `learn`
+    "Take the progress bars away where nobody sees them: a file or a pipe gets a line an epoch"
+    return learn if IN_NOTEBOOK or sys.stdout.isatty() else learn.remove_cbs(ProgressCallback)
 
 def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`

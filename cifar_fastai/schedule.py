@@ -106,7 +106,7 @@ def range_test(
     n = len(losses) if np.isfinite(losses).all() else int(np.argmin(np.isfinite(losses)))
     return np.array(seen.lrs[:n]), losses[:n]
 
-# %% ../nbs/04_schedule.ipynb #7d448e07
+# %% ../nbs/04_schedule.ipynb #82e73440
 class LRBounds(NamedTuple):
     "The two learning rates of `OneCycle`, in the order of its arguments"
     lr_min: float
@@ -121,9 +121,10 @@ def find_edge(
     window:int=5, # steps of the moving average, odd
 ): # -> index of the edge
     "The last step before the smoothed loss has climbed back, after its minimum and for good, by a tenth of its descent"
+    if len(losses) < 10: raise ValueError(f'the loss was not finite after {len(losses)} steps of the range test: test from a lower learning rate on, or give lr_min and lr_max')
     smooth = _smooth(losses, window)
     low, start = smooth.argmin(), _start(smooth)
-    if not smooth[low] < 0.9*start: raise ValueError(f'the loss does not fall anywhere between the learning rates {lrs[0]:.1e} and {lrs[-1]:.1e}: test more steps or a wider range, or give lr_min and lr_max')
+    if low < len(smooth)//10 or not smooth[low] < 0.9*start: raise ValueError(f'the loss does not fall anywhere between the learning rates {lrs[0]:.1e} and {lrs[-1]:.1e}: test more steps or a wider range, or give lr_min and lr_max')
     climbed = smooth > smooth[low] + (start - smooth[low])/10
     after = [i for i in range(low, len(smooth)) if climbed[i:i+5].all()] # one noisy step is no edge
     if not after: raise ValueError(f'the loss has not risen again at a learning rate of {lrs[-1]:.1e}: test up to a higher one, or give lr_min and lr_max')
@@ -131,7 +132,7 @@ def find_edge(
 
 def bounds_from(lrs, losses): # of a range test -> `LRBounds`
     "LRMAX a third of the edge; LRMIN where the loss has come half-way down, at most a tenth of LRMAX. `ValueError` when the curve has no valley"
-    smooth, edge = _smooth(losses), find_edge(lrs, losses)
+    edge, smooth = find_edge(lrs, losses), _smooth(losses)
     half = (_start(smooth) + smooth.min())/2
     lr_max = lrs[edge]/3
     return LRBounds(float(min(lrs[np.argmax(smooth <= half)], lr_max/10)), float(lr_max))

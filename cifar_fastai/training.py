@@ -4,26 +4,26 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'new_run_folder', 'run_config', 'read_history', 'SaveRun', 'best_is', 'run_summary', 'save_plots',
-           'settle_bounds', 'settings_learner', 'finish_run', 'train']
+           'StopAfterStep', 'settle_bounds', 'settings_learner', 'finish_run', 'train']
 
-# %% ../nbs/07_training.ipynb #c4955b8d
-import hashlib, sys
+# %% ../nbs/07_training.ipynb #47b20682
+import hashlib, signal
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.callback.progress import ProgressCallback
-from fastai.vision.all import IN_NOTEBOOK, Learner, set_seed
+from fastai.vision.all import Callback, Learner, set_seed
 
 from .augment import plot_augmented
 from .core import TrainSettings, environment, write_json
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
-from .learner import cifar_learner, precision_of, save_weights
+from .learner import bars_for_people, cifar_learner, precision_of, save_weights
 from .models import CustomResNet
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
@@ -131,7 +131,26 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
-# %% ../nbs/07_training.ipynb #2d68a4b3
+# %% ../nbs/07_training.ipynb #818e4955
+class StopAfterStep(Callback):
+    """As a context: Ctrl-C waits for the end of the step, so that weights and optimizer are whole, and none is lost while
+    worker processes are forked. Then it is a `KeyboardInterrupt`. A second one is it at once."""
+    order = 1000 # behind everything else
+    def __enter__(self):
+        self.pressed, self.handled = False, current_thread() is main_thread() # only the main thread may handle signals
+        if self.handled: self.former = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *exception):
+        if self.handled: signal.signal(signal.SIGINT, self.former)
+
+    def _press(self, *signal_and_frame):
+        if self.pressed: raise KeyboardInterrupt
+        self.pressed = True
+
+    def after_batch(self):
+        if self.pressed: raise KeyboardInterrupt
+
 def settle_bounds(
     settings:TrainSettings,
     learn:Learner,
@@ -154,8 +173,7 @@ def settings_learner(
     set_seed(settings.seed)
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers)
     learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd)
-    if not (IN_NOTEBOOK or sys.stdout.isatty()): learn.remove_cbs(ProgressCallback) # bars are for people: a file gets a line an epoch
-    return learn, data
+    return bars_for_people(learn), data
 
 def finish_run(
     learn:Learner, # after its fit
@@ -178,18 +196,19 @@ def train(
     run = new_run_folder(settings.out)
     learn, data = settings_learner(settings, data)
     print(f'{data}, {data.origin}')
-    bounds, tested = settle_bounds(settings, learn)
-    print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
-    cycle = OneCycle(*bounds, settings.peak_epoch, settings.anneal)
-    saved = SaveRun(run, run_config(settings, data, bounds))
-    try: learn.fit(settings.epochs, cbs=[cycle, saved])
-    except KeyboardInterrupt:
-        if run.exists():
-            saved.learn = learn
-            saved.save_last()
-            write_json(run/'summary.json', run_summary(learn, saved, interrupted=True))
-            print(f'\ninterrupted: history and last model are in {run}')
-        raise
+    with StopAfterStep() as stop, learn.added_cbs(stop):
+        bounds, tested = settle_bounds(settings, learn)
+        print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
+        cycle = OneCycle(*bounds, settings.peak_epoch, settings.anneal)
+        saved = SaveRun(run, run_config(settings, data, bounds))
+        try: learn.fit(settings.epochs, cbs=[cycle, saved])
+        except KeyboardInterrupt:
+            if run.exists():
+                saved.learn = learn
+                saved.save_last()
+                write_json(run/'summary.json', run_summary(learn, saved, interrupted=True))
+                print(f'\ninterrupted: history and last model are in {run}')
+            raise
     summary, interp = finish_run(learn, saved, tested, data)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
     print(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; "

@@ -215,6 +215,11 @@ def test_a_changed_folder_is_read_again(empty_home, folder):
     Image.new('RGB', (32, 32)).save(folder/'train'/'cat'/'new.png')
     assert len(load_cifar10(folder).train_y) == len(before.train_y) + 1
 
+def test_a_change_that_keeps_the_size_is_seen_too(empty_home, folder):
+    before, file = load_cifar10(folder), next((folder/'train'/'cat').iterdir())
+    file.write_bytes(png().ljust(file.stat().st_size, b'\0'))
+    assert load_cifar10(folder).fingerprint[0] != before.fingerprint[0]
+
 def test_nothing_half_written_is_left_in_the_cache(empty_home, archive):
     load_cifar10(archive)
     [file] = [p for p in empty_home.rglob('*') if p.is_file()]

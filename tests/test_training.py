@@ -144,6 +144,12 @@ def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(settings, kind, t
     with pytest.raises(FileExistsError, match='run exists already: give another run folder with --out'): train(settings(out=str(out)))
     assert sorted((p.name, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')) == before
 
+def test_a_run_folder_that_another_run_made_meanwhile_is_left_as_it_is(tiny_learner, settings, small, folder_of_its_own):
+    learn, saved = tiny_learner(), SaveRun('run', run_config(settings(), small, LRBounds(1e-3, 1e-2)))
+    Path('run').mkdir()
+    with pytest.raises(FileExistsError): learn.fit(1, .01, cbs=saved)
+    assert list(Path('run').iterdir()) == []
+
 def test_a_run_folder_below_a_file_is_refused_by_name(settings, tmp_path):
     (tmp_path/'file').write_text('mine')
     with pytest.raises(OSError) as e: train(settings(out=str(tmp_path/'file'/'run')))
