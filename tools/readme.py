@@ -1,9 +1,14 @@
-"""Makes README.md from nbs/index.ipynb, and keeps the repository's links in the notebooks true to settings.ini.
+"""Makes README.md from nbs/index.ipynb, and keeps what the notebooks repeat true: links, and tables of recorded results.
+
+The repository's address stands in settings.ini; a table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, and
+tools/tables.py makes it from the files under benchmarks/.
 
 `python tools/readme.py` writes; with `--check` it only says what has drifted, and exits with 1. Standard library only."""
 import argparse, json, posixpath, re, sys
 from configparser import ConfigParser
 from pathlib import Path
+
+from tables import tables
 
 root = Path(__file__).resolve().parent.parent
 notice = '<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->'
@@ -58,10 +63,21 @@ def true_links(text, cfg):
     return re.sub(r'git\+https://github\.com/[\w.-]+/[\w.-]+', f"git+{cfg['git_url']}", text)
 
 
+def with_tables(text, root=root):
+    "The text of a notebook file with every marked table made anew."
+    nb, marked = json.loads(text), re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+    changed = False
+    for cell in nb['cells']:
+        old = ''.join(cell['source'])
+        new = marked.sub(lambda m: f'{m[1]}{tables[m[2]](root)}\n{m[3]}', old) if cell['cell_type'] == 'markdown' else old
+        if new != old: cell['source'], changed = new.splitlines(keepends=True), True
+    return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n' if changed else text # as nbdev writes it
+
+
 def drifted(root=root): # {path: the text it should have}, of files that differ from it
     cfg, index = settings(root), root/'nbs/index.ipynb'
-    want = {path: true_links(path.read_text(encoding='utf-8'), cfg) for path in sorted((root/'nbs/tutorials').glob('*.ipynb'))}
-    want[index] = true_links(index.read_text(encoding='utf-8'), cfg)
+    notebooks = [index, *sorted((root/'nbs/tutorials').glob('*.ipynb'))]
+    want = {path: with_tables(true_links(path.read_text(encoding='utf-8'), cfg), root) for path in notebooks}
     want[root/'README.md'] = readme(json.loads(want[index]))
     return {path: text for path, text in want.items() if not path.exists() or path.read_text(encoding='utf-8') != text}
 
