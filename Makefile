@@ -49,8 +49,9 @@ check: $(installed) ## notebooks are clean, the package is their export, README.
 	$(call timed,clean and in sync,$(bin)/python tools/check_sync.py)
 	$(call timed,README.md,$(bin)/python tools/readme.py --check)
 
-test-nbs: $(installed) ## run all notebooks on the digits, one epoch
+test-nbs: $(installed) ## run all notebooks on the digits, one epoch; what needs CIFAR-10 itself where it is
 	$(call timed,notebooks,$(nbdev_test))
+	$(if $(filter-out digits,$(CIFAR_FASTAI_DATA)),$(call timed,the notebook that reads the recorded run,$(bin)/nbdev_test --path nbs/tutorials/read_the_result.ipynb --flags cifar10))
 
 test-py: $(installed) ## run pytest, without what is marked slow
 	$(call timed,pytest,$(bin)/python -m pytest -m "not slow")

@@ -6,7 +6,7 @@
 __all__ = ['Misclassified', 'CifarInterpretation', 'plot_images', 'plot_classes', 'plot_history', 'plot_lrs', 'load_run',
            'learner_from_run', 'class_probabilities']
 
-# %% ../nbs/06_interpret.ipynb #c908d047
+# %% ../nbs/06_interpret.ipynb #1ec8dd9c
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from fastai.interpret import ClassificationInterpretation
 from fastai.vision.all import Learner, TensorBase
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
 
 from .core import TrainSettings, read_json, settings_from
@@ -23,7 +24,7 @@ from .data import cifar_dls, load_cifar10
 from .learner import bars_for_people, cifar_learner, load_weights
 from .models import CustomResNet
 
-# %% ../nbs/06_interpret.ipynb #a5fae71f
+# %% ../nbs/06_interpret.ipynb #0c2e84a8
 class Misclassified(NamedTuple):
     "One wrong prediction"
     idx: int # position in the data set
@@ -64,6 +65,24 @@ class CifarInterpretation(ClassificationInterpretation):
     ):
         "The model of a run folder on the images that validated it; raises `FileNotFoundError` or `ValueError`"
         return cls.from_learner(learner_from_run(run, data, weights))
+
+    @classmethod
+    def from_predictions(cls,
+        path, # a file that `save_predictions` has written
+        dl, # `DataLoader` of the images they are of, in their order
+    ):
+        "What a run predicted, without its network; raises `FileNotFoundError` or `ValueError`"
+        if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist')
+        try: kept = load_file(path)
+        except Exception as e: raise ValueError(f'{path} holds no predictions: {" ".join(str(e).split())}') from None
+        if kept.keys() != {'probs', 'targs', 'losses'}: raise ValueError(f'{path} holds no predictions, but {", ".join(kept) or "nothing"}')
+        if len(kept['targs']) != dl.n: raise ValueError(f"{path} has predictions of {len(kept['targs']):,} images, and these are {dl.n:,}")
+        return cls(None, dl, **kept)
+
+    def save_predictions(self, path): # -> the path
+        "Probabilities (N, classes), labels (N,) and losses (N,) as safetensors"
+        save_file({k: torch.as_tensor(getattr(self, k)).as_subclass(torch.Tensor).contiguous() for k in ('probs', 'targs', 'losses')}, path)
+        return path
 
     def __getitem__(self, idxs):
         "Inputs, probabilities, targets, decisions and losses at `idxs`, without running the model"

@@ -1,13 +1,17 @@
 """The checkout: README.md and notebooks as they should be committed, and commands that exist."""
-import ast, importlib, json, posixpath, re
+import ast, importlib, json, posixpath, re, shutil
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from safetensors.torch import load_file
 
 import cifar_fastai
+from cifar_fastai.core import read_json
+from cifar_fastai.schedule import bounds_from
+from cifar_fastai.training import read_history, read_range_test
 
 root = Path(__file__).resolve().parent.parent
 if not (root/'settings.ini').exists(): pytest.skip('a checkout: settings.ini, README.md and nbs/ beside tests/', allow_module_level=True)
@@ -57,6 +61,61 @@ def test_every_picture_and_link_of_the_readme_is_there():
 
 def test_the_readme_shows_a_picture():
     assert [link for link in links((root/'README.md').read_text(encoding='utf8')) if link.endswith('.png')]
+
+def test_every_recorded_file_that_is_named_is_there():
+    texts = [(root/'README.md').read_text(encoding='utf8'), (root/'benchmarks/README.md').read_text(encoding='utf8')]
+    texts += [source(cell) for notebook in notebooks for cell in cells(notebook)]
+    named = {name for text in texts for name in re.findall(r'\bbenchmarks/[\w./-]*\w', text)}
+    assert len(named) >= 4 and [name for name in named if not (root/name).exists()] == []
+
+# ---- tables
+
+def in_a_copy(tmp_path, *parts):
+    for part in ('settings.ini', 'README.md', 'nbs', 'benchmarks', *parts):
+        copy = shutil.copytree if (root/part).is_dir() else shutil.copy
+        copy(root/part, tmp_path/part)
+    return tmp_path
+
+def test_a_recorded_result_that_changes_is_noticed_and_written(tmp_path):
+    from readme import drifted, main
+    copy = in_a_copy(tmp_path)
+    assert drifted(copy) == {}
+    summary = copy/'benchmarks/runs/24-epochs/summary.json'
+    summary.write_text(json.dumps({**json.loads(summary.read_text(encoding='utf8')), 'accuracy': .87654}), encoding='utf8')
+    assert set(drifted(copy)) == {copy/'nbs/index.ipynb', copy/'README.md'}
+    assert '87.65' not in (copy/'README.md').read_text(encoding='utf8') and main(['--check'], copy) != 0
+    assert main([], copy) == 0 and drifted(copy) == {}
+    assert '**87.65 %**' in (copy/'README.md').read_text(encoding='utf8')
+
+@pytest.mark.parametrize('accuracies, epoch', [([80, 91, 92], 2), ([91, 92], 1), ([91, 89, 91], 3), ([91, 90], None), ([90, 90.01], 2), ([], None)])
+def test_the_epoch_from_which_it_stays_over_90_is_the_one_behind_the_last_that_is_not(accuracies, epoch):
+    from tables import stays_over
+    assert stays_over(list(enumerate(accuracies, 1))) == epoch
+
+def test_the_projects_figures_are_those_of_the_epochs_they_logged():
+    from tables import curve, stays_over
+    for project in json.loads((root/'benchmarks/seeds.json').read_text(encoding='utf8')):
+        logged = curve(root/'benchmarks/seeds.csv', project=project['project'])
+        assert logged[-1] == (project['epochs'], project['accuracy'])
+        if len(logged) > 1: assert stays_over(logged) == project['over_90_from']
+
+# ---- the recorded run
+
+def test_the_recorded_run_is_of_one_piece():
+    "Its files agree with each other and with the tutorial, which is where it was made"
+    run = root/'benchmarks/runs/24-epochs'
+    summary, history, kept = read_json(run/'summary.json'), read_history(run), load_file(run/'predictions.safetensors')
+    assert summary['epochs'] == len(history) == 24 and summary['accuracy'] == history['accuracy'].iloc[-1]
+    assert int((kept['probs'].argmax(1) != kept['targs']).sum()) == summary['n_wrong'] == round(10_000*(1 - summary['accuracy']))
+    assert bounds_from(*read_range_test(run))._asdict() == summary['bounds']
+    shown = '\n'.join(str(output) for cell in cells(root/'nbs/tutorials/train_cifar10.ipynb', 'code') for output in cell['outputs'])
+    assert f"{summary['accuracy']:.2%} right, {summary['n_wrong']:,} of 10,000 wrong" in shown
+
+def test_the_recorded_run_reaches_what_the_assignment_asks_for():
+    summary, history = read_json(root/'benchmarks/runs/24-epochs/summary.json'), read_history(root/'benchmarks/runs/24-epochs')
+    assert summary['data']['is_cifar10'] and summary['n_params'] == 6_573_130 and summary['settings']['bs'] == 512
+    assert summary['settings']['lr_max'] == summary['settings']['lr_min'] == 'find' and summary['settings']['peak_epoch'] == 5
+    assert summary['accuracy'] >= .9 and (history['accuracy'].iloc[18:] > .9).all()
 
 # ---- notebooks
 

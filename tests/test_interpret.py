@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, classification_report, confusion_mat
 
 from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, learner_from_run, load_run, plot_classes, plot_history, plot_images,
                                     plot_lrs)
-from cifar_fastai.learner import cifar_learner
+from cifar_fastai.learner import cifar_learner, save_weights
 from cifar_fastai.schedule import OneCycle
 from cifar_fastai.training import read_history
 
@@ -48,6 +48,27 @@ def test_the_model_runs_once_for_all_questions(learn):
     interp.plot_top_losses(4, figsize=(4, 4)); interp[[1, 2]]
     hook.remove()
     assert batches == [16, 16, 8]
+
+# ---- kept and read again
+
+def test_predictions_come_back_from_a_file_and_answer_the_same(interp, learn, tmp_path):
+    again = CifarInterpretation.from_predictions(interp.save_predictions(tmp_path/'p.safetensors'), learn.dls.valid)
+    assert torch.equal(again.probs, interp.probs) and again.misclassified() == interp.misclassified() and again.most_confused() == interp.most_confused()
+    again.plot_misclassified(4); again.plot_confusion_matrix()
+
+def test_predictions_of_other_images_are_refused(interp, learn, tmp_path):
+    path = interp.save_predictions(tmp_path/'p.safetensors')
+    with pytest.raises(ValueError, match='40 images, and these are 80'): CifarInterpretation.from_predictions(path, learn.dls.train)
+
+@pytest.mark.parametrize('content', [b'', b'no predictions', bytes(100), None])
+def test_a_file_without_predictions_is_refused_by_name(learn, tmp_path, content):
+    path = tmp_path/'p.safetensors'
+    if content is None: save_weights(learn.model, path)
+    else: path.write_bytes(content)
+    with pytest.raises(ValueError, match='p.safetensors holds no predictions'): CifarInterpretation.from_predictions(path, learn.dls.valid)
+
+def test_a_missing_file_of_predictions_is_refused_by_name(learn):
+    with pytest.raises(FileNotFoundError, match='nothing.safetensors does not exist'): CifarInterpretation.from_predictions('nothing.safetensors', learn.dls.valid)
 
 # ---- the answers
 

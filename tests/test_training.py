@@ -17,7 +17,7 @@ from cifar_fastai.data import cifar_dls
 from cifar_fastai.interpret import CifarInterpretation
 from cifar_fastai.learner import cifar_learner, load_weights
 from cifar_fastai.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
-from cifar_fastai.training import SaveRun, history_columns, new_run_folder, read_history, run_config, settle_bounds, train
+from cifar_fastai.training import SaveRun, finish_run, history_columns, new_run_folder, read_history, read_range_test, run_config, settle_bounds, train
 
 @pytest.fixture(scope='module')
 def history(finished): return read_history(finished[0])
@@ -26,7 +26,8 @@ def history(finished): return read_history(finished[0])
 
 def test_a_run_folder_holds_all_that_was_promised_and_nothing_else(finished):
     run, _ = finished
-    assert sorted(p.name for p in run.iterdir()) == ['best.safetensors', 'config.json', 'history.csv', 'model.safetensors', 'plots', 'summary.json']
+    assert sorted(p.name for p in run.iterdir()) == ['best.safetensors', 'config.json', 'history.csv', 'model.safetensors', 'plots',
+                                                     'predictions.safetensors', 'summary.json'] # and range_test.csv, when there was one
 
 def test_the_plots_are_pictures_of_something(finished):
     plots = {p.stem: p for p in (finished[0]/'plots').iterdir()}
@@ -80,6 +81,29 @@ def test_the_weights_are_those_of_the_network(finished):
     tensors = load_file(finished[0]/'model.safetensors')
     assert tensors['res2.0.weight'].shape == (512, 512, 3, 3) and {t.dtype for t in tensors.values()} == {torch.float32, torch.int64}
     assert tensors['prep.1.num_batches_tracked'] == 10
+
+def test_what_the_run_predicted_is_kept(finished, small):
+    kept = CifarInterpretation.from_predictions(finished[0]/'predictions.safetensors', cifar_dls(small, bs=16, num_workers=0).valid)
+    again = CifarInterpretation.from_run(finished[0])
+    assert torch.equal(kept.probs, again.probs) and torch.equal(kept.targs, again.targs) and torch.equal(kept.losses, again.losses)
+    assert kept.n_wrong == finished[1]['n_wrong']
+
+def test_the_range_test_is_kept_to_the_last_digit(tiny_learner, small, settings, monkeypatch):
+    lrs, losses = np.geomspace(1e-7, 10, 100), np.r_[np.full(40, 2.3), np.linspace(2.3, .3, 50), np.geomspace(.3, 9, 10)].astype(np.float32)
+    bounds, learn = bounds_from(lrs, losses), tiny_learner()
+    saved = SaveRun('run', run_config(settings(), small, bounds))
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=saved)
+    finish_run(learn, saved, (lrs, losses, bounds))
+    again = read_range_test('run')
+    assert np.array_equal(again[0], lrs) and np.array_equal(again[1], losses) and bounds_from(*again) == bounds
+
+def test_a_run_without_a_range_test_says_so(finished):
+    with pytest.raises(FileNotFoundError, match='range_test.csv does not exist: the learning rates of the run were given'): read_range_test(finished[0])
+
+@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'lr,loss\nx,y\n', 'no table'])
+def test_what_is_no_range_test_is_refused_by_name(text, tmp_path):
+    (tmp_path/'range_test.csv').write_text(text)
+    with pytest.raises(ValueError, match='range_test.csv is no range test'): read_range_test(tmp_path)
 
 # ---- what it says
 

@@ -69,7 +69,7 @@ def with_tables(text, root=root):
     changed = False
     for cell in nb['cells']:
         old = ''.join(cell['source'])
-        new = marked.sub(lambda m: f'{m[1]}{tables[m[2]](root)}\n{m[3]}', old) if cell['cell_type'] == 'markdown' else old
+        new = marked.sub(lambda m: f'{m[1]}\n{tables[m[2]](root)}\n\n{m[3]}', old) if cell['cell_type'] == 'markdown' else old
         if new != old: cell['source'], changed = new.splitlines(keepends=True), True
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n' if changed else text # as nbdev writes it
 
