@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'CIFAR10Data', 'load_digits', 'first_of_each_class', 'read_images',
-           'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'cifar_block', 'SeededDL', 'cifar_dls', 'read_image']
+           'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'cifar_block', 'SeededDL', 'NormalizeBytes', 'Resident',
+           'BatchDL', 'find_device', 'cifar_dls', 'read_image']
 
-# %% ../nbs/02_data.ipynb #c73a6bb1
+# %% ../nbs/02_data.ipynb #4fbd65dd
 import gzip, hashlib, io, os, pickle, re, signal, tarfile, tempfile, warnings, zlib
 from functools import partial
 from http.client import HTTPException
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -19,11 +21,12 @@ from urllib.request import urlopen
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_cfg
-from fastai.vision.all import CategoryBlock, DataBlock, FuncSplitter, ImageBlock, ItemGetter, Normalize, TfmdDL
+from fastai.vision.all import (CategoryBlock, DataBlock, Datasets, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, Normalize, Pipeline, TensorCategory,
+                               TensorImage, TfmdDL, ToTensor, default_device, to_detach)
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 
-from .augment import CropFlipCutout, ItemAugment
+from .augment import CropFlipCutout, ItemAugment, augment_batch, draw, pack_colour, pack_pixels, sent, unpack_pixels
 from .core import cifar10_classes, cifar10_stats, data_variable, named_source, source_defaults
 
 # %% ../nbs/02_data.ipynb #d85e98db
@@ -292,7 +295,7 @@ def cifar_block(
                      get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=FuncSplitter(itemgetter(2)),
                      item_tfms=ItemAugment(aug, stats[0]), batch_tfms=Normalize.from_stats(*stats))
 
-# %% ../nbs/02_data.ipynb #8bec41e6
+# %% ../nbs/02_data.ipynb #97f69f6f
 class SeededDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation depend on `seed` and `epoch` alone; each pass counts `epoch` up by one"
     def __init__(self, dataset, seed:int=0, **kwargs):
@@ -300,7 +303,14 @@ class SeededDL(TfmdDL):
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{'seed': self.seed, **kwargs} if cls is None else kwargs)
+        res = super().new(dataset, cls, **{'seed': self.seed, **kwargs} if cls is None else kwargs)
+        if cls is None and (dataset is None or dataset is self.dataset): # the copy takes the next pass: those of `learn.tta` differ
+            res.epoch, self.epoch = self.epoch, self.epoch + 1
+        return res
+
+    def to_detach(self, b, cpu=True, gather=True): # asked by `Learner.to_detach`
+        "Single numbers (losses, metrics) stay where they are: to copy them is to wait for them"
+        return to_detach(b, cpu and getattr(b, 'ndim', 1) > 0, gather)
 
     def before_iter(self): # in the main process: workers are forked after it
         super().before_iter()
@@ -315,25 +325,136 @@ class SeededDL(TfmdDL):
         for f in self.augments: f.reseed(self.seed, self.drawing, s or 0)
         return super().do_item(s)
 
+# %% ../nbs/02_data.ipynb #41092c4a
+class NormalizeBytes(Normalize):
+    "fastai's `IntToFloatTensor` and `Normalize` in one, the same numbers with less memory moved"
+    def encodes(self, x:TensorImage):
+        plain = x.as_subclass(torch.Tensor)
+        plain = plain.float().div_(255) if plain.dtype == torch.uint8 else plain.clone()
+        return TensorImage(plain.sub_(self.mean).div_(self.std))
+
+    def decodes(self, x:TensorImage): return (super().decodes(x).clamp(0, 1)*255).round().long() # as `IntToFloatTensor` does, to the nearest
+
+def _in_one(after_batch):
+    "The batch transforms, with `IntToFloatTensor` and `Normalize` made one where they stand side by side"
+    fs = list(after_batch.fs)
+    for i, (first, then) in enumerate(zip(fs, fs[1:])):
+        if type(first) is IntToFloatTensor and first.div == 255 and type(then) is Normalize:
+            return Pipeline([*fs[:i], NormalizeBytes(then.mean, then.std), *fs[i + 2:]])
+    return after_batch
+
+class Resident:
+    "The images of a data set as two tensors, where batches are made from them"
+    def __init__(self,
+        pixels, # `int32` (N, H, W), from `pack_pixels`
+        labels=None, # `int64` (N,)
+    ): self.pixels, self.labels, self.stays = pixels, labels, False
+
+    @classmethod
+    def of(cls, dataset): # -> `Resident` on the processor, or `None`
+        "The images of a `Datasets` whose items are arrays of one size, alone or with a class name behind; `None` for files, PIL images and the like"
+        items = getattr(dataset, 'items', None)
+        if not isinstance(dataset, Datasets) or items is None or not len(items): return None
+        imgs, pairs = [item[0] if isinstance(item, tuple) else item for item in items], isinstance(items[0], tuple)
+        if any(type(img) is not np.ndarray or img.dtype != np.uint8 or img.shape != imgs[0].shape for img in imgs): return None
+        if imgs[0].shape != (len(imgs[0]), len(imgs[0]), 3): return None # square and RGB
+        label_of, labels = getattr(getattr(dataset, 'vocab', None), 'o2i', None), None
+        if len(dataset.tls) > 1:
+            if len(dataset.tls) > 2 or not pairs or label_of is None: return None
+            labels = [label_of.get(item[1]) for item in items]
+        for i in (0, -1): # does the data set give what stands in its items?
+            x, *y = dataset[i]
+            if not np.array_equal(np.asarray(x), imgs[i]) or any(not isinstance(label, TensorCategory) or int(label) != labels[i] for label in y): return None
+        return cls(pack_pixels(np.stack(imgs)), labels if labels is None else torch.tensor(labels))
+
+    def to(self, device:torch.device): # -> itself
+        "Bring the images to `device`, unless they do not fit there"
+        device = torch.empty(0, device=device).device # with its number
+        if self.stays or self.pixels.device == device: return self
+        size, free = self.pixels.nbytes, _free_memory(device)
+        if free is not None and size > 0.8*free: # the rest is for the network
+            print(f'the images take {size/2**30:.2f} GB and {device} has {free/2**30:.2f} GB free: they stay on the host, and batches are made there')
+            self.stays = True
+        else: self.pixels, self.labels = self.pixels.to(device), self.labels if self.labels is None else self.labels.to(device)
+        return self
+
+def _free_memory(device): # -> bytes, or `None` where it cannot be told
+    if device.type != 'cuda': return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) # by torch, for what comes next
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+class BatchDL(SeededDL):
+    """A `SeededDL` that makes whole batches where the images lie: on the device, or on the host when they do not fit there.
+
+    Items that are no arrays of one size (files, PIL images, as `test_dl` may be given) go one by one, as in any `DataLoader`."""
+    def __init__(self, dataset, resident=None, **kwargs):
+        self.resident = resident or Resident.of(dataset)
+        super().__init__(dataset, **kwargs)
+        self.after_batch = _in_one(self.after_batch)
+        unknown = [type(f).__name__ for f in [*self.after_item.fs, *self.before_batch.fs] if not isinstance(f, (ItemAugment, ToTensor))]
+        if unknown: raise ValueError(f"the batch pipeline knows no transform {', '.join(unknown)} of items: give pipeline='item'")
+        if self.resident: self.resident.to(torch.device(self.device or 'cpu')) # now, and not in the first epoch
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        same = dataset is None or dataset is self.dataset
+        return super().new(dataset, cls, **{'resident': self.resident if same else None, **kwargs} if cls is None else kwargs)
+
+    def get_idxs(self): # an array: a list of so many numbers takes longer than to draw them
+        return np.random.default_rng((self.seed, self.drawing)).permutation(self.n) if self.shuffle else np.arange(self.n)
+
+    def __iter__(self):
+        if self.resident is None:
+            yield from super().__iter__()
+            return
+        resident = self.resident.to(torch.device(self.device or 'cpu'))
+        self.randomize()
+        self.before_iter()
+        pixels, labels = resident.pixels, resident.labels
+        idxs = np.fromiter(islice(self.get_idxs(), self.n), np.int64) # `show_batch(unique=True)` has it give noughts without end
+        n = len(idxs) if not self.drop_last else len(idxs)//self.bs*self.bs
+        aug = next((f for f in self.after_item.fs if isinstance(f, ItemAugment)), None) if getattr(self.dataset, 'split_idx', 0) == 0 else None
+        order = sent(torch.from_numpy(idxs), pixels.device)
+        if aug is not None:
+            draws = draw(aug.aug, n, (self.seed, self.drawing, 1), pixels.shape[1]).to(pixels.device)
+            fill = pack_colour(aug.mean, pixels.device)
+        for start in range(0, n, self.bs):
+            part = slice(start, min(start + self.bs, n))
+            batch = pixels.index_select(0, order[part]) if aug is None else augment_batch(pixels, order[part], draws.of(part), aug.aug, fill)
+            y = None if labels is None else labels.index_select(0, order[part])
+            if self.device is not None and batch.device.type != self.device.type: batch, y = (t if t is None else sent(t, self.device) for t in (batch, y))
+            x = TensorImage(unpack_pixels(batch).permute(0, 3, 1, 2))
+            yield self.after_batch((x,) if y is None else (x, TensorCategory(y)))
+        self.after_iter()
+
+def find_device(name='auto'): # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device` -> `torch.device`
+    "The device of that name, or a GPU when there is one; raises `ValueError` when it is not there"
+    if name in (None, 'auto'): return torch.device(default_device())
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"device is {name!r}: give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    there = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available())).get(device.type, 0)
+    if (device.index or 0) >= there: raise ValueError(f"device is {name!r}, and this machine has {there or 'none'} of that kind: give 'auto' or 'cpu'")
+    return device
+
 def cifar_dls(
     source='cifar10', # 'cifar10', 'digits', a folder, an archive, or a `CIFAR10Data`
     bs:int=None, # images a batch; 512, or 64 for digits. The last, smaller batch is kept
-    pipeline:Literal['item']='item', # how images are augmented: one item at a time
+    pipeline:Literal['batch', 'item']='batch', # how images are augmented: whole batches on the device, or one item at a time
     valid:Literal['test', 'holdout']='test', # validate on the test images, or on a fixed tenth of the training images
     seed:int=None, # of order and augmentation; `None` draws one from torch's global generator
     aug:CropFlipCutout=CropFlipCutout(), # what happens to a training image
     stats=None, # (means, standard deviations) to normalise with; `None` is those of the training images
-    num_workers:int=None, # processes that prepare items; fastai's default is one a core
-    device=None, # fastai's default is a GPU when there is one
+    num_workers:int=None, # processes that prepare items, where items are prepared; fastai's default is one a core
+    device='auto', # 'auto' is a GPU when there is one
 ): # -> `DataLoaders` with `train`, `valid`, `vocab`, `c`
     "CIFAR-10 as fastai `DataLoaders`: `TensorImage` (N, 3, 32, 32), normalised, and `TensorCategory` (N,)"
-    if pipeline != 'item': raise ValueError(f"pipeline is {pipeline!r}: give 'item'")
+    if pipeline not in ('batch', 'item'): raise ValueError(f"pipeline is {pipeline!r}: give 'batch' or 'item'")
     if bs is None: bs = source_defaults('' if isinstance(source, CIFAR10Data) else source)['bs']
     if bs < 1: raise ValueError(f'bs is {bs}: give 1 or more images a batch')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source)
     block = cifar_block(stats or data.stats, data.vocab, aug, valid)
-    return block.dataloaders(data, bs=bs, drop_last=False, dl_type=SeededDL, seed=seed, num_workers=num_workers, device=device)
+    dl_type = dict(batch=BatchDL, item=SeededDL)[pipeline]
+    return block.dataloaders(data, bs=bs, drop_last=False, dl_type=dl_type, seed=seed, num_workers=num_workers, device=find_device(device))
 
 # %% ../nbs/02_data.ipynb #d089164e
 def read_image(path): # -> `uint8` (32, 32, 3)

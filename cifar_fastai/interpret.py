@@ -6,7 +6,7 @@
 __all__ = ['Misclassified', 'CifarInterpretation', 'plot_images', 'plot_classes', 'plot_history', 'plot_lrs', 'load_run',
            'learner_from_run', 'class_probabilities']
 
-# %% ../nbs/06_interpret.ipynb #1ec8dd9c
+# %% ../nbs/06_interpret.ipynb #56b404c0
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.interpret import ClassificationInterpretation
-from fastai.vision.all import Learner, TensorBase
+from fastai.vision.all import Learner, TensorBase, to_device
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
 
@@ -24,7 +24,7 @@ from .data import cifar_dls, load_cifar10
 from .learner import bars_for_people, cifar_learner, load_weights
 from .models import CustomResNet
 
-# %% ../nbs/06_interpret.ipynb #0c2e84a8
+# %% ../nbs/06_interpret.ipynb #7874d2f3
 class Misclassified(NamedTuple):
     "One wrong prediction"
     idx: int # position in the data set
@@ -88,6 +88,7 @@ class CifarInterpretation(ClassificationInterpretation):
         "Inputs, probabilities, targets, decisions and losses at `idxs`, without running the model"
         idxs = torch.as_tensor(idxs).reshape(-1).tolist()
         inputs = self.dl.do_batch([self.dl.do_item(i) for i in idxs])
+        if self.dl.device is not None: inputs = to_device(inputs, self.dl.device)
         inputs = self.dl.after_batch(inputs)[:self.dl.n_inp]
         return inputs, self.probs[idxs], self.targs[idxs], self.decoded[idxs], self.losses[idxs]
 

@@ -139,7 +139,7 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
-# %% ../nbs/07_training.ipynb #02de839c
+# %% ../nbs/07_training.ipynb #e86a993f
 class StopAfterStep(Callback):
     """As a context: Ctrl-C waits for the end of the step, so that weights and optimizer are whole, and none is lost while
     worker processes are forked. Then it is a `KeyboardInterrupt`. A second one is it at once."""
@@ -179,8 +179,8 @@ def settings_learner(
     "A fresh learner as `settings` describe it, with every random state seeded"
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed)
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers)
-    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd)
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers, device=settings.device)
+    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd, settings.compile)
     return bars_for_people(learn), data
 
 def finish_run(

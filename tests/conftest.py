@@ -21,6 +21,11 @@ from cifar_fastai.training import train
 
 real_data = os.environ.get(data_variable) # `real_cifar` alone may see it
 
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker('gpu'): item.add_marker(pytest.mark.skip(reason='no CUDA device'))
+
 # ---- surroundings
 
 @pytest.fixture(scope='session', autouse=True)

@@ -40,4 +40,25 @@ def runs(root=root, run='24-epochs'):
     return table(['project', 'what it shows', 'parameters', 'epochs', 'test accuracy after the last', 'over 90 % from epoch', 'time and machine'], rows)
 
 
-tables = dict(runs=runs)
+cases = dict(plain="the projects' way: PyTorch loop, albumentations in a `DataLoader`, fp32", fastai='fastai as it comes: item transforms, its Adam, fp32',
+             package="**this package's default**", bare='a loop without a `Learner`, the same batches, precision and optimizer', limit='forward, backward and step on one batch: the limit')
+
+
+def mean(values): return sum(values)/len(values)
+
+
+def bench(root=root): # one table for each machine of benchmarks/bench
+    "How fast each way of training is, from the recorded benchmarks"
+    parts = []
+    for file in sorted((root/'benchmarks/bench').glob('*.json')):
+        result = json.loads(file.read_text(encoding='utf-8'))
+        rates = {name: case['images_per_second'] for name, case in result['cases'].items()}
+        rows = [[cases[name], f'{mean(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})', f'{result["n_images"]/mean(r):,.1f}', f'{result["cases"][name]["memory"]/2**30:.1f}',
+                 *(f'{mean(r)/mean(rates[reference]):.2f}' for reference in ('plain', 'limit'))] for name, r in rates.items()]
+        s = result['settings']
+        parts.append(f"{machine(result)} where the precision is chosen; {s['bs']} images a batch, {s['repeats']} turns of {s['steps']} steps each:\n\n"
+                     + table(['case', 'images/s (spread)', 's an epoch', 'peak memory, GB', '× plain', '× limit'], rows))
+    return '\n\n'.join(parts)
+
+
+tables = dict(runs=runs, bench=bench)

@@ -1,0 +1,369 @@
+"""Batches made at once, on the device: the same pixels, the same distribution, and a DataLoader as fastai's users know it."""
+import io
+from collections import Counter
+from contextlib import contextmanager, redirect_stdout
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, Normalize, PILImage,
+                               RandomResizedCrop, TensorImage, Transform, accuracy, error_rate, load_learner)
+from scipy.stats import chi2_contingency, chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cifar_fastai.data as data_module
+from cifar_fastai.augment import CropFlipCutout, ItemAugment, augment_batch, draw, item_pipeline, pack_colour, pack_pixels, unpack_pixels
+from cifar_fastai.core import cifar10_stats
+from cifar_fastai.data import BatchDL, NormalizeBytes, SeededDL, cifar_block, cifar_dls, find_device
+from cifar_fastai.interpret import CifarInterpretation
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.schedule import OneCycle
+
+fill = tuple(round(255*m) for m in cifar10_stats[0])
+cpu = torch.device('cpu')
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"), # fastai hands matplotlib a tensor
+              pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")] # and its checkpoints name NumPy as it was
+
+@pytest.fixture(scope='module')
+def images(): return np.random.default_rng(0).integers(256, size=(50, 32, 32, 3), dtype=np.uint8)
+
+@pytest.fixture(scope='module')
+def ruler():
+    "An image whose pixels say where they are: red is the row, green the column"
+    rows, cols = np.mgrid[:32, :32]
+    return np.stack([rows, cols, np.full_like(rows, 200)], axis=-1).astype(np.uint8)
+
+def one_by_one(img, aug, top, left, flip, hole_top, hole_left):
+    "What `aug` does to an image for given draws, in NumPy's words"
+    side = aug.size + 2*aug.pad
+    before = max(0, side - 32)//2
+    border = [(before, max(0, side - 32) - before)]*2
+    if aug.pad_mode == 'reflect': img = np.pad(img, [*border, (0, 0)], mode='reflect')
+    else: img = np.stack([np.pad(img[..., c], border, constant_values=fill[c]) for c in range(3)], axis=-1)
+    out = img[top:top + aug.size, left:left + aug.size]
+    out = (out[:, ::-1] if flip else out).copy()
+    out[hole_top:hole_top + aug.cutout, hole_left:hole_left + aug.cutout] = fill
+    return out
+
+# ---- pixels
+
+@pytest.mark.parametrize('aug', [CropFlipCutout(), CropFlipCutout(pad_mode='constant'), CropFlipCutout(pad=0), CropFlipCutout(pad=2, size=28), CropFlipCutout(size=24, pad=0),
+                                 CropFlipCutout(pad=8, cutout=0), CropFlipCutout(cutout=32), CropFlipCutout(pad=31), CropFlipCutout(pad=7, pad_mode='constant', cutout=3)], ids=str)
+def test_for_given_draws_the_pixels_are_those_of_one_image_after_the_other(images, aug):
+    draws, idxs = draw(aug, 200, key=(3, 1)), torch.from_numpy(np.random.default_rng(1).integers(50, size=200))
+    batch = unpack_pixels(augment_batch(pack_pixels(images), idxs, draws, aug)).numpy()
+    assert batch.shape == (200, aug.size, aug.size, 3) and batch.dtype == np.uint8
+    for out, i, *drawn in zip(batch, idxs, *draws): assert np.array_equal(out, one_by_one(images[i], aug, *drawn))
+
+def test_images_come_back_from_their_packed_form(images):
+    packed = pack_pixels(images)
+    assert packed.dtype == torch.int32 and packed.shape == (50, 32, 32)
+    assert np.array_equal(unpack_pixels(packed).numpy(), images)
+    assert unpack_pixels(packed).untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+
+def test_the_images_are_not_changed(images):
+    packed = pack_pixels(images)
+    augment_batch(packed, torch.arange(50), draw(CropFlipCutout(), 50, key=0))
+    assert np.array_equal(unpack_pixels(packed).numpy(), images)
+
+def test_the_hole_has_the_colour_that_is_given(images):
+    out = augment_batch(pack_pixels(images), torch.arange(50), draw(CropFlipCutout(cutout=32), 50, key=0), CropFlipCutout(cutout=32), pack_colour((0, .5, 1)))
+    assert (unpack_pixels(out) == torch.tensor([0, 128, 255])).all()
+
+# ---- draws
+
+def test_draws_are_a_function_of_the_key():
+    aug = CropFlipCutout()
+    same, again, other = (torch.stack(draw(aug, 100, key)) for key in [(1, 2), (1, 2), (1, 3)])
+    assert torch.equal(same, again) and not torch.equal(same, other)
+
+def test_draws_do_not_touch_the_global_generators():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    draw(CropFlipCutout(), 100, key=0)
+    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
+
+@pytest.mark.parametrize('field, places', [('top', 9), ('left', 9), ('flip', 2), ('hole_top', 25), ('hole_left', 25)])
+def test_every_value_is_equally_likely(field, places):
+    counts = np.bincount(getattr(draw(CropFlipCutout(), 50_000, key=(5, 6)), field), minlength=places)
+    assert len(counts) == places and chisquare(counts).pvalue > 1e-4
+
+@pytest.mark.parametrize('flip_p', [0, 1])
+def test_a_flip_can_be_never_or_always(flip_p): assert set(draw(CropFlipCutout(flip_p=flip_p), 100, key=0).flip.tolist()) == {flip_p}
+
+def test_the_five_draws_are_independent_of_each_other():
+    draws = torch.stack(draw(CropFlipCutout(), 50_000, key=1)).double()
+    assert (torch.corrcoef(draws) - torch.eye(5)).abs().max() < .02
+
+def read_off(out):
+    "(row offset, column offset, flip, row and column of the hole) of an augmented ruler"
+    hole = (out == fill).all(axis=-1)
+    ys, xs = np.nonzero(hole)
+    free = ~hole
+    free[:4], free[-4:], free[:, :4], free[:, -4:] = False, False, False, False # reflected, perhaps
+    y, x = np.argwhere(free)[0]
+    flip = np.median(np.diff(out[..., 1].astype(int), axis=1)) < 0
+    return int(out[y, x, 0]) - y, int(out[y, x, 1]) - (31 - x if flip else x), flip, ys[0], xs[0]
+
+@pytest.fixture(scope='module')
+def both_ways(ruler):
+    "What 4,000 augmented rulers of each pipeline show"
+    n, pipeline = 4000, item_pipeline()
+    pipeline.set_random_seed(0)
+    at_once = augment_batch(pack_pixels(ruler[None]), torch.zeros(n, dtype=torch.int64), draw(CropFlipCutout(), n, key=(7, 8)))
+    return np.array([read_off(pipeline(image=ruler)['image']) for _ in range(n)]), np.array([read_off(out) for out in unpack_pixels(at_once).numpy()])
+
+@pytest.mark.parametrize('column, places', list(enumerate([9, 9, 2, 25, 25])), ids=['row offset', 'column offset', 'flip', 'row of the hole', 'column of the hole'])
+def test_both_pipelines_draw_from_the_same_distribution(both_ways, column, places):
+    values = [np.unique(way[:, column]) for way in both_ways]
+    assert np.array_equal(*values) and len(values[0]) == places
+    counts = [[np.sum(way[:, column] == v) for v in values[0]] for way in both_ways]
+    assert chi2_contingency(counts).pvalue > 1e-4
+
+def test_both_pipelines_have_the_same_pixel_statistics(digits):
+    some = digits.first(640, 10)
+    def means(pipeline): # of each of 20 epochs: mean and standard deviation of the pixels, per position of a coarse grid
+        dl = cifar_dls(some, bs=640, pipeline=pipeline, seed=1, num_workers=0).train
+        epochs = torch.stack([next(iter(dl))[0].as_subclass(torch.Tensor).mean(1).reshape(640, 4, 8, 4, 8).mean(dim=(0, 2, 4)) for _ in range(20)])
+        return epochs.mean(0), epochs.std(0)/20**.5
+    (item, item_error), (batch, batch_error) = means('item'), means('batch')
+    z = (item - batch)/(item_error**2 + batch_error**2).sqrt()
+    assert z.abs().max() < 5 and z.std() < 2, z
+
+# ---- the DataLoader
+
+@pytest.fixture
+def dls(small): return cifar_dls(small, bs=16, seed=0)
+
+def test_it_is_the_default_and_the_item_pipeline_can_be_asked_for(small):
+    assert type(cifar_dls(small).train) is BatchDL and type(cifar_dls(small, pipeline='item').train) is SeededDL
+
+def test_validation_batches_equal_those_of_the_item_pipeline(small, dls):
+    for (x, y), (x1, y1) in zip(dls.valid, cifar_dls(small, bs=16, pipeline='item', num_workers=0).valid, strict=True):
+        assert torch.equal(x, x1) and torch.equal(y, y1) and type(x) is type(x1) and type(y) is type(y1)
+
+def test_the_order_is_that_of_the_item_pipeline(small, dls):
+    item = cifar_dls(small, bs=16, seed=0, pipeline='item', num_workers=0).train
+    for _ in range(2): assert torch.equal(torch.cat([y for _, y in dls.train]), torch.cat([y for _, y in item]))
+
+def test_no_item_is_ever_made(dls, monkeypatch):
+    dls.train.one_batch()
+    def never(*args): raise AssertionError('an item was made')
+    for name in ('do_item', 'create_item'): monkeypatch.setattr(BatchDL, name, never)
+    assert sum(len(x) for dl in (dls.train, dls.valid) for x, _ in dl) == 120
+
+class Ops(TorchDispatchMode):
+    "Counts what torch is asked to do"
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+def test_the_number_of_operations_does_not_depend_on_the_batch_size(digits):
+    def operations(bs):
+        batches = iter(cifar_dls(digits, bs=bs, seed=0).train)
+        next(batches)
+        with Ops() as ops: next(batches)
+        return ops.counts
+    assert operations(8) == operations(256) and sum(operations(8).values()) < 100
+
+def test_batches_are_channels_last_as_the_network_wants_them(dls): assert dls.one_batch()[0].is_contiguous(memory_format=torch.channels_last)
+
+@pytest.mark.parametrize('drop_last, sizes', [(False, [32, 32, 16]), (True, [32, 32])])
+def test_the_last_batch_is_kept_or_dropped(dls, drop_last, sizes):
+    dl = dls.train.new(bs=32, drop_last=drop_last)
+    assert [len(y) for _, y in dl] == sizes and len(dl) == len(sizes)
+
+def test_new_shares_the_images(dls):
+    assert dls.train.new(bs=5).resident is dls.train.resident and dls.valid.new(shuffle=True).resident is dls.valid.resident
+    assert dls.train.resident is not dls.valid.resident
+
+def test_show_batch_shows_one_image_in_many_ways(dls):
+    dls.train.show_batch(max_n=9, unique=True)
+    shown = [ax.images[0].get_array() for ax in plt.gcf().axes]
+    assert len(shown) == 9 and len({img.tobytes() for img in map(np.asarray, shown)}) == 9
+    assert len({ax.get_title() for ax in plt.gcf().axes}) == 1
+    assert not np.array_equal(*[torch.cat([y for _, y in dls.train]).numpy() for _ in range(2)]) # afterwards it shuffles again
+
+def test_decoding_brings_the_images_back(small, dls):
+    x, y = dls.valid.decode(dls.valid.one_batch())
+    assert type(x) is TensorImage and np.array_equal(x.permute(0, 2, 3, 1).numpy(), small.test_x[:16])
+    assert [str(label) for _, label in dls.valid.decode_batch(dls.valid.one_batch(), max_n=5)] == [small.vocab[label] for label in small.test_y[:5]]
+
+def test_a_test_dataloader_takes_arrays_images_and_files(small, dls, tmp_path):
+    want = dls.valid.one_batch()[0][:6]
+    for i, img in enumerate(small.test_x[:6]): PILImage.create(img).save(tmp_path/f'{i}.png')
+    for items in list(small.test_x[:6]), [PILImage.create(img) for img in small.test_x[:6]], sorted(tmp_path.glob('*.png')):
+        got = dls.test_dl(items, num_workers=0).one_batch()
+        assert len(got) == 1 and torch.equal(got[0], want)
+
+def test_a_test_dataloader_takes_labels(small, dls):
+    items = [(img, small.vocab[label], True) for img, label in zip(small.test_x[:6], small.test_y)]
+    x, y = dls.test_dl(items, with_labels=True).one_batch()
+    assert torch.equal(x, dls.valid.one_batch()[0][:6]) and y.tolist() == small.test_y[:6].tolist()
+
+def test_a_block_of_ones_own_is_batched_too_when_it_is_understood(small):
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=small.vocab, sort=False)), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=FuncSplitter(lambda o: o[2]),
+                      get_items=lambda data: [(img, small.vocab[label], i < 20) for i, (img, label) in enumerate(zip(data.train_x, data.train_y))], item_tfms=ItemAugment())
+    dls = block.dataloaders(small, bs=10, dl_type=BatchDL)
+    assert dls.train.resident and dls.valid.resident and len(dls.valid.one_batch()[1]) == 10
+
+class Mirrored(ItemTransform):
+    def encodes(self, item): return item[0][:, ::-1].copy()
+
+class FirstClass(ItemTransform):
+    def encodes(self, item): return 'airplane'
+
+def pairs(data): return [(img, data.vocab[label]) for img, label in zip(data.train_x, data.train_y)]
+
+@pytest.mark.parametrize('getters', [dict(get_x=Mirrored(), get_y=ItemGetter(1)), dict(get_x=ItemGetter(0), get_y=FirstClass())], ids=['of images', 'of labels'])
+def test_getters_that_change_what_stands_in_the_items_are_obeyed(small, getters):
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=small.vocab, sort=False)), get_items=pairs, splitter=FuncSplitter(lambda item: False), **getters)
+    dl = block.dataloaders(small, bs=80, dl_type=BatchDL, num_workers=0, shuffle=False).train
+    x, y = dl.decode(dl.one_batch())
+    assert dl.resident is None
+    assert np.array_equal(x[0].permute(1, 2, 0).numpy(), getters['get_x'](pairs(small)[0]))
+    assert set(y.tolist()) == ({0} if isinstance(getters['get_y'], FirstClass) else set(range(10)))
+
+def test_an_unknown_item_transform_is_refused_and_not_left_out(small):
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=pairs, get_x=ItemGetter(0), get_y=ItemGetter(1), item_tfms=RandomResizedCrop(32))
+    with pytest.raises(ValueError, match="RandomResizedCrop.*pipeline='item'"): block.dataloaders(small, dl_type=BatchDL)
+
+class Darker(Transform):
+    order = 100
+    def encodes(self, x:TensorImage): return x/2
+
+def test_further_batch_transforms_are_kept(small, dls):
+    stats = small.stats
+    block = cifar_block(stats, small.vocab)
+    block.batch_tfms = [*block.batch_tfms, Darker()]
+    darker = block.dataloaders(small, bs=16, dl_type=BatchDL)
+    assert [type(f) for f in darker.valid.after_batch.fs] == [NormalizeBytes, Darker]
+    assert torch.allclose(darker.valid.one_batch()[0], dls.valid.one_batch()[0]/2)
+
+def test_normalising_bytes_is_what_fastai_does_in_two_steps(small):
+    mean, std = small.stats
+    x = TensorImage(torch.from_numpy(small.test_x).permute(0, 3, 1, 2))
+    both = Normalize.from_stats(mean, std, cuda=False)
+    one = NormalizeBytes(both.mean, both.std)
+    assert torch.equal(one(x), both(IntToFloatTensor()(x)))
+    floats = IntToFloatTensor()(x)
+    kept = floats.clone()
+    assert torch.equal(one(floats), both(kept)) and torch.equal(floats, kept) # what is a float already is not changed in place
+
+# ---- with a Learner
+
+def test_lr_find_and_get_preds_and_tta_and_show_results_work(small, tiny_learner):
+    learn = tiny_learner()
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.lr_find(num_it=10, show_plot=False).valley > 0
+    probs, targs = learn.get_preds()
+    assert probs.shape == (40, 10) and targs.tolist() == small.test_y.tolist()
+    augmented = [learn.tta(n=1, beta=0)[0] for _ in range(2)]
+    assert not torch.allclose(augmented[0], probs) and not torch.allclose(*augmented) # augmented, where `get_preds` is not, and each time in another way
+    with learn.no_bar(): learn.show_results(max_n=4)
+    assert len(plt.gcf().axes) >= 4
+
+def test_predictions_of_shuffled_images_come_in_the_order_of_the_images(small, tiny_learner):
+    assert tiny_learner().get_preds(0)[1].tolist() == small.train_y.tolist()
+
+def test_interpretation_works_and_runs_the_model_once(tiny_learner):
+    learn, seen = tiny_learner(), []
+    hook = learn.model.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    interp = CifarInterpretation.from_learner(learn)
+    interp.plot_confusion_matrix(); interp.most_confused(); interp.plot_misclassified(4); interp.per_class(); interp.plot_top_losses(4)
+    hook.remove()
+    assert sum(seen) == 40
+
+def test_an_exported_learner_carries_no_images(small, tiny_learner, tmp_path):
+    learn = tiny_learner()
+    learn.path = tmp_path
+    learn.export('learner.pkl')
+    assert (tmp_path/'learner.pkl').stat().st_size < 100_000 # the 80 small images are 327 kB as they are packed
+    with pytest.warns(UserWarning, match='pickle'): again = load_learner(tmp_path/'learner.pkl')
+    items = list(small.test_x[:8])
+    assert torch.equal(again.get_preds(dl=again.dls.test_dl(items))[0], learn.get_preds(dl=learn.dls.test_dl(items))[0])
+
+@contextmanager
+def watched(monkeypatch, learn):
+    "Counts what torch is asked to do from the beginning of each epoch until the recorder reads, and how often something is copied to the host"
+    ops, copies = Ops(), []
+    class Watch(Callback):
+        order = -1000
+        def before_epoch(self): ops.__enter__()
+        def after_epoch(self): ops.__exit__(None, None, None)
+    with monkeypatch.context() as m, learn.added_cbs(Watch()):
+        original = torch.Tensor.cpu
+        m.setattr(torch.Tensor, 'cpu', lambda t, *args, **kwargs: copies.append(t.shape) or original(t, *args, **kwargs)) # on a processor nothing is dispatched
+        yield ops.counts, copies
+
+def reads(counts): return sum(n for name, n in counts.items() if '_local_scalar_dense' in name or 'nonzero' in name)
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_no_step_asks_for_a_number(tiny_learner, precision, monkeypatch):
+    "On a GPU whoever asks waits until the queue is empty"
+    learn = tiny_learner(precision=precision, metrics=[accuracy, error_rate])
+    with watched(monkeypatch, learn) as (counts, copies), learn.no_logging(): learn.fit(2, cbs=OneCycle(1e-4, 1e-2))
+    assert reads(counts) == 0 and copies == [] and sum(counts.values()) > 100
+
+def test_fastais_own_loop_asks_at_every_step(tiny_net, small, monkeypatch):
+    "What the test above must be able to see: fastai's Recorder copies, its progress bar asks"
+    dls = cifar_block().dataloaders(small, bs=16, num_workers=0, drop_last=False)
+    learn = Learner(dls, tiny_net(), CrossEntropyLossFlat(), metrics=accuracy)
+    with watched(monkeypatch, learn) as (counts, copies), redirect_stdout(io.StringIO()): learn.fit(1)
+    assert reads(counts) >= 5 and len(copies) >= 5 + 3*2 # a loss a training step, loss and accuracy a validation step
+
+def test_the_bar_reads_a_few_times_a_second_at_most(tiny_net, small_dls):
+    learn = cifar_learner(small_dls(bs=2), tiny_net(), precision='fp32')
+    class Reads(Callback):
+        order, seen = 1000, []
+        def after_batch(self): self.seen.append(learn.progress.pbar.comment)
+    with redirect_stdout(io.StringIO()): learn.fit(2, 1e-3, cbs=Reads())
+    seconds = sum(row['seconds'] for row in learn.recorder.history)
+    assert len(Reads.seen) == 80 + 2*20 and len({c for c in Reads.seen if c}) <= 2 + seconds/learn.progress.every
+
+# ---- devices
+
+def test_images_that_do_not_fit_stay_on_the_host_and_it_says_so_once(dls, capsys, monkeypatch):
+    monkeypatch.setattr(data_module, '_free_memory', lambda device: 1000)
+    dls.train.device = torch.device('meta')
+    for _ in range(2): assert {x.device.type for x, _ in dls.train} == {'meta'} # made on the host, then sent
+    assert dls.train.resident.pixels.device == cpu
+    assert capsys.readouterr().out.count('stay on the host') == 1
+
+def test_images_that_fit_are_brought_to_the_device(dls, capsys, monkeypatch):
+    monkeypatch.setattr(data_module, '_free_memory', lambda device: 10**9)
+    assert dls.train.resident.to(torch.device('meta')).pixels.device.type == 'meta' and capsys.readouterr().out == ''
+
+@pytest.mark.parametrize('name, words', [('cuda:99', 'this machine has'), ('tpu', 'give'), ('meta', 'none of that kind'), ('', 'give')])
+def test_a_device_that_is_not_there_is_refused(small, name, words):
+    with pytest.raises(ValueError, match=f'device is {name!r}.*{words}'): cifar_dls(small, device=name)
+
+def test_a_device_can_be_named(): assert find_device('cpu') == find_device(cpu) == cpu
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_on_the_processor(small):
+    here, there = (cifar_dls(small, bs=16, seed=3, device=device).train for device in ('cpu', 'cuda'))
+    for (x, y), (x1, y1) in zip(here, there, strict=True):
+        assert x1.device.type == 'cuda' and torch.equal(y, y1.cpu()) and torch.allclose(x, x1.cpu(), atol=1e-6)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_an_epoch_on_a_gpu_never_waits(tiny_learner, small_dls, precision):
+    class NoWaiting(Callback):
+        order = -1000
+        def before_epoch(self): torch.cuda.set_sync_debug_mode('error')
+        def after_epoch(self): torch.cuda.set_sync_debug_mode('default') # here the recorder reads
+    learn = tiny_learner(small_dls(device='cuda'), precision=precision)
+    try:
+        with learn.no_logging(): learn.fit(2, cbs=[OneCycle(1e-4, 1e-2), NoWaiting()])
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert len(learn.recorder.history) == 2
+
+@pytest.mark.gpu
+def test_interpretation_works_on_a_gpu(tiny_learner, small_dls):
+    interp = CifarInterpretation.from_learner(tiny_learner(small_dls(device='cuda')))
+    interp.plot_top_losses(4); interp.plot_misclassified(4)
+    assert interp.probs.device == cpu

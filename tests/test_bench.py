@@ -1,0 +1,82 @@
+"""The benchmark: processes that take turns, what is refused, and the tables that are made of it."""
+import json, time
+
+import numpy as np
+import pytest
+
+from cifar_fastai.bench import bench, bench_table, plot_bench, plot_growth, ratio, take_turns
+from cifar_fastai.core import BenchSettings
+
+quick = dict(data='digits', bs=8, steps=1, warmup=1, repeats=2)
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory):
+    "All five cases on the digits, and the file that was written"
+    out = tmp_path_factory.mktemp('bench')/'bench.json'
+    return bench(BenchSettings(**quick, out=str(out))), out
+
+def test_every_case_is_measured_in_every_turn(measured):
+    result, _ = measured
+    assert list(result['cases']) == ['plain', 'fastai', 'package', 'bare', 'limit']
+    for case in result['cases'].values():
+        assert len(case['images_per_second']) == 2 and min(case['images_per_second']) > 0
+        assert case['memory'] > 2**27 and case['first_step'] > 0 # torch alone takes more than 128 MB
+    assert {name: len(rates) for name, rates in result['batches'].items()} == dict(albumentations=2, fastai=2, package=2)
+    assert np.mean(result['batches']['package']) > np.mean(result['batches']['albumentations']) > np.mean(result['batches']['fastai'])
+
+def test_the_file_has_all_that_was_measured_with_settings_machine_and_versions(measured):
+    result, out = measured
+    written = json.loads(out.read_text(encoding='utf8'))
+    assert written == json.loads(json.dumps(result))
+    assert written['settings']['steps'] == 1 and written['environment']['packages']['torch'] and written['device'] and written['n_images'] == 1438
+
+def test_the_table_has_rates_spread_epoch_memory_and_ratios(measured):
+    result, _ = measured
+    table, rates = bench_table(result), result['cases']['package']['images_per_second']
+    assert list(table.index) == list(result['cases']) and list(table.columns) == ['images/s', 's an epoch', '× plain', '× limit', 'peak memory, GiB']
+    assert table.loc['plain', '× plain'] == table.loc['limit', '× limit'] == '1.000 (1.000 to 1.000)'
+    assert table.loc['package', 'images/s'] == f'{np.mean(rates):,.1f} ± {np.std(rates):.1f}' and table.loc['package', 's an epoch'] == f'{1438/np.mean(rates):,.1f}'
+
+def test_ratios_are_of_the_means_with_the_extremes_of_the_turns():
+    assert ratio([10, 20], [5, 5]) == (3, 2, 4)
+
+def test_the_pictures_show_every_case(measured):
+    result, _ = measured
+    assert [label.get_text() for label in plot_bench(result).axes[0].get_yticklabels()] == list(result['cases'])
+    sizes = {n: result['cases']['package'] for n in ('10', '50')}
+    assert len(plot_growth({**result, 'sizes': sizes, 'batch_sizes': sizes}).axes) == 2
+
+def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):
+    import multiprocessing
+    with pytest.raises(ChildProcessError, match='broken: .*does not exist'):
+        settings = BenchSettings(**quick | dict(data=str(tmp_path/'nothing')))
+        take_turns({'broken': ('limit', settings, None)})
+    assert multiprocessing.active_children() == []
+
+def test_a_process_that_is_killed_is_reported_and_the_others_end():
+    import multiprocessing, os, signal, threading
+    def kill():
+        while not (there := [p for p in multiprocessing.active_children() if p.is_alive()]): time.sleep(.1)
+        time.sleep(2)
+        os.kill(there[0].pid, signal.SIGKILL)
+    threading.Thread(target=kill).start()
+    with pytest.raises(ChildProcessError, match='the process of first ended with status -9'):
+        take_turns({name: ('limit', BenchSettings(**quick | dict(repeats=10_000)), None) for name in ('first', 'second')})
+    assert multiprocessing.active_children() == []
+
+@pytest.mark.parametrize('change, words', [(dict(steps=0), 'steps is 0'), (dict(repeats=0), 'repeats is 0'), (dict(warmup=0), 'warmup is 0'), (dict(bs=1), 'bs is 1'),
+                                           (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'),
+                                           (dict(out='no/such/folder/x.json'), 'out is')])
+def test_settings_that_make_no_sense_are_refused(change, words):
+    with pytest.raises(ValueError, match=words): BenchSettings(**quick | change)
+
+@pytest.mark.parametrize('args, words', [(['--steps', '0'], 'steps is 0'), (['--device', 'cuda:99'], "device is 'cuda:99'"), (['--precision', 'fp16', '--device', 'cpu'], 'fp16')])
+def test_the_command_refuses_in_one_sentence(command, args, words):
+    done = command('bench', '--data', 'digits', *args)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ''
+
+def test_the_command_prints_the_table_and_writes_the_file(command, tmp_path):
+    done = command('bench', '--data', 'digits', '--bs', '8', '--steps', '1', '--warmup', '1', '--repeats', '1', '--cases', 'package', 'limit', '--no-batches', '--out', tmp_path/'b.json')
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ('package', 'limit', 'images/s', '× limit', 'importing fastai'))
+    assert list(json.loads((tmp_path/'b.json').read_text(encoding='utf8'))['cases']) == ['package', 'limit']
