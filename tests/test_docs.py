@@ -94,8 +94,8 @@ def test_the_epoch_from_which_it_stays_over_90_is_the_one_behind_the_last_that_i
 
 def test_the_projects_figures_are_those_of_the_epochs_they_logged():
     from tables import curve, stays_over
-    for project in json.loads((root/'benchmarks/seeds.json').read_text(encoding='utf8')):
-        logged = curve(root/'benchmarks/seeds.csv', project=project['project'])
+    for project in json.loads((root/'benchmarks/projects.json').read_text(encoding='utf8')):
+        logged = curve(root/'benchmarks/projects.csv', project=project['project'])
         assert logged[-1] == (project['epochs'], project['accuracy'])
         if len(logged) > 1: assert stays_over(logged) == project['over_90_from']
 
