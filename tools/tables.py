@@ -10,14 +10,13 @@ def table(header, rows):
     return '\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def curve(path, **where): # [(epoch, accuracy in per cent)] of a CSV file
+def curve(path, scale=1, **where): # [(epoch, accuracy times `scale`)] of the rows of a CSV file that are so
     with open(path, encoding='utf-8', newline='') as f:
         rows = [row for row in csv.DictReader(f) if all(row[k] == v for k, v in where.items())]
-    percent = 1 if where else 100 # the projects logged per cent
-    return [(int(row['epoch']), percent*float(row['accuracy'])) for row in rows]
+    return [(int(row['epoch']), scale*float(row['accuracy'])) for row in rows]
 
 
-def stays_over(curve, mark=90): # the first epoch from which on every accuracy is over `mark`, or None
+def stays_over(curve, mark=90): # per cent -> the first epoch from which on every accuracy is over `mark`, or None
     below = [epoch for epoch, accuracy in curve if accuracy <= mark]
     over = [epoch for epoch, _ in curve if epoch > max(below, default=0)]
     return min(over, default=None)
@@ -29,14 +28,14 @@ def machine(summary):
     return f"{where}, {summary['precision']}"
 
 
-def runs(root=root, run='24-epochs'):
+def runs(root=root):
     "The projects that did the assignment by hand, and the recorded run of this package"
     rows = [[f"[{p['project']}]({p['source']})" if p['source'] else p['project'], p['shows'], f"{p['parameters']:,}", p['epochs'], f"{p['accuracy']:.2f} %",
-             p['over_90_from'] or 'not logged', p['time']] for p in json.loads((root/'benchmarks/seeds.json').read_text(encoding='utf-8'))]
-    folder = root/'benchmarks/runs'/run
+             p['over_90_from'] or 'not logged', p['time']] for p in json.loads((root/'benchmarks/projects.json').read_text(encoding='utf-8'))]
+    folder = root/'benchmarks/runs/24-epochs'
     summary = json.loads((folder/'summary.json').read_text(encoding='utf-8'))
     rows.append(['**this package**', 'bounds found; notebooks, package, commands', f"{summary['n_params']:,}", summary['epochs'], f"**{summary['accuracy']:.2%}**".replace('%', ' %'),
-                 stays_over(curve(folder/'history.csv')), f"{summary['seconds']:,.0f} s with a validation each epoch; {machine(summary)}"])
+                 stays_over(curve(folder/'history.csv', scale=100)), f"{summary['seconds']:,.0f} s with a validation each epoch; {machine(summary)}"])
     return table(['project', 'what it shows', 'parameters', 'epochs', 'test accuracy after the last', 'over 90 % from epoch', 'time and machine'], rows)
 
 
