@@ -6,7 +6,7 @@
 __all__ = ['ways', 'peak_memory', 'Turns', 'plain_way', 'fastai_way', 'package_way', 'bare_way', 'limit_way', 'take_turns',
            'batches_alone', 'import_seconds', 'bench', 'ratio', 'bench_table', 'plot_bench', 'plot_growth']
 
-# %% ../nbs/10_bench.ipynb #833ef6b2
+# %% ../nbs/10_bench.ipynb #180f3ff8
 import multiprocessing as mp
 import os, subprocess, sys, time, traceback
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from fastai.vision.all import Callback, CancelValidException, CrossEntropyLossFl
 from .augment import item_pipeline
 from .core import BenchSettings, environment, write_json
 from .data import CIFAR10Data, cifar_block, cifar_dls, find_device, load_cifar10
-from .learner import FusedAdam, best_precision, cifar_learner, precision_callbacks
+from .learner import FusedAdam, best_precision, cifar_learner, keep_memory, precision_callbacks
 from .models import CustomResNet
 from .schedule import OneCycle, one_cycle_lr
 
@@ -70,7 +70,7 @@ class Turns:
         _finished(self.device)
         self.images, self.start = 0, time.perf_counter()
 
-# %% ../nbs/10_bench.ipynb #0fdbc213
+# %% ../nbs/10_bench.ipynb #5b8a4033
 class _Images(torch.utils.data.Dataset):
     def __init__(self, data, pipeline): self.x, self.y, self.pipeline = data.train_x, data.train_y, pipeline
     def __len__(self): return len(self.y)
@@ -127,6 +127,7 @@ def _bare(data, settings, device):
     precision_callbacks(precision, device) # refuses what the device lacks
     model = CustomResNet(dls.c).to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
+    if device.type == 'cpu': keep_memory()
     optimizer, scaler = FusedAdam(model.parameters()).opt, torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     cast = nullcontext if precision == 'fp32' else lambda: torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[precision])
 
