@@ -119,7 +119,7 @@ def draw(
     return Draws(upto(places), upto(places), torch.from_numpy((rng.random(n) < aug.flip_p).astype(np.int64)),
                  upto(aug.size - aug.cutout + 1), upto(aug.size - aug.cutout + 1))
 
-# %% ../nbs/01_augment.ipynb #4e5f717e
+# %% ../nbs/01_augment.ipynb #3f5f9a72
 def pack_pixels(
     imgs, # `uint8` images (N, H, W, 3), NumPy or tensor
     device=None, # where to; the processor
@@ -170,8 +170,8 @@ def pack_colour(
     device=None,
 ): # -> `int32` scalar tensor
     "A colour as `pack_pixels` has it"
-    packed = pack_pixels(np.array([round(255*c) for c in colour], dtype=np.uint8).reshape(1, 1, 1, 3))
-    return torch.full((), int(packed), dtype=torch.int32, device=device) # filled, not copied: a GPU need not wait
+    packed = np.array([*(round(255*c) for c in colour), 0], dtype=np.uint8).view(np.int32)
+    return torch.full((), int(packed[0]), dtype=torch.int32, device=device) # filled, not copied: a GPU need not wait
 
 # %% ../nbs/01_augment.ipynb #9077ad5c
 def plot_augmented(
