@@ -46,17 +46,24 @@ cases = dict(plain="the projects' way: PyTorch loop, albumentations in a `DataLo
 def mean(values): return sum(values)/len(values)
 
 
+def ratio(rates, reference): # turn by turn, as `cifar_fastai.bench.ratio` has it
+    of_turns = [r/q for r, q in zip(rates, reference)]
+    return f'{mean(rates)/mean(reference):.2f} ({min(of_turns):.2f} to {max(of_turns):.2f})'
+
+
 def bench(root=root): # one table for each machine of benchmarks/bench
     "How fast each way of training is, from the recorded benchmarks"
     parts = []
     for file in sorted((root/'benchmarks/bench').glob('*.json')):
         result = json.loads(file.read_text(encoding='utf-8'))
         rates = {name: case['images_per_second'] for name, case in result['cases'].items()}
-        rows = [[cases[name], f'{mean(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})', f'{result["n_images"]/mean(r):,.1f}', f'{result["cases"][name]["memory"]/2**30:.1f}',
-                 *(f'{mean(r)/mean(rates[reference]):.2f}' for reference in ('plain', 'limit'))] for name, r in rates.items()]
+        against = [(label, rates[key]) for label, key in (('× the first', 'plain'), ('× the limit', 'limit')) if key in rates]
+        gpu = any(case.get('gpu_memory') for case in result['cases'].values())
+        rows = [[cases[name], f'{mean(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})', f'{result["n_images"]/mean(r):,.0f}', f'{result["cases"][name]["memory"]/2**30:.2f}',
+                 *([f'{result["cases"][name]["gpu_memory"]/2**30:.2f}'] if gpu else []), *(ratio(r, reference) for _, reference in against)] for name, r in rates.items()]
         s = result['settings']
-        parts.append(f"{machine(result)} where the precision is chosen; {s['bs']} images a batch, {s['repeats']} turns of {s['steps']} steps each:\n\n"
-                     + table(['case', 'images/s (spread)', 's an epoch', 'peak memory, GB', '× plain', '× limit'], rows))
+        parts.append(f"{machine(result)} where the precision is chosen; {s['bs']} images a batch, {s['repeats']} turns of {s['steps']} steps each, in brackets the extremes of the turns:\n\n"
+                     + table(['case', 'images/s', 's an epoch', 'peak memory, GiB', *(['of the GPU, GiB'] if gpu else []), *(label for label, _ in against)], rows))
     return '\n\n'.join(parts)
 
 
