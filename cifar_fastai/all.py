@@ -8,3 +8,4 @@ from .schedule import *
 from .learner import *
 from .interpret import *
 from .training import *
+from .bench import *

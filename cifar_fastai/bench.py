@@ -275,7 +275,7 @@ def batches_alone(
     if 'error' in rates: raise ChildProcessError(rates['error'])
     return rates
 
-# %% ../nbs/10_bench.ipynb #b8be9a16
+# %% ../nbs/10_bench.ipynb #71c3af05
 def import_seconds(module='fastai.vision.all', times=3): # -> the shortest of some times
     "How long a new process takes to import `module`"
     def once():
@@ -295,7 +295,7 @@ def bench(
     gpu, epoch = device.type == 'cuda', -(-n_images//settings.bs)
     warmup = 2 if not gpu else epoch + 10 if settings.compile else 50 # the last batch of an epoch is compiled, too
     settings = replace(settings, device=str(device), steps=settings.steps or (100 if gpu else 3), warmup=settings.warmup or warmup)
-    result = dict(settings=asdict(settings), device=torch.cuda.get_device_name(device) if gpu else device.type,
+    result = dict(settings={k: v for k, v in asdict(settings).items() if k != 'out'}, device=torch.cuda.get_device_name(device) if gpu else device.type,
                   precision=best_precision(device) if settings.precision == 'auto' else settings.precision,
                   n_images=n_images, environment=environment(), threads=torch.get_num_threads(), cuda=torch.version.cuda if gpu else None, import_fastai=import_seconds())
     def part(name, measure, *args):

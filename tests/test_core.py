@@ -59,7 +59,7 @@ def test_what_makes_no_sense_is_refused_by_name_value_and_remedy(name, value):
     assert '\n' not in message
 
 def test_every_setting_but_names_and_switches_has_a_refusal():
-    assert {f.name for f in fields(TrainSettings)} - {name for name, _ in refused} == {'data', 'conv_bias', 'out'}
+    assert {f.name for f in fields(TrainSettings)} - {name for name, _ in refused} == {'data', 'device', 'conv_bias', 'compile', 'out'} # a device is looked for when the data are brought to it
 
 @pytest.mark.parametrize('name', ['epochs', 'bs', 'peak_epoch', 'dropout', 'n_groups', 'eps', 'wd', 'num_workers', 'seed', 'betas'])
 def test_a_value_of_another_type_is_refused_by_name(name):
