@@ -60,7 +60,7 @@ test-py: $(installed) ## run pytest, without what is marked slow
 test-newest: ## the same in a second environment, with the newest fastai
 	@test -x .venv-newest/bin/pip || $(PYTHON) -m venv .venv-newest
 	@rm -rf build
-	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade . fastai pytest)
+	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade . fastai pytest hypothesis)
 	@rm -rf build
 	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
 	$(call timed,pytest with the newest fastai,cd tests && ../$(newest) -m pytest -m "not slow" -p no:cacheprovider --import-mode=importlib .)

@@ -275,7 +275,7 @@ def batches_alone(
     if 'error' in rates: raise ChildProcessError(rates['error'])
     return rates
 
-# %% ../nbs/10_bench.ipynb #71c3af05
+# %% ../nbs/10_bench.ipynb #fa6ff681
 def import_seconds(module='fastai.vision.all', times=3): # -> the shortest of some times
     "How long a new process takes to import `module`"
     def once():
@@ -353,6 +353,6 @@ def plot_growth(result): # of `bench` with growth -> `Figure`
         at, rates = [int(n) for n in result[key]], [case['images_per_second'] for case in result[key].values()]
         ax.plot(at, [np.mean(r) for r in rates], '-', color='tab:blue')
         for n, r in zip(at, rates): ax.plot([n]*len(r), r, '.', color='tab:blue')
-        ax.set(xscale='log', xlabel=label, ylabel='images a second', ylim=(0, None), xticks=at, xticklabels=[f'{n:,}' for n in at])
+        ax.set(xscale='log', xlabel=label, ylabel='images a second', ylim=(0, 1.08*max(map(max, rates))), xticks=at, xticklabels=[f'{n:,}' for n in at])
         ax.minorticks_off(); ax.grid(alpha=.3)
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'named_source', 'source_defaults', 'TrainSettings',
-           'BenchSettings', 'write_json', 'read_json', 'settings_from', 'environment']
+           'BenchSettings', 'write_whole', 'write_json', 'read_json', 'settings_from', 'environment']
 
 # %% ../nbs/00_core.ipynb #4983bec9
 import json, math, os, platform
@@ -35,7 +35,7 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
     "Epochs and batch size for `source`: the assignment's 24 and 512, or 10 and 64 for the small digits"
     return dict(epochs=10, bs=64) if str(named_source(source)) == 'digits' else dict(epochs=24, bs=512)
 
-# %% ../nbs/00_core.ipynb #15e48f8b
+# %% ../nbs/00_core.ipynb #50dede5f
 @dataclass(frozen=True)
 class TrainSettings:
     "What a run depends on. `None` is filled in from the data; what makes no sense raises `ValueError`."
@@ -59,6 +59,7 @@ class TrainSettings:
     valid: Literal['test', 'holdout'] = 'test' # accuracy on the test images, or on 5,000 held out of the training images
     pipeline: Literal['batch', 'item'] = 'batch' # how images are augmented: whole batches on the device, or one item at a time
     num_workers: int|None = None # processes that prepare images; fastai's choice, one a core
+    checkpoint_minutes: float = 5. # within an epoch, a checkpoint at least so often; one is taken after each epoch, too
     seed: int = 0 # of weights, order and augmentation
     out: str|None = None # run folder, which must not exist yet; runs/<date-time>
 
@@ -81,6 +82,7 @@ class TrainSettings:
         _check(_positive(self.eps), 'eps', self.eps, 'give a positive number')
         _check(0 <= self.wd < math.inf, 'wd', self.wd, 'give 0 or more')
         _check(self.num_workers is None or self.num_workers >= 0, 'num_workers', self.num_workers, 'give 0 or more')
+        _check(self.checkpoint_minutes >= 0, 'checkpoint_minutes', self.checkpoint_minutes, 'give 0 or more')
         _check(0 <= self.seed < 2**32, 'seed', self.seed, 'give 0 or more and less than 2**32')
 
     @property
@@ -133,13 +135,32 @@ def _in_words(kind):
 def _check(ok, name, value, remedy):
     if not ok: raise ValueError(f'{name} is {value!r}: {remedy}')
 
-# %% ../nbs/00_core.ipynb #de7652cd
-def write_json(path, content): # -> the path
-    "Write `content` as indented JSON, whole or not at all (a temporary file takes the name when it is complete)"
+# %% ../nbs/00_core.ipynb #0a09e089
+def write_whole(
+    path, # file to write, in a folder that exists
+    content:bytes,
+    check=lambda part: None, # called with the file that is written, before it takes its name; raises when it is not good
+): # -> `Path`
+    "Write a file whole or not at all: under another name, flushed to the disk, then renamed. What was there stays until then. `OSError` when the disk is full"
     path = Path(path)
     part = path.with_name(path.name + '.part')
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf8')
-    return part.replace(path)
+    try:
+        with open(part, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        check(part)
+        part.replace(path)
+    finally: part.unlink(missing_ok=True)
+    if os.name == 'posix': # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
+    return path
+
+def write_json(path, content): # -> the path
+    "Write `content` as indented JSON, whole or not at all"
+    return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
 
 def read_json(path): # -> dict; raises `ValueError` with one sentence when it is none
     "The object in a JSON file"

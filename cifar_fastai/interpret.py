@@ -6,7 +6,7 @@
 __all__ = ['Misclassified', 'CifarInterpretation', 'plot_images', 'plot_classes', 'plot_history', 'plot_lrs', 'load_run',
            'learner_from_run', 'class_probabilities']
 
-# %% ../nbs/06_interpret.ipynb #56b404c0
+# %% ../nbs/06_interpret.ipynb #48d79dea
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from fastai.interpret import ClassificationInterpretation
 from fastai.vision.all import Learner, TensorBase, to_device
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
 
-from .core import TrainSettings, read_json, settings_from
+from .core import TrainSettings, read_json, settings_from, write_whole
 from .data import cifar_dls, load_cifar10
 from .learner import bars_for_people, cifar_learner, load_weights
 from .models import CustomResNet
 
-# %% ../nbs/06_interpret.ipynb #7874d2f3
+# %% ../nbs/06_interpret.ipynb #b247074e
 class Misclassified(NamedTuple):
     "One wrong prediction"
     idx: int # position in the data set
@@ -81,8 +81,7 @@ class CifarInterpretation(ClassificationInterpretation):
 
     def save_predictions(self, path): # -> the path
         "Probabilities (N, classes), labels (N,) and losses (N,) as safetensors"
-        save_file({k: torch.as_tensor(getattr(self, k)).as_subclass(torch.Tensor).contiguous() for k in ('probs', 'targs', 'losses')}, path)
-        return path
+        return write_whole(path, save({k: torch.as_tensor(getattr(self, k)).as_subclass(torch.Tensor).contiguous() for k in ('probs', 'targs', 'losses')}))
 
     def __getitem__(self, idxs):
         "Inputs, probabilities, targets, decisions and losses at `idxs`, without running the model"

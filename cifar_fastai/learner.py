@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['FusedAdam', 'CPUAutocast', 'best_precision', 'precision_callbacks', 'precision_of', 'keep_memory', 'DeviceSmoothLoss',
            'EpochRecorder', 'EpochProgress', 'SetEpoch', 'bars_for_people', 'cifar_learner', 'save_weights',
-           'load_weights']
+           'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint', 'check_finite',
+           'FiniteLoss', 'Checkpoints']
 
-# %% ../nbs/05_learner.ipynb #ebaf2c6a
-import ctypes, sys, time
+# %% ../nbs/05_learner.ipynb #e8ff9678
+import ctypes, hashlib, json, math, random, sys, time, warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
 from fastai.learner import AvgSmoothLoss
-from fastai.vision.all import IN_NOTEBOOK, Callback, CrossEntropyLossFlat, L, Learner, Recorder, accuracy
-from safetensors.torch import load_file, save_file
+from fastai.vision.all import IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, L, Learner, Recorder, accuracy
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
-from .core import TrainSettings
+from .core import TrainSettings, write_whole
 from .data import SeededDL
 from .models import CustomResNet
 
@@ -116,7 +120,7 @@ def keep_memory(): # -> did the allocator take it?
     libc.malloc_trim(0) # what was freed until now goes back
     return all(libc.mallopt(option, value) == 1 for option, value in [(mmap_max, 0), (trim_threshold, -1), (top_pad, 2**28)])
 
-# %% ../nbs/05_learner.ipynb #96c532ed
+# %% ../nbs/05_learner.ipynb #157d438c
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's `AvgSmoothLoss`, where the loss lies"
     def reset(self): self.count, self.val = 0, 0.
@@ -144,7 +148,7 @@ class EpochRecorder(Recorder):
         for k, v in kept.items(): setattr(self, k, v) # this may be a validation; training starts its own lists
         names = self.metrics.attrgot('name')
         self.metric_names = L('epoch', 'lr', 'train_loss') + names.map('train_{}') + L('valid_loss') + names + L('time')
-        self.fresh = True
+        self.fresh, self.train_sums = True, None
 
     def before_epoch(self):
         super().before_epoch()
@@ -154,14 +158,16 @@ class EpochRecorder(Recorder):
         if self.fresh:
             self.lrs, self.iters, self.losses, self.values, self.history = [], [], [], [], []
             self.fresh, self.n_read = False, 0
-        self.trained = True
+        self.trained, self.train_sums = True, None
         for met in self._train_mets: met.reset()
 
     def after_batch(self):
         if self.training and len(self.yb): self.smooth_loss.accumulate(self.learn)
         super().after_batch()
 
-    def after_train(self): self.log += [self.lrs[-1] if self.lrs else float('nan'), *(met.value for met in self._train_mets)]
+    def after_train(self):
+        self.train_sums = self._sums() # validation sums in the same metrics
+        self.log += [self.lrs[-1] if self.lrs else float('nan'), *(met.value for met in self._train_mets)]
 
     def after_validate(self): self.log += [met.value for met in self._valid_mets]
 
@@ -174,6 +180,23 @@ class EpochRecorder(Recorder):
         seconds = time.time() - self.start_epoch
         super().after_epoch()
         self.history.append({**dict(zip(self.metric_names, [self.epoch + 1, *self.values[-1]])), 'seconds': seconds})
+
+    def state_dict(self): # -> JSON-ready dict
+        "Where it stands, also in the middle of an epoch"
+        sums = [_read(both) if both else None for both in self.train_sums or self._sums()]
+        return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=[list(v) for v in self.values], history=list(self.history),
+                    smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums, seconds=time.time() - self.start_epoch)
+
+    def _sums(self): return [[m.total, m.count] if hasattr(m, 'total') and hasattr(m, 'count') else None for m in L(self.loss) + self.metrics]
+
+    def load_state_dict(self, state):
+        "Go on from there"
+        for name in ('lrs', 'losses', 'iters', 'history'): setattr(self, name, list(state[name]))
+        self.values, (self.smooth_loss.count, val) = [L(v) for v in state['values']], state['smooth']
+        self.smooth_loss.val = torch.tensor(val, device=self.dls.device) # as a Python number it would be rounded in another way
+        for m, kept in zip(L(self.loss) + self.metrics, state['sums']):
+            if kept is not None: m.total, m.count = kept
+        self.fresh, self.n_read, self.start_epoch = False, len(self.losses), time.time() - state['seconds']
 
     def plot_loss(self, *args, **kwargs):
         self.losses = _read(self.losses) # an epoch that was interrupted has not read its own
@@ -236,13 +259,10 @@ def cifar_learner(
     learn.logger = learn.recorder.print_row
     return learn
 
-# %% ../nbs/05_learner.ipynb #cd552415
+# %% ../nbs/05_learner.ipynb #48cb9cff
 def save_weights(model, path): # -> `Path`
     "Parameters and buffers of `model` as safetensors, whole or not at all"
-    path = Path(path)
-    part = path.with_name(path.name + '.part')
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
-    return part.replace(path)
+    return write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
 
 def load_weights(model, path): # -> `model`
     "Read what `save_weights` wrote; raises `ValueError` when the file is damaged or of another network"
@@ -250,3 +270,163 @@ def load_weights(model, path): # -> `model`
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as e: raise ValueError(f'{path} holds no weights of this network: {" ".join(str(e).split())[:200]}') from None
     return model
+
+# %% ../nbs/05_learner.ipynb #452484cc
+def _digest(tensors, text):
+    "SHA-256 over a text and over name, type, shape and bytes of each tensor"
+    h = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        h.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'')
+    return h.hexdigest()
+
+def write_checkpoint(
+    folder, # made when it is not there
+    tensors:dict, # name -> tensor
+    facts:dict, # JSON-ready; `epoch` and `batches` of it make the file's name
+): # -> `Path`
+    "A checkpoint, whole and verified or not at all; the one before stays, older ones go. `OSError` when the disk is full"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, text = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, json.dumps(facts)
+    path = write_whole(folder/f"{facts['epoch']:05}-{facts['batches']:07}.safetensors",
+                       save(tensors, metadata=dict(facts=text, sha256=_digest(tensors, text))), check=read_checkpoint)
+    for old in checkpoints_in(folder)[2:]: old.unlink(missing_ok=True)
+    return path
+
+def checkpoints_in(folder): # -> list of `Path`, the newest first
+    "The checkpoints of a folder"
+    return sorted(Path(folder).glob('[0-9]*-[0-9]*.safetensors'), reverse=True)
+
+def read_checkpoint(path): # -> (tensors, facts)
+    "What `write_checkpoint` was given; raises `ValueError` when a single bit is another"
+    try:
+        with safe_open(path, 'pt') as f:
+            header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        if _digest(tensors, header['facts']) != header['sha256']: raise ValueError('its checksum is another')
+        return tensors, json.loads(header['facts'])
+    except (OSError, MemoryError): raise # says nothing of the file
+    except Exception as e: raise ValueError(f'{path} is no whole checkpoint: {" ".join(str(e).split())[:200] or type(e).__name__}') from None
+
+def newest_checkpoint(folder): # -> (`Path`, tensors, facts), or `None` where there is none
+    "The newest checkpoint that is whole; damaged ones are warned of, and put aside as *.damaged"
+    for path in checkpoints_in(folder):
+        try: return path, *read_checkpoint(path)
+        except ValueError as e:
+            path.replace(path.with_suffix('.damaged'))
+            warnings.warn(f"{e}; {'the one before it is used' if checkpoints_in(folder) else 'there is no other, and the run starts over'}", stacklevel=2)
+
+# %% ../nbs/05_learner.ipynb #e7f687c1
+def check_finite(learn:Learner): # of a fit with `EpochRecorder`
+    "Raise `FloatingPointError`, naming epoch, step, learning rate and loss, when there has been a loss that is not finite"
+    recorder = learn.recorder
+    if not recorder.losses or math.isfinite(float(recorder.losses[-1])): return
+    recorder.losses = _read(recorder.losses)
+    step = next(i for i, loss in enumerate(recorder.losses) if not math.isfinite(loss))
+    epoch, of_epoch = divmod(step, len(learn.dls.train))
+    raise FloatingPointError(f'the loss was {recorder.losses[step]} in epoch {epoch + 1}, step {of_epoch + 1}, at a learning rate of {recorder.lrs[step]:.2e}: '
+                             'give a lower lr_max, or another seed; the last checkpoint is from before')
+
+class FiniteLoss(Callback):
+    "Stop a fit whose loss is no longer finite"
+    order = TrackerCallback.order + 1 # before a checkpoint is taken
+    def __init__(self, every:float=1.): # seconds between two looks
+        self.every, self.last = every, 0
+
+    def after_batch(self):
+        if not self.training or time.monotonic() - self.last < self.every: return
+        check_finite(self.learn)
+        self.last = time.monotonic()
+
+    def after_train(self): check_finite(self.learn)
+
+# %% ../nbs/05_learner.ipynb #1d2de8fc
+def _random_states():
+    kind, *numpy_ = np.random.get_state()
+    return (dict(python=random.getstate(), numpy=[kind, numpy_[0].tolist(), *numpy_[1:]]),
+            {'random.torch': torch.get_rng_state(), **{f'random.cuda.{i}': s for i, s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}})
+
+def _set_random_states(facts, tensors):
+    version, state, gauss = facts['python']
+    random.setstate((version, tuple(state), gauss))
+    np.random.set_state(tuple(facts['numpy']))
+    torch.set_rng_state(tensors['random.torch'])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f'random.cuda.{i}' in tensors: torch.cuda.set_rng_state(tensors[f'random.cuda.{i}'], i)
+
+class Checkpoints(Callback):
+    "Keep checkpoints of a fit, and go on from the newest. Callbacks that have `state_dict` and `load_state_dict` (JSON-ready) are kept, too"
+    order = TrackerCallback.order + 2 # behind what saves weights and history
+    def __init__(self,
+        folder, # where they are
+        minutes:float=5., # within an epoch, at least so often
+        resume:bool=False, # go on from the newest one, if there is one
+    ):
+        self.folder, self.minutes, self.position, self.state = Path(folder), minutes, None, None
+        if resume and (newest := newest_checkpoint(self.folder)): self.state = newest[1:]
+
+    def _others(self): # a callback finds what it lacks in the learner, and that in the model: so its class is asked
+        return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
+
+    def _load(self):
+        tensors, facts = self.state
+        try:
+            if facts['fit'] != [self.n_epoch, len(self.dls.train)]: raise ValueError('theirs was {} epochs of {} batches'.format(*facts['fit']))
+            self.model.load_state_dict({k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')})
+            opt, moments = self.opt.opt, {}
+            for name, t in tensors.items():
+                if name.startswith('opt.'): moments.setdefault(int(name.split('.')[1]), {})[name.split('.', 2)[2]] = t
+            opt.load_state_dict(dict(state=moments, param_groups=[{k: tuple(v) if k == 'betas' else v for k, v in group.items()} for group in facts['param_groups']]))
+            for p, state in opt.state.items(): # a fused step wants the moments in the memory format of the weights
+                opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in state.items()}
+            for name, cb in self._others().items():
+                if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
+            if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f'{self.folder} has checkpoints of another fit: {" ".join(str(e).split())[:200]}') from None
+
+    def before_fit(self):
+        self.last = time.monotonic()
+        if not self.state: return
+        self._load()
+        epoch, batches = (self.state[1][k] for k in ('epoch', 'batches'))
+        if epoch < self.n_epoch: print(f'resuming at epoch {epoch + 1}, step {batches + 1}' if batches < len(self.dls.train) else f'resuming at epoch {epoch + 1}, its validation', flush=True)
+
+    def before_epoch(self):
+        if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # it is done already
+
+    def before_train(self):
+        self.position = self.epoch, 0
+        if not self.state: return
+        tensors, facts = self.state
+        self.learn.train_iter = facts['train_iter']
+        if facts['batches']: # in the middle of the epoch: put back what its beginning has set
+            self._load()
+            self.learn.pct_train, self.dls.train.start, self.position = facts['pct_train'], facts['batches'], (self.epoch, facts['batches'])
+        _set_random_states(facts['random'], tensors)
+        self.state = None
+
+    def after_batch(self):
+        if not self.training: return
+        epoch, batches = self.position
+        self.position = epoch, batches + 1
+        if isinstance(self.dls.train, SeededDL) and batches + 1 < len(self.dls.train) and time.monotonic() - self.last >= 60*self.minutes: self.save()
+
+    def after_epoch(self):
+        if not self.recorder.trained: return # an epoch that is left out, or a validation
+        self.position = self.epoch + 1, 0
+        self.save()
+
+    def save(self): # -> `Path`
+        "A checkpoint of where the fit is; call it between steps only"
+        check_finite(self.learn)
+        facts, tensors = _random_states()
+        state, scaler, (epoch, batches) = self.opt.opt.state_dict(), getattr(self.learn, 'scaler', None), self.position
+        tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
+        tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
+        path = write_checkpoint(self.folder, tensors, dict(
+            epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train, random=facts,
+            param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, callbacks={name: cb.state_dict() for name, cb in self._others().items()}))
+        self.last = time.monotonic()
+        return path

@@ -14,7 +14,7 @@ from fastai.vision.all import ProgressCallback, set_seed
 from PIL import Image
 from torch import nn
 
-from cifar_fastai.core import TrainSettings, cifar10_classes, data_variable
+from cifar_fastai.core import TrainSettings, cifar10_classes, data_variable, read_json, write_json
 from cifar_fastai.data import CIFAR10Data, cifar_dls, load_cifar10, load_digits
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.training import train
@@ -57,6 +57,15 @@ def empty_home(tmp_path_factory):
     for kind in kept: cfg[kind] = home/kind # an absolute path
     yield home
     for kind, value in kept.items(): cfg[kind] = value
+
+@pytest.fixture
+def figures():
+    "Note figures in the JSON file that the environment variable FIGURES names; without it, nothing is written"
+    def note(name, **values):
+        if not (file := os.environ.get('FIGURES')): return
+        known = read_json(file) if Path(file).exists() else {}
+        write_json(file, {**known, name: values})
+    return note
 
 @pytest.fixture
 def command():

@@ -1,0 +1,234 @@
+"""Pictures and archives from strangers: predicted rightly, or refused with one sentence; never a crash, never a hang."""
+import io, os, resource, struct, tarfile, time, zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image, ImageOps
+
+import cifar_fastai.data as data_module
+from cifar_fastai.data import max_pixels, read_image, read_images
+
+quick, long = 300, pytest.param(20_000, marks=pytest.mark.slow)
+
+@pytest.fixture(scope='module')
+def photo(digits):
+    "A picture of 48×48 in colour with soft edges"
+    img = Image.fromarray(np.stack([digits.train_x[0, :, :, 0], digits.train_x[1, :, :, 0], digits.train_x[2, :, :, 0]], axis=-1))
+    return img.resize((48, 48), Image.Resampling.BICUBIC)
+
+def as_network_takes_it(img): return np.asarray(ImageOps.fit(img.convert('RGB'), (32, 32)))
+
+def close(a, b, tolerance): return np.abs(a.astype(int) - b.astype(int)).mean() < tolerance
+
+# ---- odd pictures, predicted rightly
+
+@pytest.mark.parametrize('mode, name, tolerance', [('L', 'a.png', 1), ('1', 'a.png', 80), ('P', 'a.png', 20), ('P', 'a.gif', 20), ('CMYK', 'a.jpg', 12), ('YCbCr', 'a.jpg', 12),
+                                                   ('RGB', 'a.webp', 12), ('RGB', 'a.bmp', 1), ('RGB', 'a.tif', 1), ('CMYK', 'a.tif', 2)])
+def test_a_picture_of_any_mode_is_read_as_what_it_shows(photo, tmp_path, mode, name, tolerance):
+    photo.convert(mode).save(tmp_path/name)
+    want = as_network_takes_it(photo.convert('L') if mode in ('L', '1') else photo)
+    assert close(read_image(tmp_path/name), want, tolerance)
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA'])
+def test_what_is_transparent_is_white(photo, tmp_path, mode):
+    img = photo.convert(mode)
+    alpha = np.zeros((48, 48), dtype=np.uint8)
+    alpha[:, 24:] = 255
+    img.putalpha(Image.fromarray(alpha))
+    img.save(tmp_path/'a.png')
+    out = read_image(tmp_path/'a.png')
+    assert (out[:, :15] == 255).all() and close(out[:, 17:], as_network_takes_it(photo.convert(mode[:-1]))[:, 17:], 2)
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    img = Image.new('P', (32, 32), 0)
+    img.putpalette([10, 20, 30, 200, 0, 0])
+    img.paste(1, (16, 0, 32, 32))
+    img.save(tmp_path/'a.png', transparency=0)
+    out = read_image(tmp_path/'a.png')
+    assert (out[:, :16] == 255).all() and (out[:, 16:] == (200, 0, 0)).all()
+
+def test_16_bits_are_scaled_and_not_cut_off(tmp_path):
+    ramp = np.linspace(0, 65535, 32*32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path/'a.png')
+    Image.fromarray(ramp).save(tmp_path/'a.tif')
+    for name in ('a.png', 'a.tif'): assert np.abs(read_image(tmp_path/name)[..., 0].astype(int) - (ramp >> 8)).max() <= 1
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_picture_that_a_camera_turned_is_upright_with_alpha_too(photo, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for mode in ('RGB', 'RGBA'):
+        photo.convert(mode).save(tmp_path/f'{mode}.png', exif=exif)
+        assert close(read_image(tmp_path/f'{mode}.png'), as_network_takes_it(ImageOps.exif_transpose(Image.open(tmp_path/f'{mode}.png'))), 1)
+
+@pytest.mark.parametrize('name', ['ünïcödé und Leerzeichen.png', '图片.png', "it's & <b>.png", '-x.png', 'a' * 200 + '.png'])
+def test_an_ordinary_name_is_accepted(photo, tmp_path, name):
+    photo.save(tmp_path/name)
+    assert read_image(tmp_path/name).shape == (32, 32, 3)
+
+# ---- refused
+
+def chunk(kind, content): return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+
+def png(width, height, rows=b''): # a header that says so, whatever the rows hold
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+def animated(photo, file): photo.save(file, save_all=True, append_images=[ImageOps.flip(photo), ImageOps.mirror(photo)])
+
+@pytest.mark.parametrize('name', ['a.gif', 'a.png', 'a.webp', 'a.tif'])
+def test_an_animation_is_refused(photo, tmp_path, name):
+    animated(photo, tmp_path/name)
+    with pytest.raises(ValueError, match='animated'): read_image(tmp_path/name)
+
+@pytest.mark.parametrize('content, reason', [(b'', 'no image'), (b'text', 'no image'), (png(10**5, 10**5), 'pixels'), (png(2**31 - 1, 2**31 - 1), ''), (png(8000, 8000), 'more than'), (png(0, 5), 'no image'),
+                                             (png(32, 32), 'no image'), (png(32, 32, b'\0'*10), 'no image')])
+def test_a_file_that_is_none_or_too_much_is_refused(tmp_path, content, reason):
+    (tmp_path/'a.png').write_bytes(content)
+    with pytest.raises(ValueError, match=reason): read_image(tmp_path/'a.png')
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+    side = int(max_pixels**.5) + 1
+    (tmp_path/'a.png').write_bytes(png(side, side, bytes(10)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match='more than 25,000,000'): read_image(tmp_path/'a.png')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 # kB; decoded it would be 150 MB
+
+def test_a_bomb_in_a_text_chunk_is_refused(photo, tmp_path):
+    photo.save(tmp_path/'a.png')
+    content = (tmp_path/'a.png').read_bytes()
+    bomb = chunk(b'zTXt', b'Comment\0\0' + zlib.compress(bytes(300_000_000), 9))
+    (tmp_path/'a.png').write_bytes(content[:33] + bomb + content[33:])
+    try: assert read_image(tmp_path/'a.png').shape == (32, 32, 3) # Pillow may leave the text alone
+    except ValueError as e: assert 'no image that can be read' in str(e)
+
+@pytest.mark.parametrize('make, words', [(lambda p: p.mkdir(), 'is no file'), (lambda p: os.mkfifo(p), 'is no file'), (lambda p: p.symlink_to('/dev/zero'), 'is no file'),
+                                         (lambda p: p.symlink_to(p), 'does not exist')], ids=['folder', 'pipe', 'device', 'loop'])
+def test_what_is_no_file_is_refused(tmp_path, make, words):
+    make(tmp_path/'a.png')
+    with pytest.raises((ValueError, FileNotFoundError), match=words): read_image(tmp_path/'a.png')
+
+@pytest.mark.parametrize('name', ['a\nb.png', 'a\rb.png', 'a\x1b[31mb.png', 'a\0b.png'])
+def test_a_name_that_cannot_be_printed_is_refused(photo, tmp_path, name):
+    if '\0' not in name: photo.save(tmp_path/name)
+    with pytest.raises(ValueError, match='has a name with') as e: read_image(tmp_path/name)
+    assert str(e.value).isprintable()
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((32, 32), dtype=np.float32)).save(tmp_path/'a.tif')
+    with pytest.raises(ValueError, match='floating-point'): read_image(tmp_path/'a.tif')
+
+def test_one_bad_file_among_many_is_reported_and_the_rest_are_predicted(command, finished, photo, tmp_path):
+    for i in range(3): photo.save(tmp_path/f'{i}.png')
+    (tmp_path/'bad.png').write_bytes(b'no picture')
+    done = command('predict', '--model', finished[0], tmp_path/'0.png', tmp_path/'bad.png', tmp_path/'missing.png', tmp_path/'1.png', tmp_path/'2.png')
+    assert done.returncode == 1 and [line.split(':')[0][-5:] for line in done.stdout.splitlines()] == ['0.png', '1.png', '2.png']
+    assert len(done.stderr.splitlines()) == 2 and 'bad.png' in done.stderr and 'missing.png does not exist' in done.stderr
+
+# ---- mutated
+
+edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(['byte', 'bit', 'cut', 'double', 'drop', 'noughts', 'ones']), st.integers(0, 255), st.integers(1, 64)), min_size=1, max_size=6)
+
+def mutated(content, edits):
+    for where, kind, value, n in edits:
+        i = int(where*len(content))
+        if kind == 'byte': content = content[:i] + bytes([value]) + content[i + 1:]
+        elif kind == 'bit' and i < len(content): content = content[:i] + bytes([content[i] ^ (1 << value % 8)]) + content[i + 1:]
+        elif kind == 'cut': content = content[:i]
+        elif kind == 'double': content = content[:i + n] + content[i:]
+        elif kind == 'drop': content = content[:i] + content[i + n:]
+        else: content = content[:i] + (b'\0' if kind == 'noughts' else b'\xff')*n + content[i + n:]
+    return content
+
+@pytest.fixture(scope='module')
+def pictures(photo):
+    "The same picture in many formats, as bytes"
+    def saved(img, kind, **how):
+        out = io.BytesIO()
+        img.save(out, kind, **how)
+        return out.getvalue()
+    return [saved(photo, 'PNG'), saved(photo.convert('P'), 'PNG', transparency=3), saved(photo.convert('LA'), 'PNG'), saved(photo, 'JPEG'), saved(photo.convert('CMYK'), 'JPEG'),
+            saved(photo, 'JPEG', progressive=True), saved(photo.convert('P'), 'GIF'), saved(photo, 'WEBP'), saved(photo, 'TIFF'), saved(photo, 'TIFF', compression='tiff_lzw'), saved(photo, 'BMP'),
+            saved(photo, 'ICO'), saved(photo, 'PPM'), saved(photo, 'TGA'), saved(photo, 'PCX'), saved(photo, 'GIF', save_all=True, append_images=[ImageOps.flip(photo)])]
+
+@pytest.mark.parametrize('examples', [quick, long])
+def test_a_mutated_picture_is_read_or_refused(pictures, tmp_path_factory, figures, examples):
+    file, counts, slowest = tmp_path_factory.mktemp('fuzz')/'a.png', [0, 0], [0.]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(max_examples=examples, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(range(len(pictures))), edits)
+    def check(i, edits):
+        file.write_bytes(mutated(pictures[i], edits))
+        start = time.perf_counter()
+        try:
+            out = read_image(file)
+            assert out.shape == (32, 32, 3) and out.dtype == np.uint8
+            counts[0] += 1
+        except ValueError as e:
+            assert str(e).startswith(str(file)) and '\n' not in str(e)
+            counts[1] += 1
+        slowest[0] = max(slowest[0], time.perf_counter() - start)
+    check()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert min(counts) > examples//50, counts # both happen
+    assert slowest[0] < 2 and grown < 500_000 # seconds, kB
+    figures('pictures', tried=sum(counts), read=counts[0], refused=counts[1], slowest=slowest[0], grown=1024*grown)
+
+@pytest.mark.parametrize('examples', [100, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('layout', ['pngs', 'batches'])
+def test_a_mutated_archive_is_read_or_refused(small, write_pngs, write_batches, pack, tmp_path_factory, figures, examples, layout):
+    folder = tmp_path_factory.mktemp('fuzz')
+    few = small._replace(train_x=small.train_x[::8], train_y=small.train_y[::8], test_x=small.test_x[::4], test_y=small.test_y[::4])
+    whole = pack((write_pngs if layout == 'pngs' else write_batches)(few, folder/'cifar10'), folder/'whole.tar').read_bytes()
+    file, counts, slowest = folder/'a.tar', [0, 0], [0.]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(max_examples=examples, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(edits)
+    def check(edits):
+        file.write_bytes(mutated(whole, edits))
+        start = time.perf_counter()
+        try:
+            data = read_images(file)
+            assert data.train_x.shape[1:] == (32, 32, 3) and data.train_x.dtype == np.uint8 and set(data.train_y) <= set(range(10))
+            counts[0] += 1
+        except ValueError as e:
+            assert '\n' not in str(e)
+            counts[1] += 1
+        slowest[0] = max(slowest[0], time.perf_counter() - start)
+    check()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert counts[1] > examples//50, counts
+    assert slowest[0] < 2 and grown < 500_000 # seconds, kB
+    figures(f'archives of {layout}', tried=sum(counts), read=counts[0], refused=counts[1], slowest=slowest[0], grown=1024*grown)
+
+# ---- bounds
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, '_most_bytes', 10**6)
+    with tarfile.open(tmp_path/'a.tgz', 'w:gz') as tar:
+        info = tarfile.TarInfo('cifar10/noughts')
+        info.size = 10**7
+        tar.addfile(info, io.BytesIO(bytes(10**7)))
+    with pytest.raises(ValueError, match='unpacked it has more than 1,000,000 bytes'): read_images(tmp_path/'a.tgz')
+
+def test_an_archive_of_too_many_files_is_refused(small_archive, monkeypatch):
+    monkeypatch.setattr(data_module, '_most_files', 100)
+    with pytest.raises(ValueError, match='more than 100 files'): read_images(small_archive)
+
+def test_a_folder_of_too_many_files_is_refused(small_folder, monkeypatch):
+    monkeypatch.setattr(data_module, '_most_files', 100)
+    with pytest.raises(ValueError, match='more than 100 files'): read_images(small_folder)
+
+def test_a_file_that_is_too_large_is_refused_unread(folder, monkeypatch):
+    monkeypatch.setattr(data_module, '_largest_file', 1000)
+    with pytest.raises(ValueError, match='more than 1,000 bytes'): read_images(folder)
+
+def test_links_in_an_archive_are_not_followed(tmp_path, small_folder):
+    with tarfile.open(tmp_path/'a.tar', 'w') as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo('cifar10/train/cat/0000.png')
+            info.type, info.linkname = kind, '/etc/passwd'
+            tar.addfile(info)
+    with pytest.raises(ValueError, match='has no train images'): read_images(tmp_path/'a.tar')

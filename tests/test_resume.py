@@ -1,0 +1,482 @@
+"""A run that is stopped at any moment and continued ends with the same weights, bit for bit; damaged checkpoints are noticed."""
+import os, random, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Callback, ProgressCallback, set_seed
+from safetensors.torch import load_file
+from torch import nn
+
+from cifar_fastai.core import read_json, write_json
+from cifar_fastai.learner import Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
+from cifar_fastai.schedule import OneCycle
+from cifar_fastai.training import read_history, resume, train
+
+class Stop(Exception): "What stops a fit in these tests"
+
+class StopAt(Callback):
+    "Stop a fit at an event, behind everything else that happens there"
+    order = 2000
+    def __init__(self, event, times, training=None):
+        self.seen = 0
+        def count():
+            if training is not None and bool(self.training) != training: return
+            self.seen += 1
+            if self.seen == times: raise Stop(f'{event} {times}')
+        setattr(self, event, count)
+
+def fit(learn, folder, epochs=3, stop_at=None, again=False):
+    "`stop_at`: a training step, or the arguments of `StopAt`"
+    if isinstance(stop_at, int): stop_at = 'after_batch', stop_at, True
+    cbs = [OneCycle(1e-3, 2e-2), Checkpoints(folder, minutes=0, resume=again), *([StopAt(*stop_at)] if stop_at else [])]
+    with learn.no_logging(): learn.fit(epochs, cbs=cbs)
+    return learn
+
+moments = [1, 4, 5, 6, 14, 15, ('after_epoch', 1), ('after_epoch', 2), ('before_epoch', 2), ('before_validate', 1), ('after_batch', 2, False), ('after_step', 8), ('after_pred', 9)]
+
+def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+# ---- in one process: 3 epochs of 5 steps
+
+@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), ('item', 0), ('item', 2)])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('stop_at', moments, ids=str)
+def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(tiny_learner, small_dls, tmp_path, pipeline, num_workers, precision, stop_at):
+    make = lambda: tiny_learner(small_dls(pipeline=pipeline, num_workers=num_workers), precision=precision)
+    whole = fit(make(), tmp_path/'whole')
+    with pytest.raises(Stop): fit(make(), tmp_path/'stopped', stop_at=stop_at)
+    torch.manual_seed(999); np.random.seed(999); random.seed(999) # whatever happened meanwhile
+    again = fit(make(), tmp_path/'stopped', again=True)
+    assert same(weights(again), weights(whole))
+    for row, row1 in zip(again.recorder.history, whole.recorder.history, strict=True):
+        assert {k: v for k, v in row.items() if k != 'seconds'} == {k: v for k, v in row1.items() if k != 'seconds'}
+    assert again.recorder.lrs == whole.recorder.lrs and again.recorder.losses == whole.recorder.losses and again.recorder.iters == whole.recorder.iters
+
+@pytest.mark.parametrize('stop_at', [5, 7, ('after_epoch', 1), ('after_batch', 2, False)], ids=str)
+@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), ('item', 0), ('item', 1)])
+def test_dropout_goes_on_with_the_same_draws(small_dls, tmp_path, stop_at, pipeline, num_workers):
+    def make():
+        set_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.Dropout(.3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(.3), nn.Linear(32, 10))
+        return cifar_learner(small_dls(pipeline=pipeline, num_workers=num_workers), net, precision='fp32').remove_cbs(ProgressCallback)
+    whole = fit(make(), tmp_path/'whole')
+    with pytest.raises(Stop): fit(make(), tmp_path/'stopped', stop_at=stop_at)
+    torch.manual_seed(999)
+    again = fit(make(), tmp_path/'stopped', again=True)
+    assert same(weights(again), weights(whole))
+
+def test_it_can_be_stopped_again_and_again(tiny_learner, tmp_path):
+    whole = fit(tiny_learner(), tmp_path/'whole')
+    for _ in range(5):
+        with pytest.raises(Stop): fit(tiny_learner(), tmp_path/'stopped', stop_at=2, again=True)
+    again = fit(tiny_learner(), tmp_path/'stopped', again=True)
+    assert same(weights(again), weights(whole))
+
+def test_a_finished_fit_that_goes_on_does_nothing_more(tiny_learner, tmp_path, capsys):
+    whole = fit(tiny_learner(), tmp_path/'whole')
+    again = fit(tiny_learner(), tmp_path/'whole', again=True)
+    assert same(weights(again), weights(whole)) and again.recorder.history == whole.recorder.history and 'resuming' not in capsys.readouterr().out
+
+def test_it_says_where_it_goes_on(tiny_learner, tmp_path, capsys):
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=7)
+    fit(tiny_learner(), tmp_path, again=True)
+    assert 'resuming at epoch 2, step 3\n' in capsys.readouterr().out
+
+def test_a_shorter_rest_of_an_epoch_sees_the_images_that_were_left(tiny_learner, small_dls, tmp_path):
+    class Labels(Callback):
+        def before_fit(self): self.seen = []
+        def before_batch(self):
+            if self.training: self.seen.append(self.yb[0].clone())
+    seen = []
+    for again, stop_at in (False, 3), (True, None):
+        learn, labels = tiny_learner(), Labels()
+        with learn.added_cbs(labels):
+            try: fit(learn, tmp_path, epochs=1, stop_at=stop_at, again=again)
+            except Stop: pass
+        seen += labels.seen
+    dl = small_dls().train
+    assert [t.tolist() for t in seen] == [y.tolist() for _, y in dl]
+
+def test_the_moments_have_the_memory_format_of_the_weights(tiny_learner, tmp_path):
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=7)
+    learn, formats = tiny_learner(), []
+    class Look(Callback):
+        order = 1999
+        def before_batch(self): formats.extend(v.stride() == p.stride() for p, state in self.opt.opt.state.items() for v in state.values() if v.shape == p.shape)
+    with learn.added_cbs(Look()): fit(learn, tmp_path, again=True)
+    assert formats and all(formats)
+
+def test_checkpoints_of_another_network_are_refused(tiny_learner, small_dls, tmp_path):
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=2)
+    other = cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32')
+    with pytest.raises(ValueError, match='checkpoints of another fit'): fit(other, tmp_path, again=True)
+
+def test_checkpoints_of_a_longer_fit_are_refused(tiny_learner, tmp_path):
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=2, epochs=5)
+    with pytest.raises(ValueError, match='theirs was 5 epochs of 5 batches'): fit(tiny_learner(), tmp_path, again=True)
+
+def test_a_fit_that_goes_on_in_the_same_learner_is_the_same(tiny_learner, tmp_path):
+    "As in a notebook after Ctrl-C"
+    whole, learn = fit(tiny_learner(), tmp_path/'whole'), tiny_learner()
+    with pytest.raises(Stop): fit(learn, tmp_path/'stopped', stop_at=7)
+    fit(learn, tmp_path/'stopped', again=True)
+    assert same(weights(learn), weights(whole)) and len(learn.recorder.history) == 3
+
+# ---- files
+
+@pytest.fixture
+def kept(tiny_learner, tmp_path):
+    "A folder with two checkpoints"
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path/'kept', stop_at=4)
+    assert [p.name for p in checkpoints_in(tmp_path/'kept')] == ['00000-0000004.safetensors', '00000-0000003.safetensors']
+    return tmp_path/'kept'
+
+def test_two_checkpoints_are_kept_and_nothing_else(kept): assert sorted(p.name for p in kept.iterdir()) == ['00000-0000003.safetensors', '00000-0000004.safetensors']
+
+def positions(n, many): return sorted({int(i) for i in np.linspace(0, n - 1, many)})
+
+def test_a_checkpoint_cut_anywhere_is_noticed(kept, figures):
+    tried = 0
+    for path in checkpoints_in(kept):
+        whole = path.read_bytes()
+        for n in positions(len(whole), 20):
+            path.write_bytes(whole[:n])
+            with pytest.raises(ValueError, match='is no whole checkpoint'): read_checkpoint(path)
+            tried += 1
+    figures('cut', tried=tried, noticed=tried)
+
+def test_a_checkpoint_with_one_bit_changed_is_noticed(kept, figures):
+    tried = 0
+    for path in checkpoints_in(kept):
+        whole = path.read_bytes()
+        for n in positions(len(whole), 200):
+            damaged = bytearray(whole)
+            damaged[n] ^= 1 << (n % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match='is no whole checkpoint'): read_checkpoint(path)
+            tried += 1
+    figures('flipped', tried=tried, noticed=tried)
+
+def test_what_says_nothing_of_the_file_is_no_damage(kept, monkeypatch):
+    "No permission, no memory: the checkpoint stays where it is"
+    def refuse(*args, **kwargs): raise PermissionError('not today')
+    monkeypatch.setattr('cifar_fastai.learner.safe_open', refuse)
+    with pytest.raises(PermissionError): newest_checkpoint(kept)
+    assert len(checkpoints_in(kept)) == 2
+
+def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(kept):
+    newest, before = checkpoints_in(kept)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match='00000-0000004.safetensors is no whole checkpoint.*the one before it is used'): path, tensors, facts = newest_checkpoint(kept)
+    assert path == before and facts['batches'] == 3 and newest.with_suffix('.damaged').exists()
+
+def test_with_all_damaged_it_starts_over(kept, tiny_learner, tmp_path):
+    for path in checkpoints_in(kept): path.write_bytes(b'')
+    whole = fit(tiny_learner(), tmp_path/'whole')
+    with pytest.warns(UserWarning, match='the run starts over'): again = fit(tiny_learner(), kept, again=True)
+    assert same(weights(again), weights(whole))
+
+def test_a_checkpoint_holds_nothing_that_could_be_executed(kept):
+    tensors = load_file(checkpoints_in(kept)[0]) # safetensors: numbers only
+    assert {'random.torch', 'model.0.weight', 'opt.0.exp_avg'} <= tensors.keys()
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 1 MB"
+    folder = tmp_path/'disk'
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)], capture_output=True).returncode:
+        pytest.skip('only root may mount a small file system')
+    yield folder
+    subprocess.run(['umount', str(folder)], check=True)
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(small_disk):
+    write_checkpoint(small_disk, dict(a=torch.zeros(100)), dict(epoch=0, batches=1))
+    with pytest.raises(OSError, match='No space left'): write_checkpoint(small_disk, dict(a=torch.zeros(1_000_000)), dict(epoch=0, batches=2))
+    assert [p.name for p in small_disk.iterdir()] == ['00000-0000001.safetensors'] and newest_checkpoint(small_disk)[2]['batches'] == 1
+
+def test_a_run_on_a_full_disk_ends_with_one_sentence(small_disk, small_archive, command):
+    done = command('train', '--data', small_archive, '--epochs', 2, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 1e-3, '--out', small_disk/'run')
+    assert done.returncode == 1 and 'No space left' in done.stderr and 'Traceback' not in done.stderr
+    assert [p for p in (small_disk/'run').rglob('*') if p.suffix == '.part'] == []
+
+# ---- a loss that is not finite
+
+class Spoil(Callback):
+    "Make a loss what it should not be"
+    order = -1
+    def __init__(self, step, value): self.at, self.value = step, value
+    def after_loss(self):
+        if not self.training or self.train_iter != self.at: return
+        self.learn.loss_grad = self.learn.loss_grad*self.value
+        self.learn.loss = self.learn.loss*self.value
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('every', [0, 100, None], ids=['looked at each step', 'looked at before a checkpoint', 'looked at by checkpoints alone'])
+def test_a_loss_that_is_not_finite_stops_the_fit_where_it_happened(tiny_learner, tmp_path, value, every):
+    learn, checkpoints = tiny_learner(), Checkpoints(tmp_path, minutes=0)
+    with pytest.raises(FloatingPointError, match=rf'the loss was {value} in epoch 2, step 3, at a learning rate of \d'), learn.no_logging():
+        learn.fit(3, cbs=[OneCycle(1e-3, 1e-2), *([FiniteLoss(every)] if every is not None else []), checkpoints, Spoil(7, value)])
+    _, tensors, facts = newest_checkpoint(tmp_path)
+    assert (facts['epoch'], facts['batches']) == (1, 2) # the step before
+    assert all(t.isfinite().all() for name, t in tensors.items() if t.is_floating_point())
+
+# ---- runs
+
+class Press(Callback):
+    "Send this process a signal at an event"
+    order = -20
+    def __init__(self, event, times, number=signal.SIGINT, training=None):
+        self.seen = 0
+        def count():
+            if training is not None and bool(self.training) != training: return
+            self.seen += 1
+            if self.seen == times: os.kill(os.getpid(), number)
+        setattr(self, event, count)
+
+def train_and_press(settings, press, monkeypatch):
+    import cifar_fastai.training as training
+    original = training.settings_learner
+    def with_press(*args):
+        learn, data = original(*args)
+        return learn.add_cb(press), data
+    with monkeypatch.context() as m:
+        m.setattr(training, 'settings_learner', with_press)
+        return train(settings)
+
+@pytest.mark.parametrize('press, status', [(('after_batch', 8, signal.SIGINT, True), None), (('after_batch', 1, signal.SIGTERM, True), 143), (('before_validate', 1, signal.SIGTERM), 143),
+                                           (('after_batch', 2, signal.SIGINT, False), None), (('before_epoch', 2, signal.SIGTERM), 143), (('after_step', 10, signal.SIGINT), None)], ids=str)
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(settings, finished, monkeypatch, tmp_path, press, status):
+    "Stopped by a signal in a step, before and in a validation, between epochs"
+    run = Path('run')
+    with pytest.raises(SystemExit if status else KeyboardInterrupt) as e: train_and_press(settings(out=str(run)), Press(*press), monkeypatch)
+    assert not status or e.value.code == status
+    assert read_json(run/'summary.json')['interrupted'] is True and checkpoints_in(run/'checkpoint')
+    summary = resume(run)
+    assert summary['weights_sha256'] == finished[1]['weights_sha256'] and summary['accuracy'] == finished[1]['accuracy']
+    assert summary['best_epoch'] == finished[1]['best_epoch'] and not summary['interrupted']
+    columns = [c for c in read_history(run).columns if c != 'seconds']
+    assert read_history(run)[columns].equals(read_history(finished[0])[columns])
+    assert (run/'best.safetensors').read_bytes() == (finished[0]/'best.safetensors').read_bytes()
+
+def test_a_second_ctrl_c_does_not_wait(settings, monkeypatch):
+    class Twice(Callback):
+        order = -20
+        def before_batch(self):
+            if self.training and self.train_iter == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                raise AssertionError('the second was waited for')
+    with pytest.raises(KeyboardInterrupt): train_and_press(settings(out='run'), Twice(), monkeypatch)
+
+def test_ctrl_c_in_the_range_test_leaves_no_folder(settings, monkeypatch):
+    with pytest.raises(KeyboardInterrupt): train_and_press(settings(out='run', lr_min='find', lr_max='find'), Press('after_batch', 3), monkeypatch)
+    assert not Path('run').exists()
+
+def test_a_finished_run_says_so(finished, capsys):
+    run, summary = finished
+    assert resume(run) == summary and f'{run} is finished: 2 epochs' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='epochs is 2 in the run and 3 now'): resume(run, dict(epochs=3))
+
+@pytest.mark.parametrize('changes, words', [(dict(epochs=3), 'epochs is 2 in the run and 3 now'), (dict(seed=1), 'seed is 0 in the run and 1 now'),
+                                            (dict(bs=8, wd=0.), 'bs is 16 in the run and 8 now; wd is 0.2 in the run and 0.0 now'), (dict(out='other'), "now")])
+def test_another_setting_is_refused_by_name(unfinished, changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)): resume(unfinished, changes)
+
+def test_workers_and_minutes_may_change(unfinished, finished):
+    assert resume(unfinished, dict(num_workers=1, checkpoint_minutes=1.))['weights_sha256'] == finished[1]['weights_sha256']
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    "The finished run as it was before its first checkpoint"
+    run = tmp_path/'unfinished'
+    run.mkdir()
+    (run/'config.json').write_bytes((finished[0]/'config.json').read_bytes())
+    return run
+
+def test_without_a_checkpoint_it_starts_over(unfinished, finished, capsys):
+    assert resume(unfinished)['weights_sha256'] == finished[1]['weights_sha256'] and 'no checkpoint yet: starting over' in capsys.readouterr().out
+
+def test_other_images_are_refused(unfinished, small):
+    with pytest.raises(ValueError, match='the images are not those of the run'): resume(unfinished, data=small.first(60, 40))
+
+def test_other_versions_are_refused_unless_forced(unfinished, finished):
+    config = read_json(unfinished/'config.json')
+    config['environment']['packages']['torch'] = '1.0'
+    write_json(unfinished/'config.json', config)
+    with pytest.raises(ValueError, match=r'torch was 1\.0 and is .*--force'): resume(unfinished)
+    assert resume(unfinished, force=True)['weights_sha256'] == finished[1]['weights_sha256']
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"settings": {}}', '{"settings": {"epochs": 0}, "bounds": {}}', '{"settings": {"shape": 3}}', '{"settings": 3}',
+                                  '{"settings": {}, "bounds": {"lr_min": "x", "lr_max": 1}}', '{"settings": {}, "bounds": {"lr_min": 1, "lr_max": 2}, "data": {"fingerprint": []}, "environment": []}'])
+def test_a_damaged_config_is_refused(tmp_path, text):
+    (tmp_path/'config.json').write_text(text)
+    with pytest.raises(ValueError): resume(tmp_path)
+
+def test_a_folder_that_another_process_writes_to_is_refused(unfinished):
+    code = 'import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print("held", flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', code, str(unfinished/'.lock')], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(BlockingIOError, match='being written to by another process'): resume(unfinished)
+        other.kill() # the lock goes with it
+    assert resume(unfinished)['epochs'] == 2
+
+# ---- processes that are killed
+
+def start(*args, **kwargs):
+    return subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+
+options = '--data digits --epochs 2 --bs 128 --lr_min 1e-4 --lr_max 3e-3 --checkpoint_minutes 0.02 --precision fp32'.split()
+
+def wait_for_config(process, run):
+    while not (run/'config.json').exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(.02)
+
+def same_end(run, other): # the same weights, and the same history but for the seconds
+    history, history1 = (read_history(r).drop(columns='seconds') for r in (run, other))
+    return read_json(run/'summary.json')['weights_sha256'] == read_json(other/'summary.json')['weights_sha256'] and history.equals(history1)
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    "A run of digits that nothing happened to, and how long it took from its config.json on"
+    run = tmp_path_factory.mktemp('runs')/'undisturbed'
+    with start(*options, '--out', run) as process:
+        wait_for_config(process, run)
+        began = time.monotonic()
+        out, err = process.communicate(timeout=900)
+    assert (run/'summary.json').exists(), err
+    return run, time.monotonic() - began
+
+@pytest.mark.parametrize('kills', [2, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_continued_it_ends_the_same(undisturbed, tmp_path, figures, kills):
+    (other, seconds), where = undisturbed, []
+    for i in range(kills):
+        run = tmp_path/f'run{i}'
+        with start(*options, '--out', run) as process:
+            wait_for_config(process, run)
+            time.sleep(seconds*(i + .5)/kills*.85) # spread over steps, checkpoints and validation
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        out, err = start('--resume', run).communicate(timeout=900)
+        assert (run/'summary.json').exists(), err
+        assert same_end(run, other), (i, out)
+        where += [line for line in out.splitlines() if line.startswith(('resuming at', 'no checkpoint yet'))] or ['finished before']
+    figures('kills', kills=kills, equal=kills, resumed=where)
+
+suicide = """
+import os, signal, sys
+left, original = int(sys.argv[1]), os.fsync
+def fsync(fd):
+    global left
+    left -= 1
+    if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+    original(fd)
+os.fsync = fsync
+from cifar_fastai.cli import main
+main(sys.argv[2:])
+"""
+
+@pytest.mark.parametrize('write', [1, 2, 3, 5, 8, pytest.param(13, marks=pytest.mark.slow), pytest.param(21, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_a_write_it_goes_on_or_starts_over(small_archive, tmp_path, write):
+    "The content is written, and has neither reached the disk nor taken its name"
+    few = ['train', '--data', small_archive, '--epochs', 2, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 1e-3, '--checkpoint_minutes', 0, '--precision', 'fp32']
+    run, other = tmp_path/'run', tmp_path/'other'
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-c', suicide, str(write), *map(str, few), '--out', run], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert start(*few[1:], '--out', other).wait(300) == 0
+    if not (run/'config.json').exists(): # killed while the first file was written: there is nothing to go on with
+        assert write == 1
+        return
+    out, err = start('--resume', run).communicate(timeout=300)
+    assert (run/'summary.json').exists(), err
+    assert same_end(run, other) and not list(run.rglob('*.part'))
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_the_status_that_shells_expect(undisturbed, tmp_path, number, status):
+    run = tmp_path/'run'
+    with start(*options, '--checkpoint_minutes', 60, '--out', run) as process:
+        wait_for_config(process, run)
+        time.sleep(2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == status and 'goes on from here' in out and 'Traceback' not in err
+    assert newest_checkpoint(run/'checkpoint')
+    start('--resume', run).communicate(timeout=900)
+    assert same_end(run, undisturbed[0])
+
+def test_the_command_refuses_in_one_sentence(tmp_path):
+    for args, words in (['--resume', tmp_path/'nothing'], 'is no run folder'), (['--force'], 'give it with resume'):
+        process = start(*args)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 1 and words in err and len(err.strip().splitlines()) == 1
+
+def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(undisturbed, tmp_path):
+    run = tmp_path/'run'
+    with start(*options, '--out', run) as process:
+        while len(checkpoints_in(run/'checkpoint')) < 2: assert process.poll() is None; time.sleep(.02)
+        process.kill()
+    newest = checkpoints_in(run/'checkpoint')[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content)//2] ^= 1
+    newest.write_bytes(content)
+    out, err = start('--resume', run).communicate(timeout=900)
+    assert err.count('\n') == 1 and 'is no whole checkpoint' in err and 'the one before it is used' in err
+    assert 'resuming at epoch' in out and same_end(run, undisturbed[0])
+
+def test_a_batch_that_does_not_fit_into_memory_is_answered_with_a_smaller_one(tmp_path):
+    "What the process may have is limited when all is imported"
+    code = """
+import resource, sys
+from cifar_fastai.cli import main
+import cifar_fastai.training
+pages = int(open('/proc/self/statm').read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages*4096 + 1_000_000_000,)*2)
+main(sys.argv[1:])
+"""
+    done = subprocess.run([sys.executable, '-c', code, 'train', '--data', 'digits', '--epochs', '1', '--bs', '1024', '--lr_min', '1e-4', '--lr_max', '1e-3', '--precision', 'fp32', '--out', tmp_path/'run'],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and '1024 images a batch do not fit into the memory of cpu: try --bs 512' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+# ---- several processes at once
+
+@pytest.fixture
+def home(tmp_path):
+    "fastai's folders for processes of their own, empty"
+    folder = tmp_path/'home'
+    folder.mkdir()
+    (folder/'config.ini').write_text('[DEFAULT]\ndata = data\narchive = archive\nstorage = tmp\nmodel = models\n')
+    return folder
+
+counting = """
+import sys
+from cifar_fastai import data
+decoded, original = [], data.read_images
+data.read_images = lambda path: decoded.append(path) or original(path)
+n = len(data.load_cifar10(sys.argv[1]).train_y)
+print(len(decoded), n)
+"""
+
+def test_processes_that_fill_the_cache_at_once_do_it_once(small_archive, home):
+    env = {**os.environ, 'FASTAI_HOME': str(home)}
+    processes = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', counting, str(small_archive)], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [p.communicate(timeout=300)[0].split() for p in processes]
+    assert sorted(said) == [['0', '80'], ['0', '80'], ['1', '80']]
+    assert sorted(p.suffix for p in (home/'data'/'cifar_fastai').iterdir()) == ['.lock', '.npz']
+
+def test_a_process_that_is_killed_while_it_fills_the_cache_blocks_nobody(small_archive, home):
+    env = {**os.environ, 'FASTAI_HOME': str(home)}
+    hang = counting.replace('original(path)', '(print("decoding", flush=True), __import__("time").sleep(60))')
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', hang, str(small_archive)], env=env, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == 'decoding\n'
+        second = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', counting, str(small_archive)], env=env, stdout=subprocess.PIPE, text=True)
+        time.sleep(8)
+        assert second.poll() is None # it waits
+        first.kill()
+    assert second.communicate(timeout=60)[0].split() == ['1', '80']
