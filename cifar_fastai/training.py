@@ -6,7 +6,7 @@
 __all__ = ['history_columns', 'new_run_folder', 'run_config', 'read_history', 'read_range_test', 'SaveRun', 'best_is',
            'run_summary', 'save_plots', 'StopAfterStep', 'settle_bounds', 'settings_learner', 'finish_run', 'train']
 
-# %% ../nbs/07_training.ipynb #47b20682
+# %% ../nbs/07_training.ipynb #fda7bb51
 import hashlib, signal
 from dataclasses import asdict
 from datetime import datetime
@@ -20,7 +20,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, Learner, set_seed
 
 from .augment import plot_augmented
-from .core import TrainSettings, environment, write_json
+from .core import TrainSettings, environment, peak_memory, write_json
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
 from .learner import bars_for_people, cifar_learner, precision_of, save_weights
@@ -93,7 +93,7 @@ class SaveRun(TrackerCallback):
         part.replace(self.path/'history.csv')
         save_weights(self.model, self.path/'model.safetensors')
 
-# %% ../nbs/07_training.ipynb #6f8bbd48
+# %% ../nbs/07_training.ipynb #d1fa2445
 def best_is(valid): # 'test' or 'holdout' -> str
     "What has to be said of the best epoch's accuracy wherever it is shown"
     return 'chosen on the test images, so optimistic' if valid == 'test' else 'chosen on the held-out images'
@@ -112,7 +112,7 @@ def run_summary(
         accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong,
         best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'], best_is=best_is(config['settings']['valid']),
         valid=config['settings']['valid'], epochs=len(history), interrupted=interrupted,
-        n_params=sum(p.numel() for p in learn.model.parameters()),
+        n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=config['settings']['seed'],
         weights_sha256=hashlib.sha256((saved.path/'model.safetensors').read_bytes()).hexdigest(),
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, precision=precision_of(learn),
