@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ways', 'Turns', 'plain_way', 'fastai_way', 'package_way', 'bare_way', 'limit_way', 'take_turns', 'batches_alone',
-           'import_seconds', 'bench', 'ratio', 'bench_table', 'plot_bench', 'plot_growth']
+           'import_seconds', 'bench', 'ratio', 'StepClock', 'profile_step', 'bench_table', 'plot_bench', 'plot_growth']
 
-# %% ../nbs/10_bench.ipynb #16da8193
+# %% ../nbs/10_bench.ipynb #36229991
 import multiprocessing as mp
 import os, subprocess, sys, time, traceback
 from contextlib import nullcontext
@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.optimizer import Adam
-from fastai.vision.all import Callback, CancelValidException, CrossEntropyLossFlat, Learner, accuracy
+from fastai.vision.all import Callback, CancelFitException, CancelValidException, CrossEntropyLossFlat, Learner, accuracy
 
 from .augment import item_pipeline
 from .core import BenchSettings, environment, peak_memory, write_json
 from .data import CIFAR10Data, cifar_block, cifar_dls, find_device, load_cifar10
-from .learner import FusedAdam, best_precision, cifar_learner, keep_memory, precision_callbacks
+from .learner import FusedAdam, best_precision, cifar_learner, keep_memory, precision_callbacks, precision_of
 from .models import CustomResNet
 from .schedule import OneCycle, one_cycle_lr
 
@@ -267,7 +267,7 @@ def batches_alone(
     if 'error' in rates: raise ChildProcessError(rates['error'])
     return rates
 
-# %% ../nbs/10_bench.ipynb #67e991f0
+# %% ../nbs/10_bench.ipynb #1cd51a32
 def import_seconds(module='fastai.vision.all', times=3): # -> the shortest of some times
     "How long a new process takes to import `module`"
     def once():
@@ -307,6 +307,53 @@ def ratio(rates, reference): # lists of images a second, one a turn -> (mean rat
     "How many times as fast, turn by turn"
     of_turns = np.array(rates)/np.array(reference)
     return float(np.mean(rates)/np.mean(reference)), float(of_turns.min()), float(of_turns.max())
+
+class StepClock(Callback):
+    "The time that each part of a training step takes, by the events between them, behind all other callbacks"
+    order = 10_001
+    def __init__(self, device, n): self.device, self.n, self.seconds, self.last = device, n, {}, None # steps to take
+
+    def _until_now(self, part):
+        _finished(self.device)
+        now = time.perf_counter()
+        if self.last: self.seconds.setdefault(part, []).append(now - self.last)
+        self.last = now
+
+    def before_batch(self): self._until_now('batch')
+    def after_pred(self): self._until_now('forward')
+    def before_backward(self): self._until_now('loss')
+    def before_step(self): self._until_now('backward')
+    def after_step(self): self._until_now('step')
+    def after_batch(self):
+        self._until_now('metrics and callbacks')
+        if len(self.seconds['step']) == self.n: raise CancelFitException()
+
+def profile_step(
+    settings:BenchSettings=BenchSettings(),
+    n:int=12, # steps at a time
+    times:int=3, # the first is for warming up
+): # -> dict, JSON-ready: seconds of each part of `package`, and of `bare`, one a step
+    "Where the time of a step goes: `package` and `bare` in turns, in this process, so that memory and machine are the same"
+    device = find_device(settings.device)
+    data = load_cifar10(settings.data)
+    learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, device=device), CustomResNet(len(data.vocab)), settings.precision)
+    dls, _, step = _bare(data, settings, device)
+    package, bare = {}, dict(batch=[], step=[])
+    for turn in range(times):
+        clock = StepClock(device, n)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[OneCycle(1e-5, 1e-3), clock])
+        batches = iter(dls.train)
+        for i in range(n):
+            start = time.perf_counter()
+            x, y = (t.as_subclass(torch.Tensor) for t in next(batches))
+            _finished(device)
+            made = time.perf_counter()
+            step(x, y)
+            _finished(device)
+            if turn: bare['batch'].append(made - start); bare['step'].append(time.perf_counter() - made)
+        if turn:
+            for part, seconds in clock.seconds.items(): package.setdefault(part, []).extend(seconds)
+    return dict(package=package, bare=bare, settings=asdict(settings), precision=precision_of(learn), environment=environment())
 
 def bench_table(
     result:dict, # of `bench`, or the JSON that it wrote

@@ -27,7 +27,7 @@ def machine(summary):
     return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('**this package**', '24-epochs', 'bounds found; notebooks, package, commands')]
+own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('**this package**', '24-epochs', "bounds found; `pipeline='batch'`, the default")]
 
 
 def runs(root=root):
