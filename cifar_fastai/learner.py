@@ -116,7 +116,7 @@ def keep_memory(): # -> did the allocator take it?
     libc.malloc_trim(0) # what was freed until now goes back
     return all(libc.mallopt(option, value) == 1 for option, value in [(mmap_max, 0), (trim_threshold, -1), (top_pad, 2**28)])
 
-# %% ../nbs/05_learner.ipynb #1f5427a5
+# %% ../nbs/05_learner.ipynb #b3448a1f
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's `AvgSmoothLoss`, where the loss lies"
     def reset(self): self.count, self.val = 0, 0.
@@ -141,7 +141,7 @@ class EpochRecorder(Recorder):
     def before_fit(self):
         kept = {k: getattr(self, k, []) for k in self._stateattrs}
         for cb in self.learn.cbs:
-            if type(cb) is ProgressCallback: cb.__class__ = EpochProgress # `learn.no_bar` puts fastai's back
+            if type(cb) is ProgressCallback: object.__setattr__(cb, '__class__', EpochProgress) # `learn.no_bar` puts fastai's back
         super().before_fit()
         for k, v in kept.items(): setattr(self, k, v) # this may be a validation; training starts its own lists
         names = self.metrics.attrgot('name')
