@@ -6,9 +6,10 @@
 __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'InterpretSettings', 'cifar_interpret',
            'PredictSettings', 'cifar_predict', 'cifar_bench', 'main']
 
-# %% ../nbs/20_cli.ipynb #a28a49c2
+# %% ../nbs/20_cli.ipynb #0c38264d
 import sys, warnings
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from functools import partial, wraps
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ import tyro
 
 from .core import BenchSettings, TrainSettings, read_json, settings_from
 
-# %% ../nbs/20_cli.ipynb #8ce48b31
+# %% ../nbs/20_cli.ipynb #1a381680
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -135,13 +136,16 @@ def cifar_predict(settings:PredictSettings):
 def cifar_bench(settings:BenchSettings):
     "Measure in turns how fast the network trains: plain PyTorch, fastai as it comes, this package, a loop without a Learner, the limit."
     from cifar_fastai.bench import bench, bench_table
+    settings = replace(settings, out=settings.out or f'bench_{datetime.now():%Y-%m-%d_%H-%M-%S}.json')
     result = bench(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(f"{result['device']}, {result['precision']} in package, bare and limit, {settings.bs} images a batch, {settings.repeats} turns of {result['settings']['steps']} steps")
     print(bench_table(result).to_string())
     for key, label in dict(batches='making batches alone, one core', sizes='by training images', batch_sizes='by images a batch').items():
         rates = {name: r if key == 'batches' else r['images_per_second'] for name, r in result.get(key, {}).items()}
         if rates: print(f'{label}, images/s: ' + ', '.join(f'{name} {sum(r)/len(r):,.0f}' for name, r in rates.items()))
+        if rates and key != 'batches': print(f'{label}, peak memory, GiB: ' + ', '.join(f"{name} {case['memory']/2**30:.1f}" for name, case in result[key].items() if case['memory']))
     print(f"importing fastai {result['import_fastai']:.1f} s" + (f", first step of package {result['cases']['package']['first_step']:.1f} s after its process began" if 'package' in result['cases'] else ''))
+    print(f'saved {settings.out}')
 
 # %% ../nbs/20_cli.ipynb #a2e5ce52
 _commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench)

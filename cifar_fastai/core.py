@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'named_source', 'source_defaults', 'TrainSettings',
-           'BenchSettings', 'write_whole', 'write_json', 'read_json', 'settings_from', 'environment']
+           'BenchSettings', 'write_whole', 'write_json', 'read_json', 'settings_from', 'environment', 'peak_memory']
 
-# %% ../nbs/00_core.ipynb #4983bec9
-import json, math, os, platform
+# %% ../nbs/00_core.ipynb #d22a8afc
+import json, math, os, platform, sys
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +35,7 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
     "Epochs and batch size for `source`: the assignment's 24 and 512, or 10 and 64 for the small digits"
     return dict(epochs=10, bs=64) if str(named_source(source)) == 'digits' else dict(epochs=24, bs=512)
 
-# %% ../nbs/00_core.ipynb #50dede5f
+# %% ../nbs/00_core.ipynb #e05e8327
 @dataclass(frozen=True)
 class TrainSettings:
     "What a run depends on. `None` is filled in from the data; what makes no sense raises `ValueError`."
@@ -104,7 +104,7 @@ class BenchSettings:
     batches: bool = True # measure making batches alone, too
     growth: bool = False # measure 10,000 to 500,000 images and batches of 128 to 2,048, too
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU when there is one
-    out: str|None = None # JSON file to write
+    out: str|None = None # JSON file to write; the command makes bench_<date-time>.json
 
     def __post_init__(self):
         if self.bs is None: object.__setattr__(self, 'bs', source_defaults(self.data)['bs'])
@@ -176,7 +176,7 @@ def settings_from(config:dict): # what `config.json` holds under 'settings' -> `
     if unknown: raise ValueError(f'unknown settings {", ".join(sorted(unknown))}: was this written by another version?')
     return TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
-# %% ../nbs/00_core.ipynb #03ff63b5
+# %% ../nbs/00_core.ipynb #c826f72f
 def environment(): # -> dict
     "Versions of the packages that shape a result, and the machine; JSON-ready"
     def installed(name):
@@ -190,3 +190,10 @@ def _processor():
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: return platform.processor()
     return next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), platform.machine())
+def peak_memory(): # -> bytes, or `None` where the system does not tell
+    "The most resident memory that this process has had, without its workers"
+    if os.path.exists('/proc/self/status'): # `getrusage` would count what the process had before it became this program
+        with open('/proc/self/status') as f: return next(1024*int(line.split()[1]) for line in f if line.startswith('VmHWM'))
+    try: import resource
+    except ImportError: return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)

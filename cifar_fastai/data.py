@@ -7,7 +7,7 @@ __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'max_pixels', 'picture_formats
            'first_of_each_class', 'read_images', 'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'cifar_block',
            'SeededDL', 'NormalizeBytes', 'Resident', 'BatchDL', 'find_device', 'cifar_dls', 'read_image']
 
-# %% ../nbs/02_data.ipynb #bf1ca6a5
+# %% ../nbs/02_data.ipynb #230b1b7b
 import gzip, hashlib, io, os, pickle, re, signal, tarfile, tempfile, warnings, zlib
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +23,7 @@ from urllib.request import urlopen
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_cfg
-from fastai.vision.all import (CategoryBlock, DataBlock, Datasets, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, Normalize, Pipeline, TensorCategory,
+from fastai.vision.all import (Categorize, CategoryBlock, DataBlock, Datasets, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, Normalize, Pipeline, TensorCategory,
                                TensorImage, TfmdDL, ToTensor, default_device, to_detach)
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
@@ -356,7 +356,7 @@ class SeededDL(TfmdDL):
         for f in self.augments: f.reseed(self.seed, self.drawing, s or 0)
         return super().do_item(s)
 
-# %% ../nbs/02_data.ipynb #12c95208
+# %% ../nbs/02_data.ipynb #f41021a3
 class NormalizeBytes(Normalize):
     "fastai's `IntToFloatTensor` and `Normalize` in one, the same numbers with less memory moved"
     def encodes(self, x:TensorImage):
@@ -374,6 +374,11 @@ def _in_one(after_batch):
             return Pipeline([*fs[:i], NormalizeBytes(then.mean, then.std), *fs[i + 2:]])
     return after_batch
 
+def _only(tl, k, pairs, last):
+    "Does a `TfmdLists` nothing but take part `k` of an item, where items have parts, and then `last`?"
+    *before, f = tl.tfms.fs
+    return last(f) and [type(g) for g in before] == [ItemGetter]*pairs and all(g.i == k for g in before)
+
 class Resident:
     "The images of a data set as two tensors, where batches are made from them"
     def __init__(self,
@@ -385,14 +390,18 @@ class Resident:
     def of(cls, dataset): # -> `Resident` on the processor, or `None`
         "The images of a `Datasets` whose items are arrays of one size, alone or with a class name behind; `None` for files, PIL images and the like"
         items = getattr(dataset, 'items', None)
-        if not isinstance(dataset, Datasets) or items is None or not len(items): return None
-        imgs, pairs = [item[0] if isinstance(item, tuple) else item for item in items], isinstance(items[0], tuple)
+        if not isinstance(dataset, Datasets) or items is None or not len(items) or len(dataset.tls) > 2: return None
+        pairs = isinstance(items[0], tuple)
+        makers = (lambda f: f.name == 'PILBase.create'), (lambda f: type(f) is Categorize)
+        if not all(_only(tl, k, pairs, maker) for k, (tl, maker) in enumerate(zip(dataset.tls, makers))): return None
+        imgs = [item[0] if pairs else item for item in items]
         if any(type(img) is not np.ndarray or img.dtype != np.uint8 or img.shape != imgs[0].shape for img in imgs): return None
         if imgs[0].shape != (len(imgs[0]), len(imgs[0]), 3): return None # square and RGB
         label_of, labels = getattr(getattr(dataset, 'vocab', None), 'o2i', None), None
         if len(dataset.tls) > 1:
-            if len(dataset.tls) > 2 or not pairs or label_of is None: return None
+            if not pairs or label_of is None: return None
             labels = [label_of.get(item[1]) for item in items]
+            if None in labels: return None
         for i in (0, -1): # does the data set give what stands in its items?
             x, *y = dataset[i]
             if not np.array_equal(np.asarray(x), imgs[i]) or any(not isinstance(label, TensorCategory) or int(label) != labels[i] for label in y): return None
@@ -404,7 +413,7 @@ class Resident:
         if self.stays or self.pixels.device == device: return self
         size, free = self.pixels.nbytes, _free_memory(device)
         if free is not None and size > 0.8*free: # the rest is for the network
-            print(f'the images take {size/2**30:.2f} GB and {device} has {free/2**30:.2f} GB free: they stay on the host, and batches are made there')
+            print(f'the images take {size/2**30:.2f} GiB and {device} has {free/2**30:.2f} GiB free: they stay on the host, and batches are made there')
             self.stays = True
         else: self.pixels, self.labels = self.pixels.to(device), self.labels if self.labels is None else self.labels.to(device)
         return self

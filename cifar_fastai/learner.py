@@ -120,7 +120,7 @@ def keep_memory(): # -> did the allocator take it?
     libc.malloc_trim(0) # what was freed until now goes back
     return all(libc.mallopt(option, value) == 1 for option, value in [(mmap_max, 0), (trim_threshold, -1), (top_pad, 2**28)])
 
-# %% ../nbs/05_learner.ipynb #157d438c
+# %% ../nbs/05_learner.ipynb #e4dca06d
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's `AvgSmoothLoss`, where the loss lies"
     def reset(self): self.count, self.val = 0, 0.
@@ -144,6 +144,8 @@ class EpochRecorder(Recorder):
 
     def before_fit(self):
         kept = {k: getattr(self, k, []) for k in self._stateattrs}
+        for cb in self.learn.cbs:
+            if type(cb) is ProgressCallback: object.__setattr__(cb, '__class__', EpochProgress) # `learn.no_bar` puts fastai's back
         super().before_fit()
         for k, v in kept.items(): setattr(self, k, v) # this may be a validation; training starts its own lists
         names = self.metrics.attrgot('name')
@@ -198,6 +200,8 @@ class EpochRecorder(Recorder):
             if kept is not None: m.total, m.count = kept
         self.fresh, self.n_read, self.start_epoch = False, len(self.losses), time.time() - state['seconds']
 
+    def after_fit(self): self.losses = _read(self.losses) # a fit that was cancelled, as `lr_find` does, has not read its last epoch
+
     def plot_loss(self, *args, **kwargs):
         self.losses = _read(self.losses) # an epoch that was interrupted has not read its own
         return super().plot_loss(*args, **kwargs)
@@ -212,7 +216,7 @@ class EpochRecorder(Recorder):
 
 class EpochProgress(ProgressCallback):
     "fastai's progress bars, with loss, accuracy so far and learning rate behind the one of the epoch, read twice a second"
-    name, every = 'progress', 0.5 # seconds
+    name, every, due = 'progress', 0.5, 0 # seconds
 
     def before_fit(self):
         super().before_fit()
@@ -226,7 +230,7 @@ class EpochProgress(ProgressCallback):
         running = [f'{m.name} {v:.4f}' if isinstance(v, float) else f'{m.name} {v}' for m, v in zip(self.recorder.metrics, running)]
         self.pbar.comment = ', '.join([f'loss {loss:.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
 
-# %% ../nbs/05_learner.ipynb #04e1f07a
+# %% ../nbs/05_learner.ipynb #e0405139
 class SetEpoch(Callback):
     "Make the order and augmentation of each epoch of a fit a function of seed and epoch alone"
     order = -10 # before the `DataLoader` is asked for its first batch
@@ -248,7 +252,7 @@ def cifar_learner(
     cbs=None, # further callbacks
     **kwargs, # further arguments of fastai's `Learner`
 ): # -> fastai `Learner`
-    "Adam, cross-entropy and accuracy on both sets around `model`"
+    "Adam, cross-entropy and accuracy on both sets around `model`. On a processor it calls `keep_memory`, which lasts as long as the process"
     if model is None: model = CustomResNet(n_out=dls.c)
     kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=partial(FusedAdam, betas=betas, eps=eps, wd=wd)) | kwargs
     if compile: model.compile()

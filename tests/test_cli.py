@@ -54,7 +54,7 @@ def test_help_says_what_every_option_means(help_of, command):
 def test_help_says_what_the_command_does(help_of):
     assert 'Train the network and write a run folder' in help_of['cifar_train'][0]
 
-@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict'])
+@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict', 'bench'])
 def test_python_m_is_the_same_command(name, capsys):
     with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
     through_main = capsys.readouterr().out

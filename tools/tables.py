@@ -24,11 +24,10 @@ def stays_over(curve, mark=90): # per cent -> the first epoch from which on ever
 
 def machine(summary):
     env = summary['environment']
-    where = summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
-    return f"{where}, {summary['precision']}"
+    return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('**this package**', '24-epochs', 'bounds found; notebooks, package, commands')]
+own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('**this package**', '24-epochs', "bounds found; `pipeline='batch'`, the default")]
 
 
 def runs(root=root):
@@ -39,7 +38,7 @@ def runs(root=root):
         folder = root/'benchmarks/runs'/folder
         summary = json.loads((folder/'summary.json').read_text(encoding='utf-8'))
         rows.append([name, shows, f"{summary['n_params']:,}", summary['epochs'], f"**{summary['accuracy']:.2%}**".replace('%', ' %'),
-                     stays_over(curve(folder/'history.csv', scale=100)), f"{summary['seconds']:,.0f} s with a validation each epoch; {machine(summary)}"])
+                     stays_over(curve(folder/'history.csv', scale=100)), f"{summary['seconds']:,.0f} s with a validation each epoch; {machine(summary)}, {summary['precision']}"])
     return table(['project', 'what it shows', 'parameters', 'epochs', 'test accuracy after the last', 'over 90 % from epoch', 'time and machine'], rows)
 
 
@@ -61,12 +60,13 @@ def bench(root=root): # one table for each machine of benchmarks/bench
     for file in sorted((root/'benchmarks/bench').glob('*.json')):
         result = json.loads(file.read_text(encoding='utf-8'))
         rates = {name: case['images_per_second'] for name, case in result['cases'].items()}
-        against = [(label, rates[key]) for label, key in (('× the first', 'plain'), ('× the limit', 'limit')) if key in rates]
+        against = [(label, rates[key]) for label, key in (("× the projects' way", 'plain'), ('× the limit', 'limit')) if key in rates]
         gpu = any(case.get('gpu_memory') for case in result['cases'].values())
         rows = [[cases[name], f'{mean(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})', f'{result["n_images"]/mean(r):,.0f}', f'{result["cases"][name]["memory"]/2**30:.2f}',
                  *([f'{result["cases"][name]["gpu_memory"]/2**30:.2f}'] if gpu else []), *(ratio(r, reference) for _, reference in against)] for name, r in rates.items()]
         s = result['settings']
-        parts.append(f"{machine(result)} where the precision is chosen; {s['bs']} images a batch, {s['repeats']} turns of {s['steps']} steps each, in brackets the extremes of the turns:\n\n"
+        parts.append(f"{machine(result)}, {s['bs']} images a batch; the first two cases in fp32, the others in {result['precision']}. {s['repeats']} turns of {s['steps']} steps each, in brackets their extremes; "
+                     "epochs without validation, memory of the main process without workers.\n\n"
                      + table(['case', 'images/s', 's an epoch', 'peak memory, GiB', *(['of the GPU, GiB'] if gpu else []), *(label for label, _ in against)], rows))
     return '\n\n'.join(parts)
 
