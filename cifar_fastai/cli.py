@@ -18,7 +18,7 @@ import tyro
 
 from .core import BenchSettings, TrainSettings
 
-# %% ../nbs/20_cli.ipynb #347d14ee
+# %% ../nbs/20_cli.ipynb #c81b2e53
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -41,6 +41,7 @@ def cifar_train(settings:TrainSettings):
     from cifar_fastai.training import train
     train(settings)
 
+# %% ../nbs/20_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)
 class LRFindSettings(TrainSettings):
     "The settings of a run, of which the range test uses data, network, optimizer and precision."
@@ -57,6 +58,7 @@ def cifar_lr_find(settings:LRFindSettings):
     plot_range_test(lrs, losses, bounds).figure.savefig(settings.plot, dpi=110)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}\nplot {settings.plot}')
 
+# %% ../nbs/20_cli.ipynb #e3abe7ca
 @dataclass(frozen=True)
 class InterpretSettings:
     "Which run to look at."
@@ -81,6 +83,7 @@ def cifar_interpret(settings:InterpretSettings):
     save_plots(Path(settings.run)/'plots', interp, history)
     print(f'\nplots {Path(settings.run)/"plots"}')
 
+# %% ../nbs/20_cli.ipynb #d1c62837
 @dataclass(frozen=True)
 class PredictSettings:
     "Which images, and by which run."
@@ -100,6 +103,7 @@ def cifar_predict(settings:PredictSettings):
         p, label = probs.max(dim=0)
         print(f'{path}: {config["data"]["vocab"][label]} {p:.1%}')
 
+# %% ../nbs/20_cli.ipynb #93a88772
 @_command
 def cifar_bench(settings:BenchSettings):
     "Measure in turns how fast the network trains: plain PyTorch, fastai as it comes, this package, a loop without a Learner, the limit."
