@@ -88,7 +88,7 @@ class TrainSettings:
         "What the network depends on"
         return dict(norm=self.norm, n_groups=self.n_groups, dropout=self.dropout, conv_bias=self.conv_bias)
 
-# %% ../nbs/00_core.ipynb #f06b1e3a
+# %% ../nbs/00_core.ipynb #df423139
 @dataclass(frozen=True)
 class BenchSettings:
     "What a benchmark measures. What makes no sense raises `ValueError`."
@@ -111,7 +111,7 @@ class BenchSettings:
         _check(self.cases, 'cases', self.cases, 'give one or more')
         for name in ('steps', 'repeats', 'warmup'): _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), 'give 1 or more')
         _check(self.bs >= 2, 'bs', self.bs, 'give 2 or more images a batch')
-        _check(self.out is None or Path(self.out).absolute().parent.is_dir(), 'out', self.out, 'give a file in a folder that exists')
+        _check(self.out is None or Path(self.out).absolute().parent.is_dir() and not Path(self.out).is_dir(), 'out', self.out, 'give a file in a folder that exists')
 
 # %% ../nbs/00_core.ipynb #2463b0ee
 def _positive(x): return isinstance(x, (int, float)) and math.isfinite(x) and x > 0

@@ -6,7 +6,7 @@
 __all__ = ['history_columns', 'new_run_folder', 'run_config', 'read_history', 'read_range_test', 'SaveRun', 'best_is',
            'run_summary', 'save_plots', 'StopAfterStep', 'settle_bounds', 'settings_learner', 'finish_run', 'train']
 
-# %% ../nbs/07_training.ipynb #fda7bb51
+# %% ../nbs/07_training.ipynb #dd1d6fbd
 import hashlib, signal
 from dataclasses import asdict
 from datetime import datetime
@@ -21,9 +21,9 @@ from fastai.vision.all import Callback, Learner, set_seed
 
 from .augment import plot_augmented
 from .core import TrainSettings, environment, peak_memory, write_json
-from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, load_cifar10
+from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
-from .learner import bars_for_people, cifar_learner, precision_of, save_weights
+from .learner import bars_for_people, cifar_learner, precision_callbacks, precision_of, save_weights
 from .models import CustomResNet
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
@@ -139,7 +139,7 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
-# %% ../nbs/07_training.ipynb #e86a993f
+# %% ../nbs/07_training.ipynb #5c747703
 class StopAfterStep(Callback):
     """As a context: Ctrl-C waits for the end of the step, so that weights and optimizer are whole, and none is lost while
     worker processes are forked. Then it is a `KeyboardInterrupt`. A second one is it at once."""
@@ -177,9 +177,11 @@ def settings_learner(
     data:CIFAR10Data=None, # images in place of those that `settings` name
 ): # -> (`Learner`, `CIFAR10Data`)
     "A fresh learner as `settings` describe it, with every random state seeded"
+    device = find_device(settings.device)
+    precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed)
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers, device=settings.device)
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers, device=device)
     learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd, settings.compile)
     return bars_for_people(learn), data
 
