@@ -18,7 +18,7 @@ import tyro
 
 from .core import BenchSettings, TrainSettings, read_json, settings_from
 
-# %% ../nbs/20_cli.ipynb #1a381680
+# %% ../nbs/20_cli.ipynb #3d9d7512
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -67,6 +67,7 @@ def cifar_train(settings:RunSettings):
     elif settings.force: raise ValueError('force is True: give it with resume')
     else: train(run)
 
+# %% ../nbs/20_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)
 class LRFindSettings(TrainSettings):
     "The settings of a run, of which the range test uses data, network, optimizer and precision."
@@ -83,6 +84,7 @@ def cifar_lr_find(settings:LRFindSettings):
     plot_range_test(lrs, losses, bounds).figure.savefig(settings.plot, dpi=110)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}\nplot {settings.plot}')
 
+# %% ../nbs/20_cli.ipynb #e3abe7ca
 @dataclass(frozen=True)
 class InterpretSettings:
     "Which run to look at."
@@ -107,6 +109,7 @@ def cifar_interpret(settings:InterpretSettings):
     save_plots(Path(settings.run)/'plots', interp, history)
     print(f'\nplots {Path(settings.run)/"plots"}')
 
+# %% ../nbs/20_cli.ipynb #1fbb980c
 @dataclass(frozen=True)
 class PredictSettings:
     "Which images, and by which run."
@@ -132,6 +135,7 @@ def cifar_predict(settings:PredictSettings):
         print(f'{path}: {config["data"]["vocab"][label]} {p:.1%}')
     if refused: sys.exit(1)
 
+# %% ../nbs/20_cli.ipynb #93a88772
 @_command
 def cifar_bench(settings:BenchSettings):
     "Measure in turns how fast the network trains: plain PyTorch, fastai as it comes, this package, a loop without a Learner, the limit."

@@ -35,7 +35,7 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
     "Epochs and batch size for `source`: the assignment's 24 and 512, or 10 and 64 for the small digits"
     return dict(epochs=10, bs=64) if str(named_source(source)) == 'digits' else dict(epochs=24, bs=512)
 
-# %% ../nbs/00_core.ipynb #e05e8327
+# %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
 class TrainSettings:
     "What a run depends on. `None` is filled in from the data; what makes no sense raises `ValueError`."
@@ -90,6 +90,7 @@ class TrainSettings:
         "What the network depends on"
         return dict(norm=self.norm, n_groups=self.n_groups, dropout=self.dropout, conv_bias=self.conv_bias)
 
+# %% ../nbs/00_core.ipynb #df423139
 @dataclass(frozen=True)
 class BenchSettings:
     "What a benchmark measures. What makes no sense raises `ValueError`."
@@ -112,8 +113,9 @@ class BenchSettings:
         _check(self.cases, 'cases', self.cases, 'give one or more')
         for name in ('steps', 'repeats', 'warmup'): _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), 'give 1 or more')
         _check(self.bs >= 2, 'bs', self.bs, 'give 2 or more images a batch')
-        _check(self.out is None or Path(self.out).absolute().parent.is_dir(), 'out', self.out, 'give a file in a folder that exists')
+        _check(self.out is None or Path(self.out).absolute().parent.is_dir() and not Path(self.out).is_dir(), 'out', self.out, 'give a file in a folder that exists')
 
+# %% ../nbs/00_core.ipynb #2463b0ee
 def _positive(x): return isinstance(x, (int, float)) and math.isfinite(x) and x > 0
 
 def _fits(value, kind):
@@ -135,7 +137,7 @@ def _in_words(kind):
 def _check(ok, name, value, remedy):
     if not ok: raise ValueError(f'{name} is {value!r}: {remedy}')
 
-# %% ../nbs/00_core.ipynb #0a09e089
+# %% ../nbs/00_core.ipynb #17a86821
 def write_whole(
     path, # file to write, in a folder that exists
     content:bytes,
@@ -162,6 +164,7 @@ def write_json(path, content): # -> the path
     "Write `content` as indented JSON, whole or not at all"
     return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
 
+# %% ../nbs/00_core.ipynb #839fe063
 def read_json(path): # -> dict; raises `ValueError` with one sentence when it is none
     "The object in a JSON file"
     try: content = json.loads(Path(path).read_text(encoding='utf8'))
@@ -169,6 +172,7 @@ def read_json(path): # -> dict; raises `ValueError` with one sentence when it is
     if not isinstance(content, dict): raise ValueError(f'{path} holds no JSON object')
     return content
 
+# %% ../nbs/00_core.ipynb #4e0edf67
 def settings_from(config:dict): # what `config.json` holds under 'settings' -> `TrainSettings`
     "The settings that were written as a dictionary; raises `ValueError` for names it does not know"
     if not isinstance(config, dict): raise ValueError(f'the settings are {config!r}, and no dictionary: was this written by another program?')
@@ -176,7 +180,7 @@ def settings_from(config:dict): # what `config.json` holds under 'settings' -> `
     if unknown: raise ValueError(f'unknown settings {", ".join(sorted(unknown))}: was this written by another version?')
     return TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
-# %% ../nbs/00_core.ipynb #c826f72f
+# %% ../nbs/00_core.ipynb #03ff63b5
 def environment(): # -> dict
     "Versions of the packages that shape a result, and the machine; JSON-ready"
     def installed(name):
@@ -190,6 +194,8 @@ def _processor():
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: return platform.processor()
     return next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), platform.machine())
+
+# %% ../nbs/00_core.ipynb #c5d890be
 def peak_memory(): # -> bytes, or `None` where the system does not tell
     "The most resident memory that this process has had, without its workers"
     if os.path.exists('/proc/self/status'): # `getrusage` would count what the process had before it became this program

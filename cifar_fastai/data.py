@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 from .augment import CropFlipCutout, ItemAugment, augment_batch, draw, pack_colour, pack_pixels, sent, unpack_pixels
 from .core import cifar10_classes, cifar10_stats, data_variable, named_source, source_defaults
 
-# %% ../nbs/02_data.ipynb #d85e98db
+# %% ../nbs/02_data.ipynb #8296a05a
 class CIFAR10Data(NamedTuple):
     "Both splits in canonical order: images `uint8` (N, 32, 32, 3), labels `int64` (N,), and the class names"
     train_x: np.ndarray
@@ -68,6 +68,7 @@ class CIFAR10Data(NamedTuple):
         if self.vocab[0] == '0': return "scikit-learn's digits"
         return f'not the original CIFAR-10 (fingerprints {self.fingerprint[0][:8]}…, {self.fingerprint[1][:8]}…)'
 
+# %% ../nbs/02_data.ipynb #b3cf245e
 def _digests(x, y):
     "SHA-256 of each label (one byte) followed by its 3,072 pixel bytes"
     return [hashlib.sha256(bytes([label]) + img.tobytes()).digest() for img, label in zip(x, y)]
@@ -82,7 +83,7 @@ def _canonical(x, y):
 cifar10_fingerprint = ('16212d65187a450ef0e5cd9f20e82e6ab85d8eee74a7e4fc4075e85890c4a963',
                        '3cc5ab92249153bb2bcd379241839865d9f260ecbdb0dc56db859307cea09d9f')
 
-# %% ../nbs/02_data.ipynb #ab15234a
+# %% ../nbs/02_data.ipynb #2d0f3cfc
 def load_digits(): # -> `CIFAR10Data`, 1,438 training and 359 test images
     "scikit-learn's handwritten digits as 32×32 RGB; the same fifth of each class is always the test set"
     from sklearn.datasets import load_digits as sk_digits
@@ -92,6 +93,7 @@ def load_digits(): # -> `CIFAR10Data`, 1,438 training and 359 test images
     test = first_of_each_class(y, 0.2)
     return CIFAR10Data(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)])
 
+# %% ../nbs/02_data.ipynb #d5201104
 def first_of_each_class(
     y, # labels (N,)
     share:float, # of each class, rounded to whole images, at least one
@@ -103,7 +105,7 @@ def first_of_each_class(
         mask[idxs[:max(1, round(share*len(idxs)))]] = True
     return mask
 
-# %% ../nbs/02_data.ipynb #0a1c5084
+# %% ../nbs/02_data.ipynb #d2cc2632
 class _ArraysOnly(pickle.Unpickler):
     "Builds NumPy arrays, and refuses whatever else a pickle asks for"
     _allowed = {('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
@@ -117,6 +119,7 @@ _most_files, _most_bytes, _largest_file = 70_000, 400*2**20, 2**26 # of a data s
 _png_name = re.compile(r'(?:^|/)(train|test)/([^/]+)/[^/]+\.png$')
 _batch_name = re.compile(r'(?:^|/)(data_batch_[1-5]|test_batch)$')
 
+# %% ../nbs/02_data.ipynb #2aa1faa1
 def _members(path:Path):
     "Yield (name, bytes) of the files of a data set, from a folder or a tar archive"
     wanted = lambda name: not PurePosixPath(name).name.startswith('.') and (_png_name.search(name) or _batch_name.search(name))
@@ -160,6 +163,7 @@ def _files(folder:Path):
     if len(names := sorted(names)) > _most_files: raise ValueError(f'{folder} holds more than {_most_files:,} files: that is not CIFAR-10')
     return names
 
+# %% ../nbs/02_data.ipynb #593b0878
 def _decode_png(data:bytes, name:str):
     try: img = Image.open(io.BytesIO(data), formats=('PNG',))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f'{name} is no image: {e}') from None
@@ -249,13 +253,14 @@ def find_cifar10(
                                                      ('archive', 'cifar10.tgz'), ('archive', 'cifar-10-python.tar.gz')]]
     return next((p for p in places if p.exists()), None) or fetch_cifar10(urls)
 
-# %% ../nbs/02_data.ipynb #b8adca63
+# %% ../nbs/02_data.ipynb #6281a1c4
 def _cache_file(path:Path):
     names = _files(path) if path.is_dir() else ['']
     files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := os.stat(os.path.join(path, name) if name else path))]
     key = hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:32]
     return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
 
+# %% ../nbs/02_data.ipynb #269b87a0
 def _read_cache(file:Path):
     try:
         with open(file, 'rb') as f, np.load(f, allow_pickle=False) as arrays: return CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
@@ -277,6 +282,7 @@ def _alone(file): # -> context in which no other process prepares `file`
         return FileLock(file.with_suffix('.lock')).acquire()
     except OSError: return nullcontext() # what cannot be written need not be locked
 
+# %% ../nbs/02_data.ipynb #14938ad6
 def load_cifar10(
     source=None, # 'cifar10' (or `None`), 'digits', a folder, an archive, or data that is loaded already
     urls=cifar10_urls, # where to download from when nothing is found
@@ -293,7 +299,7 @@ def load_cifar10(
             _write_cache(cache, data)
     return data
 
-# %% ../nbs/02_data.ipynb #1f4fc05f
+# %% ../nbs/02_data.ipynb #eb2ea697
 def _items(source, valid):
     "(image, class name, is it for validation) of every image that is used"
     data = load_cifar10(source)
@@ -304,6 +310,7 @@ def _items(source, valid):
     if valid == 'test': items += zip(data.test_x, name(data.test_y), [True]*len(data.test_y))
     return items
 
+# %% ../nbs/02_data.ipynb #4cb28fdd
 def cifar_block(
     stats=cifar10_stats, # means and standard deviations to normalise with, pixels in [0, 1]
     vocab=cifar10_classes, # class names in label order
@@ -356,7 +363,7 @@ class SeededDL(TfmdDL):
         for f in self.augments: f.reseed(self.seed, self.drawing, s or 0)
         return super().do_item(s)
 
-# %% ../nbs/02_data.ipynb #f41021a3
+# %% ../nbs/02_data.ipynb #542ae8ac
 class NormalizeBytes(Normalize):
     "fastai's `IntToFloatTensor` and `Normalize` in one, the same numbers with less memory moved"
     def encodes(self, x:TensorImage):
@@ -366,6 +373,7 @@ class NormalizeBytes(Normalize):
 
     def decodes(self, x:TensorImage): return (super().decodes(x).clamp(0, 1)*255).round().long() # as `IntToFloatTensor` does, to the nearest
 
+# %% ../nbs/02_data.ipynb #a95a5292
 def _in_one(after_batch):
     "The batch transforms, with `IntToFloatTensor` and `Normalize` made one where they stand side by side"
     fs = list(after_batch.fs)
@@ -374,6 +382,7 @@ def _in_one(after_batch):
             return Pipeline([*fs[:i], NormalizeBytes(then.mean, then.std), *fs[i + 2:]])
     return after_batch
 
+# %% ../nbs/02_data.ipynb #f09bcd12
 def _only(tl, k, pairs, last):
     "Does a `TfmdLists` nothing but take part `k` of an item, where items have parts, and then `last`?"
     *before, f = tl.tfms.fs
@@ -418,11 +427,13 @@ class Resident:
         else: self.pixels, self.labels = self.pixels.to(device), self.labels if self.labels is None else self.labels.to(device)
         return self
 
+# %% ../nbs/02_data.ipynb #5842b4bd
 def _free_memory(device): # -> bytes, or `None` where it cannot be told
     if device.type != 'cuda': return None
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) # by torch, for what comes next
     return torch.cuda.mem_get_info(device)[0] + kept
 
+# %% ../nbs/02_data.ipynb #66973d8a
 class BatchDL(SeededDL):
     """A `SeededDL` that makes whole batches where the images lie: on the device, or on the host when they do not fit there.
 
@@ -467,6 +478,7 @@ class BatchDL(SeededDL):
             yield self.after_batch((x,) if y is None else (x, TensorCategory(y)))
         self.after_iter()
 
+# %% ../nbs/02_data.ipynb #ec79a368
 def find_device(name='auto'): # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device` -> `torch.device`
     "The device of that name, or a GPU when there is one; raises `ValueError` when it is not there"
     if name in (None, 'auto'): return torch.device(default_device())
@@ -476,6 +488,7 @@ def find_device(name='auto'): # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `to
     if (device.index or 0) >= there: raise ValueError(f"device is {name!r}, and this machine has {there or 'none'} of that kind: give 'auto' or 'cpu'")
     return device
 
+# %% ../nbs/02_data.ipynb #243491b7
 def cifar_dls(
     source='cifar10', # 'cifar10', 'digits', a folder, an archive, or a `CIFAR10Data`
     bs:int=None, # images a batch; 512, or 64 for digits. The last, smaller batch is kept

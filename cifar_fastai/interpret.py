@@ -152,7 +152,7 @@ class CifarInterpretation(ClassificationInterpretation):
         super().plot_confusion_matrix(normalize, title, cmap, norm_dec, plot_txt, **{'figsize': (7, 6.5), **kwargs})
         return plt.gcf()
 
-# %% ../nbs/06_interpret.ipynb #adc0ba0c
+# %% ../nbs/06_interpret.ipynb #8cd6db62
 def plot_images(
     imgs, # `uint8` images (32, 32, 3)
     titles, # one an image
@@ -167,6 +167,7 @@ def plot_images(
         ax.set_title(title, fontsize=9)
     return fig
 
+# %% ../nbs/06_interpret.ipynb #d281e489
 def plot_classes(
     x, # `uint8` images (N, 32, 32, 3)
     y, # labels (N,)
@@ -181,6 +182,7 @@ def plot_classes(
         row[0].text(-.15, .5, vocab[label], transform=row[0].transAxes, ha='right', va='center')
     return fig
 
+# %% ../nbs/06_interpret.ipynb #33cd9aca
 def plot_history(
     history, # rows as `learn.recorder.history` has them, or the `DataFrame` of a run's `history.csv`
 ): # -> `Figure`
@@ -194,6 +196,7 @@ def plot_history(
         ax.grid(alpha=.3); ax.legend()
     return fig
 
+# %% ../nbs/06_interpret.ipynb #c93d5b50
 def plot_lrs(
     lrs, # the learning rate of each step, as `learn.recorder.lrs` has them
     n_batch:int=None, # steps an epoch, to mark the epochs
@@ -207,7 +210,7 @@ def plot_lrs(
     ax.grid(alpha=.3)
     return ax
 
-# %% ../nbs/06_interpret.ipynb #609b0d43
+# %% ../nbs/06_interpret.ipynb #4efbe876
 def load_run(
     run, # run folder
     weights:Literal['last', 'best']='last', # after the last epoch, or after the best by validation accuracy
@@ -223,6 +226,7 @@ def load_run(
     model = CustomResNet(len(vocab), **settings.network)
     return load_weights(model, run/dict(last='model.safetensors', best='best.safetensors')[weights]).eval(), config
 
+# %% ../nbs/06_interpret.ipynb #297373bc
 def learner_from_run(
     run, # run folder
     data=None, # where the images are; `None` is what the run was given
@@ -236,6 +240,7 @@ def learner_from_run(
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, seed=settings.seed, stats=config['data']['stats'], num_workers=settings.num_workers)
     return bars_for_people(cifar_learner(dls, model, settings.precision))
 
+# %% ../nbs/06_interpret.ipynb #5fa0f7d8
 def class_probabilities(
     model, # logits
     images, # `uint8` (N, 32, 32, 3)

@@ -7,7 +7,7 @@ __all__ = ['history_columns', 'may_change', 'new_run_folder', 'run_config', 'run
            'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'StopAfterStep', 'settle_bounds',
            'settings_learner', 'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
 
-# %% ../nbs/07_training.ipynb #21c348a4
+# %% ../nbs/07_training.ipynb #5989db81
 import hashlib, signal, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 
 from .augment import plot_augmented
 from .core import TrainSettings, environment, peak_memory, read_json, settings_from, write_json, write_whole
-from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, load_cifar10
+from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
-from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, precision_of, save_weights
+from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, precision_callbacks, precision_of, save_weights
 from .models import CustomResNet
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
@@ -166,7 +166,7 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
-# %% ../nbs/07_training.ipynb #a681fd0e
+# %% ../nbs/07_training.ipynb #e194a797
 class StopAfterStep(Callback):
     """As a context: Ctrl-C and SIGTERM wait for the end of the step, so that weights and optimizer are whole, and none is lost while
     worker processes are forked. Then they are `KeyboardInterrupt` and `SystemExit` (143). A second one is it at once."""
@@ -211,9 +211,11 @@ def settings_learner(
     data:CIFAR10Data=None, # images in place of those that `settings` name
 ): # -> (`Learner`, `CIFAR10Data`)
     "A fresh learner as `settings` describe it, with every random state seeded"
+    device = find_device(settings.device)
+    precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed, reproducible=True) # on a GPU, too
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers, device=settings.device)
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers, device=device)
     learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd, settings.compile)
     return bars_for_people(learn), data
 

@@ -71,6 +71,10 @@ def test_python_m_without_a_command_names_them(capsys):
 
 both_spellings = pytest.mark.parametrize('option', ['--peak_epoch', '--peak-epoch'])
 
+@pytest.mark.parametrize('args', [('--device', 'cuda:99'), ('--device', 'tpu'), ('--precision', 'fp16', '--device', 'cpu')])
+def test_what_the_machine_lacks_is_refused_before_images_are_looked_for(args):
+    assert f'{args[0][2:]} is {args[1]!r}' in refused(cifar_train, '--data', 'no/such/folder', *args)
+
 @both_spellings
 def test_options_have_both_spellings(option): assert 'peak_epoch is 99.0: give' in refused(cifar_train, option, 99)
 
