@@ -68,19 +68,20 @@ class FusedAdam(OptimWrapper):
         for h, value in zip(self.hypers, values):
             if name != 'wd' or h.group['params'][0].ndim > 1: h[name] = value
 
-# %% ../nbs/05_learner.ipynb #6e6ef26d
+# %% ../nbs/05_learner.ipynb #8d14cee5
 class CPUAutocast(Callback):
     "Forward pass and loss under bf16 autocast on a processor; weights, gradients and optimizer stay fp32"
     order = MixedPrecision.order # after fastai's casts of the batch, before everything that reads the prediction
-    autocast = None
-    def before_fit(self): self.after_loss() # an interrupted fit leaves it open
+    entered = None # the one of this process: a fit that is interrupted, also another learner's, leaves it open
+    def before_fit(self): self.after_loss()
     def before_batch(self):
-        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
-        self.autocast.__enter__()
+        self.after_loss()
+        CPUAutocast.entered = torch.autocast('cpu', dtype=torch.bfloat16)
+        CPUAutocast.entered.__enter__()
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self):
-        if self.autocast: self.autocast.__exit__(None, None, None)
-        self.autocast = None
+        if CPUAutocast.entered: CPUAutocast.entered.__exit__(None, None, None)
+        CPUAutocast.entered = None
 
 def best_precision(device:torch.device): # -> 'bf16', 'fp16' or 'fp32'
     "What `device` is good at: bf16 from AVX512-BF16 and NVIDIA's Ampere on, fp16 on Volta and Turing, else fp32"
@@ -120,7 +121,7 @@ def keep_memory(): # -> did the allocator take it?
     libc.malloc_trim(0) # what was freed until now goes back
     return all(libc.mallopt(option, value) == 1 for option, value in [(mmap_max, 0), (trim_threshold, -1), (top_pad, 2**28)])
 
-# %% ../nbs/05_learner.ipynb #e4dca06d
+# %% ../nbs/05_learner.ipynb #45835894
 class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's `AvgSmoothLoss`, where the loss lies"
     def reset(self): self.count, self.val = 0, 0.
@@ -185,7 +186,7 @@ class EpochRecorder(Recorder):
 
     def state_dict(self): # -> JSON-ready dict
         "Where it stands, also in the middle of an epoch"
-        sums = [_read(both) if both else None for both in self.train_sums or self._sums()]
+        sums = [[*_read(both), isinstance(both[0], torch.Tensor)] if both else None for both in self.train_sums or self._sums()]
         return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=[list(v) for v in self.values], history=list(self.history),
                     smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums, seconds=time.time() - self.start_epoch)
 
@@ -195,9 +196,10 @@ class EpochRecorder(Recorder):
         "Go on from there"
         for name in ('lrs', 'losses', 'iters', 'history'): setattr(self, name, list(state[name]))
         self.values, (self.smooth_loss.count, val) = [L(v) for v in state['values']], state['smooth']
-        self.smooth_loss.val = torch.tensor(val, device=self.dls.device) # as a Python number it would be rounded in another way
+        as_tensor = partial(torch.tensor, device=self.dls.device) # a Python number would be rounded in another way
+        self.smooth_loss.val = as_tensor(val)
         for m, kept in zip(L(self.loss) + self.metrics, state['sums']):
-            if kept is not None: m.total, m.count = kept
+            if kept is not None: m.total, m.count = as_tensor(kept[0]) if kept[2] else kept[0], kept[1]
         self.fresh, self.n_read, self.start_epoch = False, len(self.losses), time.time() - state['seconds']
 
     def after_fit(self): self.losses = _read(self.losses) # a fit that was cancelled, as `lr_find` does, has not read its last epoch
