@@ -7,8 +7,8 @@ __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'max_pixels', 'picture_formats
            'first_of_each_class', 'read_images', 'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'cifar_block',
            'SeededDL', 'NormalizeBytes', 'Resident', 'BatchDL', 'find_device', 'cifar_dls', 'read_image']
 
-# %% ../nbs/02_data.ipynb #230b1b7b
-import gzip, hashlib, io, os, pickle, re, signal, tarfile, tempfile, warnings, zlib
+# %% ../nbs/02_data.ipynb #786da4b1
+import gzip, hashlib, io, os, pickle, pickletools, re, signal, tarfile, tempfile, warnings, zlib
 from contextlib import nullcontext
 from functools import partial
 from http.client import HTTPException
@@ -105,14 +105,18 @@ def first_of_each_class(
         mask[idxs[:max(1, round(share*len(idxs)))]] = True
     return mask
 
-# %% ../nbs/02_data.ipynb #d2cc2632
-class _ArraysOnly(pickle.Unpickler):
-    "Builds NumPy arrays, and refuses whatever else a pickle asks for"
-    _allowed = {('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
-                ('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode')}
+# %% ../nbs/02_data.ipynb #efff302e
+class _Noted:
+    "Stands for an object of NumPy: its arguments and its state, as a file gives them"
+    def __init__(self, *args): self.args = args
+    def __setstate__(self, state): self.state = state
+
+class _NotesOnly(pickle._Unpickler): # not the one in C, which believes a file about sizes
+    "Builds dicts, lists, numbers, text, bytes and notes of NumPy's objects, and refuses whatever else a pickle asks for"
     def find_class(self, module, name):
-        if (module, name) not in self._allowed: raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-        return super().find_class(module.replace('numpy.core', 'numpy._core'), name)
+        if (module, name) == ('_codecs', 'encode'): return lambda text, encoding: text.encode('latin1') # bytes, as Python 3 writes them for Python 2
+        if (module.replace('numpy._core', 'numpy.core'), name) in {('numpy.core.multiarray', '_reconstruct'), ('numpy', 'ndarray'), ('numpy', 'dtype')}: return _Noted
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
 _most_files, _most_bytes, _largest_file = 70_000, 400*2**20, 2**26 # of a data set; CIFAR-10 has 60,010 files and 210 MB as an archive of PNG
 
@@ -163,7 +167,7 @@ def _files(folder:Path):
     if len(names := sorted(names)) > _most_files: raise ValueError(f'{folder} holds more than {_most_files:,} files: that is not CIFAR-10')
     return names
 
-# %% ../nbs/02_data.ipynb #593b0878
+# %% ../nbs/02_data.ipynb #f862a420
 def _decode_png(data:bytes, name:str):
     try: img = Image.open(io.BytesIO(data), formats=('PNG',))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f'{name} is no image: {e}') from None
@@ -174,13 +178,15 @@ def _decode_png(data:bytes, name:str):
 
 def _decode_batch(data:bytes, name:str):
     try:
-        batch = _ArraysOnly(io.BytesIO(data), encoding='bytes').load()
-        x, labels = batch[b'data'], batch[b'labels']
+        if sum(op.name.startswith('TUPLE') for op, *_ in pickletools.genops(data)) > 20: raise ValueError('too many tuples') # one in another, as a key of a dict, twice the time each
+        batch = _NotesOnly(io.BytesIO(data), encoding='bytes').load()
+        version, shape, dtype, fortran, pixels = batch[b'data'].state
+        labels = batch[b'labels']
         if not isinstance(labels, list) or any(type(label) is not int or not 0 <= label < 10 for label in labels): raise ValueError('its labels are no list of 0 to 9')
-        if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape != (len(labels), 3072): raise ValueError('its data are no bytes of that many images')
+        if dtype.args[0] not in ('u1', b'u1') or shape != (len(labels), 3072) or type(pixels) is not bytes: raise ValueError('its data are no bytes of that many images')
+        x = np.frombuffer(pixels, np.uint8).reshape(shape, order='F' if fortran else 'C')
     except Exception as e: raise ValueError(f'{name} is no batch of CIFAR-10: {" ".join(str(e).split()) or type(e).__name__}') from None
-    y = np.array(labels, dtype=np.int64)
-    return x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), y
+    return x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, dtype=np.int64)
 
 # %% ../nbs/02_data.ipynb #6250bf04
 def read_images(path): # folder or tar archive, either layout -> `CIFAR10Data`
@@ -510,10 +516,10 @@ def cifar_dls(
     dl_type = dict(batch=BatchDL, item=SeededDL)[pipeline]
     return block.dataloaders(data, bs=bs, drop_last=False, dl_type=dl_type, seed=seed, num_workers=num_workers, device=find_device(device))
 
-# %% ../nbs/02_data.ipynb #9d624fbc
+# %% ../nbs/02_data.ipynb #df31171b
 max_pixels = 25_000_000 # of a picture that is to be decoded; a JPEG may have more, since it is decoded smaller
 
-picture_formats = 'PNG', 'JPEG', 'MPO', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM' # others are not tried: EPS would be a program to run, an icon may hold any picture
+picture_formats = 'PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM' # others are not tried: EPS would be a program to run, an icon may hold any picture
 
 def read_image(path): # -> `uint8` (32, 32, 3)
     "Any picture as the network takes it: shorter side to 32, centre crop, RGB; raises `FileNotFoundError` or `ValueError`"

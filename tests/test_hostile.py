@@ -81,7 +81,7 @@ def test_an_animation_is_refused(photo, tmp_path, name):
     animated(photo, tmp_path/name)
     with pytest.raises(ValueError, match='animated'): read_image(tmp_path/name)
 
-@pytest.mark.parametrize('content, reason', [(b'', 'no image'), (b'text', 'no image'), (png(10**5, 10**5), 'pixels'), (png(2**31 - 1, 2**31 - 1), ''), (png(8000, 8000), 'more than'), (png(0, 5), 'no image'),
+@pytest.mark.parametrize('content, reason', [(b'', 'no image'), (b'text', 'no image'), (png(10**5, 10**5), 'pixels'), (png(2**31 - 1, 2**31 - 1), 'no image'), (png(8000, 8000), 'more than'), (png(0, 5), 'no image'),
                                              (png(32, 32), 'no image'), (png(32, 32, b'\0'*10), 'no image')])
 def test_a_file_that_is_none_or_too_much_is_refused(tmp_path, content, reason):
     (tmp_path/'a.png').write_bytes(content)
