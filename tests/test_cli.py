@@ -155,7 +155,7 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
     finally:
         if process.poll() is None: process.kill(); process.communicate()
     assert process.returncode == 130
-    assert 'Traceback' not in out + err and 'interrupted: history and last model are in' in out
+    assert 'Traceback' not in out + err and 'interrupted: checkpoint, history and last model are in' in out
     history, summary = pd.read_csv(run/'history.csv'), json.loads((run/'summary.json').read_text())
     assert summary['interrupted'] is True and summary['epochs'] == len(history)
     assert len(history) == 0 and summary['accuracy'] is None if at_once else summary['accuracy'] == pytest.approx(history['accuracy'].iloc[-1])
@@ -185,11 +185,13 @@ def test_predict_takes_the_best_weights_when_asked(finished, images, capsys, tmp
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert 'model.safetensors does not exist' in refused(cifar_predict, '--model', run, *images)
 
-def test_predict_refuses_what_is_no_image(finished, images):
+def test_predict_refuses_what_is_no_image_and_predicts_the_rest(finished, images, capsys):
     Path('text.png').write_text('no picture')
     run = finished[0]
-    assert 'text.png is no image that can be read' in refused(cifar_predict, '--model', run, images[0], 'text.png')
-    assert 'nothing.png does not exist' in refused(cifar_predict, '--model', run, 'nothing.png')
+    with pytest.raises(SystemExit) as e: cifar_predict(['--model', str(run), 'text.png', images[0], 'nothing.png'])
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and out.startswith('same.png: ') and len(out.splitlines()) == 1
+    assert [line.split(':')[1].strip() for line in err.splitlines()] == ['text.png is no image that can be read', 'nothing.png does not exist']
     assert 'no image: give one or more files' in refused(cifar_predict, '--model', run)
 
 def test_predict_refuses_what_is_no_run(images):

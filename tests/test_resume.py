@@ -184,24 +184,23 @@ def test_a_checkpoint_holds_nothing_that_could_be_executed(kept):
     assert {'random.torch', 'model.0.weight', 'opt.0.exp_avg'} <= tensors.keys()
 
 @pytest.fixture
-def small_disk(tmp_path):
-    "A file system of 1 MB"
+def disk(tmp_path):
+    "Make a file system of so many MB, or change its size"
     folder = tmp_path/'disk'
     folder.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)], capture_output=True).returncode:
-        pytest.skip('only root may mount a small file system')
-    yield folder
-    subprocess.run(['umount', str(folder)], check=True)
+    def mount(size):
+        options = f'size={size}m' if not os.path.ismount(folder) else f'remount,size={size}m'
+        if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True).returncode:
+            pytest.skip('only root may mount a small file system')
+        return folder
+    yield mount
+    if os.path.ismount(folder): subprocess.run(['umount', str(folder)], check=True)
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(small_disk):
+def test_a_full_disk_leaves_the_checkpoint_before_whole(disk):
+    small_disk = disk(1)
     write_checkpoint(small_disk, dict(a=torch.zeros(100)), dict(epoch=0, batches=1))
     with pytest.raises(OSError, match='No space left'): write_checkpoint(small_disk, dict(a=torch.zeros(1_000_000)), dict(epoch=0, batches=2))
     assert [p.name for p in small_disk.iterdir()] == ['00000-0000001.safetensors'] and newest_checkpoint(small_disk)[2]['batches'] == 1
-
-def test_a_run_on_a_full_disk_ends_with_one_sentence(small_disk, small_archive, command):
-    done = command('train', '--data', small_archive, '--epochs', 2, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 1e-3, '--out', small_disk/'run')
-    assert done.returncode == 1 and 'No space left' in done.stderr and 'Traceback' not in done.stderr
-    assert [p for p in (small_disk/'run').rglob('*') if p.suffix == '.part'] == []
 
 # ---- a loss that is not finite
 
@@ -420,6 +419,24 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_status_that_shells_expect
     assert newest_checkpoint(run/'checkpoint')
     go_on(run)
     assert same_end(run, undisturbed[0])
+
+def test_a_run_that_fills_the_disk_ends_with_one_sentence_and_goes_on_when_there_is_room(few, undisturbed, disk):
+    "A checkpoint has 79 MB, last and best weights 26 MB each"
+    run = disk(200)/'run'
+    with start(*few, '--out', run) as process: out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and re.fullmatch(r'cifar_train: .*No space left on device.*\n', err)
+    path, tensors, facts = newest_checkpoint(run/'checkpoint')
+    assert facts['epoch'] == 1 and not list(run.rglob('*.part')) and read_history(run).epoch.tolist()[0] == 1
+    disk(500)
+    assert 'resuming at epoch 2, step 1' in go_on(run)[0]
+    assert same_end(run, undisturbed[0])
+
+def test_of_two_runs_in_one_folder_one_is_refused(few, undisturbed, tmp_path):
+    runs = [start(*few, '--out', tmp_path/'run') for _ in range(2)]
+    errs = [process.communicate(timeout=300)[1] for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 1]
+    assert [err.count('\n') for err in sorted(errs)] == [0, 1] and 'exists' in max(errs)
+    assert same_end(tmp_path/'run', undisturbed[0])
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
     for args, words in (['--resume', tmp_path/'nothing'], 'is no run folder'), (['--force'], 'give it with resume'):

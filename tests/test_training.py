@@ -26,7 +26,7 @@ def history(finished): return read_history(finished[0])
 
 def test_a_run_folder_holds_all_that_was_promised_and_nothing_else(finished):
     run, _ = finished
-    assert sorted(p.name for p in run.iterdir()) == ['best.safetensors', 'config.json', 'history.csv', 'model.safetensors', 'plots',
+    assert sorted(p.name for p in run.iterdir()) == ['.lock', 'best.safetensors', 'checkpoint', 'config.json', 'history.csv', 'model.safetensors', 'plots',
                                                      'predictions.safetensors', 'summary.json'] # and range_test.csv, when there was one
 
 def test_the_plots_are_pictures_of_something(finished):
