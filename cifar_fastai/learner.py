@@ -347,7 +347,7 @@ class FiniteLoss(Callback):
 
     def after_train(self): check_finite(self.learn)
 
-# %% ../nbs/05_learner.ipynb #1d2de8fc
+# %% ../nbs/05_learner.ipynb #34f1f81e
 def _random_states():
     kind, *numpy_ = np.random.get_state()
     return (dict(python=random.getstate(), numpy=[kind, numpy_[0].tolist(), *numpy_[1:]]),
@@ -397,7 +397,8 @@ class Checkpoints(Callback):
         if not self.state: return
         self._load()
         epoch, batches = (self.state[1][k] for k in ('epoch', 'batches'))
-        if epoch < self.n_epoch: print(f'resuming at epoch {epoch + 1}, step {batches + 1}' if batches < len(self.dls.train) else f'resuming at epoch {epoch + 1}, its validation', flush=True)
+        step = f'epoch {epoch + 1}, step {batches + 1}' if batches < len(self.dls.train) else f'epoch {epoch + 1}, its validation'
+        print(f'resuming at {step}' if epoch < self.n_epoch else 'resuming after the last epoch', flush=True)
 
     def before_epoch(self):
         if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # it is done already
