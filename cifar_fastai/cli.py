@@ -18,7 +18,7 @@ import tyro
 
 from .core import BenchSettings, TrainSettings, read_json, settings_from
 
-# %% ../nbs/20_cli.ipynb #3d9d7512
+# %% ../nbs/20_cli.ipynb #0d9e15d8
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -49,7 +49,7 @@ class RunSettings(TrainSettings):
     force: bool = False # go on although versions of libraries are others; the weights may differ in their last bits
 
     def recorded(self): # -> the settings of the run to go on with, which options may not contradict, or `None`
-        if not self.resume: return None
+        if self.resume is None: return None
         path = Path(self.resume)/'config.json'
         if not path.exists(): raise FileNotFoundError(f'{self.resume} is no run folder: give one that cifar_train has written')
         return replace(self, **asdict(settings_from(read_json(path).get('settings'))))
@@ -63,7 +63,7 @@ def cifar_train(settings:RunSettings):
     "Train the network and write a run folder: settings, history, weights, checkpoints, summary and plots."
     from cifar_fastai.training import resume, train
     run = TrainSettings(**{f.name: getattr(settings, f.name) for f in fields(TrainSettings)})
-    if settings.resume: resume(settings.resume, asdict(run), force=settings.force)
+    if settings.resume is not None: resume(settings.resume, asdict(run), force=settings.force)
     elif settings.force: raise ValueError('force is True: give it with resume')
     else: train(run)
 

@@ -164,11 +164,11 @@ def write_json(path, content): # -> the path
     "Write `content` as indented JSON, whole or not at all"
     return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
 
-# %% ../nbs/00_core.ipynb #839fe063
+# %% ../nbs/00_core.ipynb #e942e870
 def read_json(path): # -> dict; raises `ValueError` with one sentence when it is none
     "The object in a JSON file"
     try: content = json.loads(Path(path).read_text(encoding='utf8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is no JSON: {e}') from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{path} is no JSON: {e}') from None
     if not isinstance(content, dict): raise ValueError(f'{path} holds no JSON object')
     return content
 

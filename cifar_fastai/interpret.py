@@ -6,7 +6,8 @@
 __all__ = ['Misclassified', 'CifarInterpretation', 'plot_images', 'plot_classes', 'plot_history', 'plot_lrs', 'load_run',
            'learner_from_run', 'class_probabilities']
 
-# %% ../nbs/06_interpret.ipynb #48d79dea
+# %% ../nbs/06_interpret.ipynb #e7d11138
+import math
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -210,7 +211,7 @@ def plot_lrs(
     ax.grid(alpha=.3)
     return ax
 
-# %% ../nbs/06_interpret.ipynb #4efbe876
+# %% ../nbs/06_interpret.ipynb #e0618123
 def load_run(
     run, # run folder
     weights:Literal['last', 'best']='last', # after the last epoch, or after the best by validation accuracy
@@ -222,7 +223,10 @@ def load_run(
     if not (run/'config.json').exists(): raise FileNotFoundError(f'{run} has no config.json: give a run folder that cifar_train has written')
     config = read_json(run/'config.json')
     try: settings, vocab, (mean, std) = settings_from(config['settings']), config['data']['vocab'], config['data']['stats']
-    except (KeyError, TypeError) as e: raise ValueError(f'{run}/config.json is not complete ({e}): give a run folder that cifar_train has written') from None
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{run}/config.json is not complete ({e}): give a run folder that cifar_train has written') from None
+    numbers = lambda values: isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    if not isinstance(vocab, list) or not all(isinstance(name, str) for name in vocab) or not numbers(mean) or not numbers(std) or min(std) <= 0:
+        raise ValueError(f'{run}/config.json has no class names, or no means and standard deviations: give a run folder that cifar_train has written')
     model = CustomResNet(len(vocab), **settings.network)
     return load_weights(model, run/dict(last='model.safetensors', best='best.safetensors')[weights]).eval(), config
 

@@ -347,7 +347,7 @@ class FiniteLoss(Callback):
 
     def after_train(self): check_finite(self.learn)
 
-# %% ../nbs/05_learner.ipynb #34f1f81e
+# %% ../nbs/05_learner.ipynb #512d0e5b
 def _random_states():
     kind, *numpy_ = np.random.get_state()
     return (dict(python=random.getstate(), numpy=[kind, numpy_[0].tolist(), *numpy_[1:]]),
@@ -362,15 +362,15 @@ def _set_random_states(facts, tensors):
         if f'random.cuda.{i}' in tensors: torch.cuda.set_rng_state(tensors[f'random.cuda.{i}'], i)
 
 class Checkpoints(Callback):
-    "Keep checkpoints of a fit, and go on from the newest. Callbacks that have `state_dict` and `load_state_dict` (JSON-ready) are kept, too"
+    "Keep checkpoints of a fit, and go on from the newest. Callbacks that have `state_dict` and `load_state_dict` (JSON-ready) are kept, too; others begin anew"
     order = TrackerCallback.order + 2 # behind what saves weights and history
     def __init__(self,
-        folder, # where they are
+        folder, # where they are; without `resume` it may hold none
         minutes:float=5., # within an epoch, at least so often
         resume:bool=False, # go on from the newest one, if there is one
-    ):
-        self.folder, self.minutes, self.position, self.state = Path(folder), minutes, None, None
-        if resume and (newest := newest_checkpoint(self.folder)): self.state = newest[1:]
+    ): self.folder, self.minutes, self.resume, self.position, self.state = Path(folder), minutes, resume, None, None
+
+    def after_create(self): raise ValueError('Checkpoints belong to one fit: give them to learn.fit(…, cbs=Checkpoints(…)) and not to the Learner')
 
     def _others(self): # a callback finds what it lacks in the learner, and that in the model: so its class is asked
         return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
@@ -379,6 +379,7 @@ class Checkpoints(Callback):
         tensors, facts = self.state
         try:
             if facts['fit'] != [self.n_epoch, len(self.dls.train)]: raise ValueError('theirs was {} epochs of {} batches'.format(*facts['fit']))
+            if not all(type(facts[k]) is int and 0 <= facts[k] <= most for k, most in zip(('epoch', 'batches', 'train_iter'), [*facts['fit'], math.prod(facts['fit'])])): raise ValueError('its place is none')
             self.model.load_state_dict({k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')})
             opt, moments = self.opt.opt, {}
             for name, t in tensors.items():
@@ -389,14 +390,18 @@ class Checkpoints(Callback):
             for name, cb in self._others().items():
                 if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
             if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            _set_random_states(facts['random'], tensors) # now to see whether they are whole, and again when training begins
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as e:
             raise ValueError(f'{self.folder} has checkpoints of another fit: {" ".join(str(e).split())[:200]}') from None
 
     def before_fit(self):
-        self.last = time.monotonic()
+        if not isinstance(self.opt, OptimWrapper) or not isinstance(self.recorder, EpochRecorder): raise ValueError('Checkpoints need a learner of cifar_learner with an optimizer of torch')
+        self.last, self.position, self.state = time.monotonic(), (0, 0), None
+        if not self.resume and checkpoints_in(self.folder): raise FileExistsError(f'{self.folder} holds checkpoints: give resume=True to go on from them, or another folder')
+        if self.resume and (newest := newest_checkpoint(self.folder)): self.state = newest[1:]
         if not self.state: return
         self._load()
-        epoch, batches = (self.state[1][k] for k in ('epoch', 'batches'))
+        epoch, batches = self.position = tuple(self.state[1][k] for k in ('epoch', 'batches'))
         step = f'epoch {epoch + 1}, step {batches + 1}' if batches < len(self.dls.train) else f'epoch {epoch + 1}, its validation'
         print(f'resuming at {step}' if epoch < self.n_epoch else 'resuming after the last epoch', flush=True)
 
@@ -418,7 +423,11 @@ class Checkpoints(Callback):
         if not self.training: return
         epoch, batches = self.position
         self.position = epoch, batches + 1
-        if isinstance(self.dls.train, SeededDL) and batches + 1 < len(self.dls.train) and time.monotonic() - self.last >= 60*self.minutes: self.save()
+        if self.within and batches + 1 < len(self.dls.train) and time.monotonic() - self.last >= 60*self.minutes: self.save()
+
+    @property
+    def within(self): # an epoch may be left in its middle when its order is known and its sums can be kept
+        return isinstance(self.dls.train, SeededDL) and None not in self.recorder._sums()
 
     def after_epoch(self):
         if not self.recorder.trained: return # an epoch that is left out, or a validation
@@ -432,6 +441,8 @@ class Checkpoints(Callback):
         state, scaler, (epoch, batches) = self.opt.opt.state_dict(), getattr(self.learn, 'scaler', None), self.position
         tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
         tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
+        if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
+            raise FloatingPointError(f'weights or moments are no longer finite after epoch {epoch + (batches > 0)}, step {batches or len(self.dls.train)}, though the loss was: give a lower lr_max, or another seed; the last checkpoint is from before')
         path = write_checkpoint(self.folder, tensors, dict(
             epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train, random=facts,
             param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, callbacks={name: cb.state_dict() for name, cb in self._others().items()}))

@@ -7,8 +7,8 @@ __all__ = ['history_columns', 'may_change', 'new_run_folder', 'run_config', 'run
            'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'StopAfterStep', 'settle_bounds',
            'settings_learner', 'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
 
-# %% ../nbs/07_training.ipynb #5989db81
-import hashlib, signal, time
+# %% ../nbs/07_training.ipynb #206bdd13
+import hashlib, shutil, signal, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -31,7 +31,7 @@ from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, c
 from .models import CustomResNet
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
-# %% ../nbs/07_training.ipynb #b9093ee1
+# %% ../nbs/07_training.ipynb #5a623295
 def new_run_folder(out=None): # -> `Path` that does not exist yet
     "`out`, or runs/<date-time>; raises `FileExistsError` when it is there already"
     run = Path(out) if out else Path('runs')/datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
@@ -43,13 +43,13 @@ history_columns = ['epoch', 'lr', 'train_loss', 'train_accuracy', 'valid_loss', 
 def run_config(
     settings:TrainSettings,
     data:CIFAR10Data,
-    bounds:LRBounds, # as found or given
+    bounds:LRBounds, # as found or given; `None` when they are still to be found
     learn:Learner=None, # when given, the machine is recorded with the device and the precision that it trains in
 ): # -> dict
     "What `config.json` holds"
     facts = dict(vocab=list(data.vocab), stats=data.stats, fingerprint=data.fingerprint, is_cifar10=data.fingerprint == cifar10_fingerprint,
                  n_train=len(data.train_y), n_test=len(data.test_y))
-    return dict(settings=asdict(settings), bounds=bounds._asdict(), data=facts, environment=run_environment(learn) if learn else environment())
+    return dict(settings=asdict(settings), bounds=bounds and bounds._asdict(), data=facts, environment=run_environment(learn) if learn else environment())
 
 def run_environment(learn:Learner): # -> dict
     "`environment()`, and where and how `learn` trains: what the last bits of the weights depend on"
@@ -84,20 +84,28 @@ class SaveRun(TrackerCallback):
     ):
         super().__init__(monitor='accuracy')
         self.path, self.config, self.tested, self.resume, self.best_epoch = Path(run) if resume else new_run_folder(run), config, tested, resume, None
-        self.lock = FileLock(self.path/'.lock', is_singleton=True) # whoever has it in this process may take it again
+        self.lock, self.begun, self.trained = FileLock(self.path/'.lock', is_singleton=True), False, False # a singleton: in one process, who is stopped may be resumed
 
     def before_fit(self):
         super().before_fit()
         if not self.run: return
-        if not self.resume: self.path.mkdir(parents=True)
-        self.hold()
-        if self.resume: return
+        if self.trained: raise FileExistsError(f'{self.path} holds a run already: give another run folder')
+        self.begin()
         if self.tested is not None: write_range_test(self.path, *self.tested[:2])
-        write_json(self.path/'config.json', self.config)
+        self.trained = True
 
-    def hold(self): # raises `BlockingIOError` when another process writes to the folder
+    def begin(self):
+        "Make the folder, unless it is there to be continued, and keep other processes from it until `end`. Raises `FileExistsError` or `BlockingIOError`"
+        if self.begun: return
+        if not self.resume: self.path.mkdir(parents=True)
         try: self.lock.acquire(timeout=0)
         except Timeout: raise BlockingIOError(f'{self.path} is being written to by another process: wait for its end, or give another run folder') from None
+        if not self.resume: write_json(self.path/'config.json', self.config)
+        self.begun = True
+
+    def end(self):
+        if self.begun: self.lock.release()
+        self.begun = False
 
     def after_epoch(self):
         if not self.recorder.trained: return # an epoch that is left out, since it is done already
@@ -166,7 +174,7 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
-# %% ../nbs/07_training.ipynb #e194a797
+# %% ../nbs/07_training.ipynb #026276e2
 class StopAfterStep(Callback):
     """As a context: Ctrl-C and SIGTERM wait for the end of the step, so that weights and optimizer are whole, and none is lost while
     worker processes are forked. Then they are `KeyboardInterrupt` and `SystemExit` (143). A second one is it at once."""
@@ -242,12 +250,29 @@ def train(
     run = new_run_folder(settings.out)
     learn, data = settings_learner(settings, data)
     print(f'{data}, {data.origin}')
-    with StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn):
-        bounds, tested = settle_bounds(settings, learn)
-        print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
-        saved = SaveRun(run, run_config(settings, data, bounds, learn), tested)
-        _fit(settings, learn, bounds, saved, stop)
-    return _finish(settings, learn, data, tested, saved)
+    return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn)))
+
+def _run(settings, learn, data, saved):
+    "The range test, unless it is made, the fit and what comes behind it"
+    saved.begin()
+    try:
+        with StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
+            if saved.config['bounds'] is None:
+                try: bounds, tested = settle_bounds(settings, learn)
+                except BaseException: # what is refused or stopped before its first step leaves no folder
+                    if not saved.resume: shutil.rmtree(saved.path)
+                    raise
+                if tested: write_range_test(saved.path, *tested[:2])
+                saved.config['bounds'] = bounds._asdict()
+                write_json(saved.path/'config.json', saved.config)
+            else:
+                bounds = LRBounds(**saved.config['bounds'])
+                try: tested = (*read_range_test(saved.path), bounds)
+                except (FileNotFoundError, ValueError): tested = None # the rates were given
+            print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
+            _fit(settings, learn, bounds, saved, stop)
+        return _finish(settings, learn, data, tested, saved)
+    finally: saved.end()
 
 def _fit(settings, learn, bounds, saved, stop):
     "From the first step, or from where the newest checkpoint was taken, to the last"
@@ -263,7 +288,6 @@ def _fit(settings, learn, bounds, saved, stop):
                 write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True))
             print(f'\ninterrupted: checkpoint, history and last model are in {saved.path}; cifar_train --resume {saved.path} goes on from here', flush=True)
         raise
-    finally: saved.lock.release(force=True)
 
 def _finish(settings, learn, data, tested, saved):
     "What comes behind the last step"
@@ -274,14 +298,14 @@ def _finish(settings, learn, data, tested, saved):
     return summary
 
 @contextmanager
-def _memory_in_words(settings, learn):
+def _memory_in_words(settings, learn, saved):
     "Out of memory, with what to try, as a `MemoryError`"
     try: yield
     except RuntimeError as e: # what torch raises on every device
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e) and 'out of memory' not in str(e): raise
-        raise MemoryError(f'{settings.bs} images a batch do not fit into the memory of {learn.dls.device}: try --bs {max(2, settings.bs//2)}') from None
+        raise MemoryError(f'{settings.bs} images a batch do not fit into the memory of {learn.dls.device}: try ' + ('a new run with ' if saved.resume else '') + f'--bs {max(2, settings.bs//2)}') from None
 
-# %% ../nbs/07_training.ipynb #9912b2a8
+# %% ../nbs/07_training.ipynb #dee48cd0
 may_change = {'data', 'num_workers', 'checkpoint_minutes'}
 
 def differences(
@@ -294,30 +318,32 @@ def differences(
 
 def _plain(value): return list(value) if isinstance(value, tuple) else value # JSON has lists only
 
-def other_surroundings(config, learn): # what `config.json` holds -> list of str
+def other_surroundings(config, learn): # what `config.json` holds -> (list of str, list of str)
     "Which versions, and what of the machine, are others than those of the run"
     then, now = config['environment'], run_environment(learn)
-    pairs = {name: (then['packages'].get(name), version) for name, version in now['packages'].items()} | {k: (then.get(k), now[k]) for k in ('python', 'device', 'precision', 'threads')}
-    return [f'{name} was {old} and is {new}' for name, (old, new) in pairs.items() if old != new]
+    versions = {'python': (then.get('python'), now['python'])} | {name: (then['packages'].get(name), version) for name, version in now['packages'].items()}
+    machine = {name: (then.get(name), now[name]) for name in ('processor', 'device', 'precision', 'threads')}
+    return tuple([f'{name} was {old} and is {new}' for name, (old, new) in pairs.items() if old != new] for pairs in (versions, machine))
 
 def resume(
     run, # run folder
     changes:dict=None, # settings that have no part in the result, such as `num_workers`; others are refused
     data:CIFAR10Data=None, # images in place of those that the settings name
-    force:bool=False, # go on although versions of libraries, or the machine, are others
+    force:bool=False, # go on although versions of libraries are others
 ): # -> dict: what `summary.json` holds
-    "Go on with a run that was stopped. Raises `FileNotFoundError`, `BlockingIOError` or `ValueError` with one sentence"
+    "Go on with a run that was stopped. Raises `FileNotFoundError`, `BlockingIOError` or `ValueError` with one sentence; another machine is warned of"
     run, changes = Path(run), changes or {}
     if not (run/'config.json').exists(): raise FileNotFoundError(f'{run} is no run folder: give one that cifar_train has written')
     config = read_json(run/'config.json')
     try:
         if other := differences(config['settings'], changes): raise ValueError(f'{"; ".join(other)}: that would be another run')
         settings = replace(settings_from(config['settings']), **changes)
-        bounds, fingerprint = LRBounds(float(config['bounds']['lr_min']), float(config['bounds']['lr_max'])), list(config['data']['fingerprint'])
+        bounds, fingerprint = config['bounds'] and LRBounds(**config['bounds']), list(config['data']['fingerprint'])
+        if bounds and not 0 < bounds.lr_min < bounds.lr_max < float('inf'): raise TypeError(f'its bounds are {bounds}')
         config['environment']['packages'].get
     except (AttributeError, KeyError, TypeError) as e: raise ValueError(f'{run}/config.json is not complete ({e}): was it written by another version?') from None
     saved = SaveRun(run, config, resume=True)
-    saved.hold()
+    saved.begin()
     try:
         for part in run.rglob('*.part'): part.unlink() # what was being written when the run was killed
         try: summary = read_json(run/'summary.json')
@@ -327,11 +353,9 @@ def resume(
             return summary
         learn, data = settings_learner(settings, data)
         if list(data.fingerprint) != fingerprint: raise ValueError(f'the images are not those of the run: {data}, {data.origin}')
-        if (other := other_surroundings(config, learn)) and not force:
-            raise ValueError(f'{"; ".join(other)}: go on where the run began, or give --force, and the weights may differ in their last bits')
-        try: tested = (*read_range_test(run), bounds)
-        except (FileNotFoundError, ValueError): tested = None
+        versions, machine = other_surroundings(config, learn)
+        if versions and not force: raise ValueError(f'{"; ".join(versions)}: go on with those of the run, or give --force, and the weights may differ in their last bits')
+        if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an undisturbed run', stacklevel=2)
         if not checkpoints_in(run/'checkpoint'): print('no checkpoint yet: starting over from the recorded settings', flush=True)
-        with StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn): _fit(settings, learn, bounds, saved, stop)
-        return _finish(settings, learn, data, tested, saved)
-    finally: saved.lock.release(force=True)
+        return _run(settings, learn, data, saved)
+    finally: saved.end()

@@ -197,7 +197,8 @@ def test_predict_refuses_what_is_no_image_and_predicts_the_rest(finished, images
 def test_predict_refuses_what_is_no_run(images):
     assert 'no_run is no run folder: give one that cifar_train has written' in refused(cifar_predict, '--model', 'no_run', *images)
 
-@pytest.mark.parametrize('config', ['{', '{}', '{"settings": {}, "data": {"vocab": ["a", "b"]}}', '{"settings": {"epochs": "x"}, "data": {}}'])
+@pytest.mark.parametrize('config', ['['*100_000, '{', '{}', *('{"settings": {}, "data": {"vocab": %s, "stats": %s}}' % facts for facts in [('3', '[[0,0,0],[1,1,1]]'), ('{"a": 1}', '[[0,0,0],[1,1,1]]'),
+                                                                          ('["a", "b"]', '[[0],[1]]'), ('["a", "b"]', '[[0,0,0],[1,1,0]]'), ('["a", "b"]', '3')]), '{"settings": {}, "data": {"vocab": ["a", "b"]}}', '{"settings": {"epochs": "x"}, "data": {}}'])
 def test_predict_refuses_a_damaged_run_in_one_sentence(finished, images, tmp_path, config):
     run = shutil.copytree(finished[0], tmp_path/'run')
     (run/'config.json').write_text(config)

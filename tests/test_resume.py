@@ -1,16 +1,16 @@
 """A run that is stopped at any moment and continued ends with the same weights, bit for bit; damaged checkpoints are noticed."""
-import gc, os, random, re, signal, subprocess, sys, time
+import gc, json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, ProgressCallback, set_seed
-from safetensors.torch import load_file
+from fastai.vision.all import Adam, Callback, F1Score, ProgressCallback, accuracy, set_seed
+from safetensors.torch import load_file, save
 from torch import nn
 
 from cifar_fastai.core import read_json, write_json
-from cifar_fastai.learner import Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
+from cifar_fastai.learner import _digest, Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
 from cifar_fastai.schedule import OneCycle
 from cifar_fastai.training import read_history, resume, train
 
@@ -124,6 +124,28 @@ def test_a_fit_that_goes_on_in_the_same_learner_is_the_same(tiny_learner, tmp_pa
     fit(learn, tmp_path/'stopped', again=True)
     assert same(weights(learn), weights(whole)) and len(learn.recorder.history) == 3
 
+def test_checkpoints_of_a_former_fit_are_not_taken_for_its_own(tiny_learner, tmp_path):
+    fit(tiny_learner(), tmp_path)
+    with pytest.raises(FileExistsError, match='holds checkpoints: give resume=True'): fit(tiny_learner(), tmp_path)
+
+def test_they_belong_to_a_fit_and_need_a_learner_of_this_package(small_dls, tmp_path):
+    with pytest.raises(ValueError, match='belong to one fit'): cifar_learner(small_dls(), nn.Flatten(), cbs=Checkpoints(tmp_path))
+    learn = cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32', opt_func=Adam)
+    with pytest.raises(ValueError, match='optimizer of torch'): fit(learn, tmp_path)
+
+def test_a_metric_that_cannot_be_kept_keeps_checkpoints_to_the_ends_of_epochs(small_dls, tmp_path):
+    set_seed(0)
+    learn = cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32', metrics=[accuracy, F1Score(average='macro')]).remove_cbs(ProgressCallback)
+    with pytest.raises(Stop): fit(learn, tmp_path, stop_at=8)
+    assert [p.name for p in checkpoints_in(tmp_path)] == ['00001-0000000.safetensors']
+
+@pytest.mark.parametrize('workers', [(2, 0), (0, 2), (1, 2)], ids=str)
+def test_the_number_of_workers_may_change_in_the_middle_of_an_epoch(tiny_learner, small_dls, tmp_path, workers):
+    make = lambda n: tiny_learner(small_dls(pipeline='item', num_workers=n))
+    whole = fit(make(0), tmp_path/'whole')
+    with pytest.raises(Stop): fit(make(workers[0]), tmp_path/'stopped', stop_at=7)
+    assert same(weights(fit(make(workers[1]), tmp_path/'stopped', again=True)), weights(whole))
+
 # ---- files
 
 @pytest.fixture
@@ -183,6 +205,20 @@ def test_a_checkpoint_holds_nothing_that_could_be_executed(kept):
     tensors = load_file(checkpoints_in(kept)[0]) # safetensors: numbers only
     assert {'random.torch', 'model.0.weight', 'opt.0.exp_avg'} <= tensors.keys()
 
+@pytest.mark.parametrize('name, value', [('param_groups', [3]), ('epoch', None), ('epoch', '1'), ('epoch', 99), ('batches', -1), ('batches', 6), ('train_iter', 1.5), ('random', {}), ('random', []), ('callbacks', 3),
+                                         ('fit', 3), ('fit', [3, 'x']), ('scaler', 3)], ids=str)
+def test_facts_that_make_no_sense_are_refused_with_the_right_checksum_too(kept, tiny_learner, name, value):
+    _, tensors, facts = newest_checkpoint(kept)
+    place = dict(epoch=facts['epoch'], batches=facts['batches'])
+    write_checkpoint(kept, tensors, {**facts, **place, 'x': 0})
+    learn, newest = tiny_learner(), checkpoints_in(kept)[0]
+    text = json.dumps({**facts, name: value})
+    newest.write_bytes(save(tensors, metadata=dict(facts=text, sha256=_digest(tensors, text))))
+    if name == 'scaler': # a processor has none
+        fit(learn, kept, again=True)
+        return
+    with pytest.raises(ValueError, match='checkpoints of another fit'): fit(learn, kept, again=True)
+
 @pytest.fixture
 def disk(tmp_path):
     "Make a file system of so many MB, or change its size"
@@ -222,6 +258,17 @@ def test_a_loss_that_is_not_finite_stops_the_fit_where_it_happened(tiny_learner,
     _, tensors, facts = newest_checkpoint(tmp_path)
     assert (facts['epoch'], facts['batches']) == (1, 2) # the step before
     assert all(t.isfinite().all() for name, t in tensors.items() if t.is_floating_point())
+
+def test_weights_that_are_not_finite_are_not_kept_though_the_loss_was(tiny_learner, tmp_path):
+    class Spoil(Callback):
+        order = -1
+        def after_backward(self):
+            if self.train_iter == 7: next(self.model.parameters()).grad.fill_(float('inf'))
+    learn = tiny_learner(precision='fp32')
+    with pytest.raises(FloatingPointError, match='weights or moments are no longer finite after epoch 2, step 3, though the loss was'), learn.no_logging():
+        learn.fit(3, cbs=[OneCycle(1e-3, 1e-2), Checkpoints(tmp_path, minutes=0), Spoil()])
+    _, tensors, facts = newest_checkpoint(tmp_path)
+    assert (facts['epoch'], facts['batches']) == (1, 2) and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 # ---- runs
 
@@ -276,6 +323,41 @@ def test_ctrl_c_in_the_range_test_leaves_no_folder(settings, monkeypatch):
     with pytest.raises(KeyboardInterrupt): train_and_press(settings(out='run', lr_min='find', lr_max='find'), Press('after_batch', 3), monkeypatch)
     assert not Path('run').exists()
     gc.collect()
+
+@pytest.fixture
+def nearly_finished(finished, tmp_path):
+    "The finished run without its last files"
+    run = shutil.copytree(finished[0], tmp_path/'nearly')
+    for name in 'summary.json', 'predictions.safetensors': (run/name).unlink()
+    return run
+
+def test_a_run_that_lacks_only_its_last_files_gets_them(nearly_finished, finished, capsys):
+    assert resume(nearly_finished)['weights_sha256'] == finished[1]['weights_sha256'] and 'resuming after the last epoch' in capsys.readouterr().out
+
+def test_ctrl_c_after_the_last_epoch_is_ctrl_c(nearly_finished, finished, monkeypatch):
+    import cifar_fastai.training as training
+    original = training.settings_learner
+    with monkeypatch.context() as m:
+        m.setattr(training, 'settings_learner', lambda *args: (lambda learn, data: (learn.add_cb(Press('before_fit', 1)), data))(*original(*args)))
+        with pytest.raises(KeyboardInterrupt): resume(nearly_finished)
+    assert resume(nearly_finished)['weights_sha256'] == finished[1]['weights_sha256']
+
+def test_the_folder_is_kept_from_others_until_the_last_file_is_written(nearly_finished, monkeypatch):
+    import cifar_fastai.training as training
+    code, said, original = 'import sys; from filelock import FileLock; FileLock(sys.argv[1]).acquire(timeout=0)', [], training.finish_run
+    def others_try(*args):
+        said.append(subprocess.run([sys.executable, '-c', code, str(nearly_finished/'.lock')], capture_output=True, text=True).stderr)
+        return original(*args)
+    monkeypatch.setattr(training, 'finish_run', others_try)
+    resume(nearly_finished)
+    assert 'Timeout' in said[0]
+    assert subprocess.run([sys.executable, '-c', code, str(nearly_finished/'.lock')]).returncode == 0
+
+def test_another_machine_is_warned_of(unfinished, finished):
+    config = read_json(unfinished/'config.json')
+    config['environment']['threads'] = 64
+    write_json(unfinished/'config.json', config)
+    with pytest.warns(UserWarning, match='threads was 64 and is .*the weights may differ'): resume(unfinished)
 
 def test_a_finished_run_says_so(finished, capsys):
     run, summary = finished
@@ -438,8 +520,21 @@ def test_of_two_runs_in_one_folder_one_is_refused(few, undisturbed, tmp_path):
     assert [err.count('\n') for err in sorted(errs)] == [0, 1] and 'exists' in max(errs)
     assert same_end(tmp_path/'run', undisturbed[0])
 
+@pytest.mark.slow
+def test_killed_in_the_range_test_it_starts_over(small_archive, tmp_path):
+    args = ['--data', small_archive, '--epochs', 1, '--bs', 16]
+    other, _ = run_to_the_end(args, tmp_path/'other')
+    with start(*args, '--out', tmp_path/'run') as process:
+        wait_for_config(process, tmp_path/'run')
+        time.sleep(.5)
+        process.kill()
+        process.communicate()
+    assert read_json(tmp_path/'run'/'config.json')['bounds'] is None
+    go_on(tmp_path/'run')
+    assert same_end(tmp_path/'run', other) and read_json(tmp_path/'run'/'config.json')['bounds'] == read_json(other/'config.json')['bounds']
+
 def test_the_command_refuses_in_one_sentence(tmp_path):
-    for args, words in (['--resume', tmp_path/'nothing'], 'is no run folder'), (['--force'], 'give it with resume'):
+    for args, words in (['--resume', tmp_path/'nothing'], 'is no run folder'), (['--resume', ''], 'is no run folder'), (['--force'], 'give it with resume'):
         with start(*args) as process: out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and words in err and len(err.strip().splitlines()) == 1
 
