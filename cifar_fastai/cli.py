@@ -18,7 +18,7 @@ import tyro
 
 from .core import BenchSettings, TrainSettings, read_json, settings_from
 
-# %% ../nbs/20_cli.ipynb #0d9e15d8
+# %% ../nbs/20_cli.ipynb #c2313397
 def _command(f):
     "Make `f(arguments)` of a function, which is annotated with its dataclass, into a command"
     @wraps(f)
@@ -51,7 +51,7 @@ class RunSettings(TrainSettings):
     def recorded(self): # -> the settings of the run to go on with, which options may not contradict, or `None`
         if self.resume is None: return None
         path = Path(self.resume)/'config.json'
-        if not path.exists(): raise FileNotFoundError(f'{self.resume} is no run folder: give one that cifar_train has written')
+        if not path.exists(): raise FileNotFoundError(f'{self.resume or "an empty name"} is no run folder: give one that cifar_train has written')
         return replace(self, **asdict(settings_from(read_json(path).get('settings'))))
 
     def agree_with(self, recorded): # before anything else is checked, so that the option itself is named
