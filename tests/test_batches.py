@@ -360,8 +360,8 @@ def faults():
     blocks = [torch.empty(2**24).fill_(1) for _ in range(3)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-before, kept, *_ = faults(), keep_memory(), faults(), faults(), faults()
-print(kept, before, faults())
+before, kept = faults(), keep_memory()
+print(kept, before, min(faults() for _ in range(5))) # something small may come to lie in the gap, and then it is made once more
 '''
     kept, before, after = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()
     assert kept == 'True' and int(before) > 90 and int(after) < int(before)/10 # 192 MB, in pages of 4 kB or of 2 MB
