@@ -571,3 +571,15 @@ def test_the_hold_out_of_cifar10_has_500_images_of_each_class(real_cifar):
     dls = cifar_dls(real_cifar, valid='holdout')
     labels = [real_cifar.vocab.index(item[1]) for item in dls.valid_ds.items]
     assert np.bincount(labels).tolist() == [500]*10 and len(dls.train_ds) == 45_000
+
+@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), ('item', 0), ('item', 1)])
+def test_batches_leave_the_global_generators_alone(small, pipeline, num_workers):
+    "So what is looked at before a network is made does not change its weights"
+    dls = cifar_dls(small, bs=16, pipeline=pipeline, seed=0, num_workers=num_workers)
+    before, before_np = torch.get_rng_state(), np.random.get_state()[1].copy()
+    dls.one_batch(); list(dls.train); list(dls.valid)
+    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], before_np)
+
+def test_a_link_to_nothing_beside_the_images_does_no_harm(folder):
+    (folder/'notes').symlink_to(folder/'nothing')
+    assert len(load_cifar10(folder).train_y) == 80
