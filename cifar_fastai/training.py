@@ -31,7 +31,7 @@ from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, c
 from .models import CustomResNet
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
-# %% ../nbs/07_training.ipynb #5a623295
+# %% ../nbs/07_training.ipynb #06b168a5
 def new_run_folder(out=None): # -> `Path` that does not exist yet
     "`out`, or runs/<date-time>; raises `FileExistsError` when it is there already"
     run = Path(out) if out else Path('runs')/datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
@@ -56,6 +56,7 @@ def run_environment(learn:Learner): # -> dict
     device = torch.device(learn.dls.device)
     return environment() | dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, precision=precision_of(learn), threads=torch.get_num_threads())
 
+# %% ../nbs/07_training.ipynb #0efad4a2
 def read_history(run): # -> `DataFrame` of a run folder's `history.csv`
     "Raises `FileNotFoundError` or `ValueError` with one sentence"
     path = Path(run)/'history.csv'
@@ -73,6 +74,7 @@ def read_range_test(run): # -> (learning rates, losses), as `range_test` returne
     except (ValueError, KeyError) as e: raise ValueError(f'{path} is no range test: {e}') from None
     return lrs, losses
 
+# %% ../nbs/07_training.ipynb #8966680c
 class SaveRun(TrackerCallback):
     "Make the run folder when a fit begins, and keep history, last and best weights in it after each epoch"
     order = TrackerCallback.order + 1
@@ -124,15 +126,17 @@ class SaveRun(TrackerCallback):
 
     def load_state_dict(self, state): self.best, self.best_epoch = state['best'], state['best_epoch']
 
+# %% ../nbs/07_training.ipynb #e53d0744
 def write_range_test(run, lrs, losses):
     "What `read_range_test` reads"
     write_whole(Path(run)/'range_test.csv', pd.DataFrame(dict(lr=lrs, loss=np.asarray(losses, dtype=float))).to_csv(index=False).encode())
 
-# %% ../nbs/07_training.ipynb #8cde4b60
+# %% ../nbs/07_training.ipynb #c52f9e1d
 def best_is(valid): # 'test' or 'holdout' -> str
     "What has to be said of the best epoch's accuracy wherever it is shown"
     return 'chosen on the test images, so optimistic' if valid == 'test' else 'chosen on the held-out images'
 
+# %% ../nbs/07_training.ipynb #709ea197
 def run_summary(
     learn:Learner, # after its fit
     saved:SaveRun, # the callback that kept it
@@ -153,6 +157,7 @@ def run_summary(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, precision=precision_of(learn),
         **{**config, 'environment': environment()})
 
+# %% ../nbs/07_training.ipynb #70f077d6
 def save_plots(
     folder, # where the PNG go; made when it is not there
     interp:CifarInterpretation,
@@ -174,7 +179,7 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
-# %% ../nbs/07_training.ipynb #026276e2
+# %% ../nbs/07_training.ipynb #0aa057f6
 class StopAfterStep(Callback):
     """As a context: Ctrl-C and SIGTERM wait for the end of the step, so that weights and optimizer are whole, and none is lost while
     worker processes are forked. Then they are `KeyboardInterrupt` and `SystemExit` (143). A second one is it at once."""
@@ -201,6 +206,7 @@ class StopAfterStep(Callback):
 
     def after_fit(self): self.after_batch() # pressed behind the last step
 
+# %% ../nbs/07_training.ipynb #dfb81c9b
 def settle_bounds(
     settings:TrainSettings,
     learn:Learner,
@@ -214,6 +220,7 @@ def settle_bounds(
     if bounds.lr_min >= bounds.lr_max: raise ValueError(f'lr_min is {bounds.lr_min:.2e} and lr_max {bounds.lr_max:.2e} (the range test found {found.lr_min:.2e} and {found.lr_max:.2e}): give both, lr_min the lower one')
     return bounds, (lrs, losses, bounds)
 
+# %% ../nbs/07_training.ipynb #c3d692d8
 def settings_learner(
     settings:TrainSettings,
     data:CIFAR10Data=None, # images in place of those that `settings` name
@@ -227,6 +234,7 @@ def settings_learner(
     learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd, settings.compile)
     return bars_for_people(learn), data
 
+# %% ../nbs/07_training.ipynb #f69efd88
 def finish_run(
     learn:Learner, # after its fit
     saved:SaveRun, # the callback that kept the run
@@ -242,6 +250,7 @@ def finish_run(
     write_json(saved.path/'summary.json', summary)
     return summary, interp
 
+# %% ../nbs/07_training.ipynb #da3fb527
 def train(
     settings:TrainSettings,
     data:CIFAR10Data=None, # images in place of those that `settings` name
@@ -305,7 +314,7 @@ def _memory_in_words(settings, learn, saved):
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e) and 'out of memory' not in str(e): raise
         raise MemoryError(f'{settings.bs} images a batch do not fit into the memory of {learn.dls.device}: try ' + ('a new run with ' if saved.resume else '') + f'--bs {max(2, settings.bs//2)}') from None
 
-# %% ../nbs/07_training.ipynb #dee48cd0
+# %% ../nbs/07_training.ipynb #6442a584
 may_change = {'data', 'num_workers', 'checkpoint_minutes'}
 
 def differences(
@@ -318,6 +327,7 @@ def differences(
 
 def _plain(value): return list(value) if isinstance(value, tuple) else value # JSON has lists only
 
+# %% ../nbs/07_training.ipynb #0e067c12
 def other_surroundings(config, learn): # what `config.json` holds -> (list of str, list of str)
     "Which versions, and what of the machine, are others than those of the run"
     then, now = config['environment'], run_environment(learn)
@@ -325,6 +335,7 @@ def other_surroundings(config, learn): # what `config.json` holds -> (list of st
     machine = {name: (then.get(name), now[name]) for name in ('processor', 'device', 'precision', 'threads')}
     return tuple([f'{name} was {old} and is {new}' for name, (old, new) in pairs.items() if old != new] for pairs in (versions, machine))
 
+# %% ../nbs/07_training.ipynb #4b5ec7d5
 def resume(
     run, # run folder
     changes:dict=None, # settings that have no part in the result, such as `num_workers`; others are refused
