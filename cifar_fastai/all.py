@@ -9,3 +9,4 @@ from .learner import *
 from .interpret import *
 from .training import *
 from .bench import *
+from .repeat import *

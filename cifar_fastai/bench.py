@@ -108,13 +108,13 @@ def fastai_way(data, settings, device, turns):
 
 def package_way(data, settings, device, turns):
     "This package's default"
-    dls = cifar_dls(data, settings.bs, seed=0, device=device)
-    learn = cifar_learner(dls, CustomResNet(dls.c), settings.precision, compile=settings.compile)
+    dls = cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device)
+    learn = cifar_learner(dls, CustomResNet(dls.c), settings.precision, recipe='seed', compile=settings.compile)
     learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns)])
 
 def _bare(data, settings, device):
     "Batches, and what trains on one of them, as `package_way` has them without a `Learner`"
-    dls = cifar_dls(data, settings.bs, seed=0, device=device)
+    dls = cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device)
     precision = best_precision(device) if settings.precision == 'auto' else settings.precision
     precision_callbacks(precision, device) # refuses what the device lacks
     model = CustomResNet(dls.c).to(device, memory_format=torch.channels_last).train()
@@ -336,7 +336,7 @@ def profile_step(
     "Where the time of a step goes: `package` and `bare` in turns, in this process, so that memory and machine are the same"
     device = find_device(settings.device)
     data = load_cifar10(settings.data)
-    learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, device=device), CustomResNet(len(data.vocab)), settings.precision)
+    learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device), CustomResNet(len(data.vocab)), settings.precision, recipe='seed')
     dls, _, step = _bare(data, settings, device)
     package, bare = {}, dict(batch=[], step=[])
     for turn in range(times):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'InterpretSettings', 'cifar_interpret',
-           'PredictSettings', 'cifar_predict', 'cifar_bench', 'main']
+           'PredictSettings', 'cifar_predict', 'cifar_bench', 'cifar_repeat', 'main']
 
 # %% ../nbs/20_cli.ipynb #0c38264d
 import sys, warnings
@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from .core import BenchSettings, TrainSettings, read_json, settings_from
+from .core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, read_json, settings_from
 
 # %% ../nbs/20_cli.ipynb #c2313397
 def _command(f):
@@ -91,6 +91,7 @@ class InterpretSettings:
     run: tyro.conf.Positional[str] # run folder
     data: str|None = None # where the images are; what the run was given
     weights: Literal['last', 'best'] = 'last' # after the last epoch, or after the best by validation accuracy
+    flip_average: bool = False # also the accuracy when logits are averaged over each image and its mirror image
     k: int = 10 # most confused pairs to print
 
 @_command
@@ -103,7 +104,9 @@ def cifar_interpret(settings:InterpretSettings):
     interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
     valid = read_json(Path(settings.run)/'config.json')['settings']['valid']
     chosen = f', by the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
-    print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}\n')
+    print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}')
+    if settings.flip_average: print(f'averaged with mirror images {interp.flip_averaged().accuracy:.2%}')
+    print()
     print(interp.per_class().to_string(float_format='{:.3f}'.format), '\n')
     for actual, predicted, n in interp.most_confused()[:settings.k]: print(f'{actual} taken for {predicted}: {n}')
     save_plots(Path(settings.run)/'plots', interp, history)
@@ -114,7 +117,7 @@ def cifar_interpret(settings:InterpretSettings):
 class PredictSettings:
     "Which images, and by which run."
     images: tyro.conf.Positional[tuple[str, ...]] # pictures of any size: shorter side to 32 pixels, centre crop
-    model: str # run folder
+    model: str|None = None # run folder; without it, the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # after the last epoch, or after the best by validation accuracy
 
 @_command
@@ -122,8 +125,13 @@ def cifar_predict(settings:PredictSettings):
     "Say what is on each image, and with which probability."
     from cifar_fastai.data import read_image
     from cifar_fastai.interpret import class_probabilities, load_run
+    from cifar_fastai.models import load_pretrained
     if not settings.images: raise ValueError('no image: give one or more files')
-    model, config = load_run(settings.model, settings.weights)
+    if settings.model is None and settings.weights != 'last': raise ValueError(f'weights is {settings.weights!r}: give it with a run folder as model')
+    if settings.model is None: model, stats, vocab = load_pretrained(), cifar10_stats, cifar10_classes
+    else:
+        model, config = load_run(settings.model, settings.weights)
+        stats, vocab = config['data']['stats'], config['data']['vocab']
     refused = 0
     for path in settings.images:
         try: image = read_image(path)
@@ -131,8 +139,8 @@ def cifar_predict(settings:PredictSettings):
             print(f'cifar_predict: {" ".join(str(e).split())}', file=sys.stderr)
             refused += 1
             continue
-        p, label = class_probabilities(model, [image], config['data']['stats'])[0].max(dim=0)
-        print(f'{path}: {config["data"]["vocab"][label]} {p:.1%}')
+        p, label = class_probabilities(model, [image], stats)[0].max(dim=0)
+        print(f'{path}: {vocab[label]} {p:.1%}')
     if refused: sys.exit(1)
 
 # %% ../nbs/20_cli.ipynb #93a88772
@@ -151,8 +159,19 @@ def cifar_bench(settings:BenchSettings):
     print(f"importing fastai {result['import_fastai']:.1f} s" + (f", first step of package {result['cases']['package']['first_step']:.1f} s after its process began" if 'package' in result['cases'] else ''))
     print(f'saved {settings.out}')
 
+# %% ../nbs/20_cli.ipynb #a11dea02
+@_command
+def cifar_repeat(settings:RepeatSettings):
+    "Train several times, each with a seed of its own, and say how accuracy is spread; with --ablate, also without each ingredient of the recipe."
+    from cifar_fastai.repeat import ablate, effects, repeat, repeat_table
+    settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
+    results = ablate(settings) if settings.ablate else {settings.recipe: repeat(settings)}
+    print('\n' + repeat_table(results).to_string())
+    if settings.ablate: print('\nwhat an ingredient brings, in points of accuracy\n' + effects(results).to_string())
+    print(f'\nsaved {settings.out}')
+
 # %% ../nbs/20_cli.ipynb #a2e5ce52
-_commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench)
+_commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench, repeat=cifar_repeat)
 
 def main(
     args=None, # list of arguments, the command's name first; `None` is those of the process

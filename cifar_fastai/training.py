@@ -23,7 +23,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, Learner, set_seed
 from filelock import FileLock, Timeout
 
-from .augment import plot_augmented
+from .augment import CropFlipCutout, plot_augmented
 from .core import TrainSettings, environment, peak_memory, read_json, settings_from, write_json, write_whole
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
@@ -141,6 +141,7 @@ def run_summary(
     learn:Learner, # after its fit
     saved:SaveRun, # the callback that kept it
     n_wrong:int=None, # of the validation images, by the last weights
+    flip_averaged:float=None, # accuracy by the last weights, averaged over each image and its mirror image
     interrupted:bool=False,
 ): # -> dict
     "What `summary.json` holds"
@@ -148,7 +149,7 @@ def run_summary(
     best = max(history, key=lambda row: row['accuracy'], default=None)
     device = torch.device(learn.dls.device)
     return dict(
-        accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong,
+        accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, flip_averaged_accuracy=flip_averaged,
         best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'], best_is=best_is(config['settings']['valid']),
         valid=config['settings']['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
@@ -230,8 +231,9 @@ def settings_learner(
     precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed, reproducible=True) # on a GPU, too
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, num_workers=settings.num_workers, device=device)
-    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, settings.betas, settings.eps, settings.wd, settings.compile)
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip), num_workers=settings.num_workers, device=device)
+    given = {name: getattr(settings, name) for name in ('precision', 'wd', 'label_smoothing', 'ema', 'betas', 'eps', 'compile')}
+    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), **given)
     return bars_for_people(learn), data
 
 # %% ../nbs/07_training.ipynb #f69efd88
@@ -246,7 +248,7 @@ def finish_run(
     interp.save_predictions(saved.path/'predictions.safetensors')
     if tested is not None: write_range_test(saved.path, *tested[:2])
     save_plots(saved.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data)
-    summary = run_summary(learn, saved, interp.n_wrong)
+    summary = run_summary(learn, saved, interp.n_wrong, interp.flip_averaged().accuracy)
     write_json(saved.path/'summary.json', summary)
     return summary, interp
 
@@ -293,6 +295,7 @@ def _fit(settings, learn, bounds, saved, stop):
         if stop.between_steps and saved.path.exists():
             with learn.added_cbs([saved, checkpoints]):
                 checkpoints.save()
+                if settings.ema: learn.weight_average.use()
                 saved.save_last()
                 write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True))
             print(f'\ninterrupted: checkpoint, history and last model are in {saved.path}; cifar_train --resume {saved.path} goes on from here', flush=True)
@@ -302,7 +305,7 @@ def _finish(settings, learn, data, tested, saved):
     "What comes behind the last step"
     summary, interp = finish_run(learn, saved, tested, data)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
-    print(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; "
+    print(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; averaged with mirror images {summary['flip_averaged_accuracy']:.2%}; "
           f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {saved.path}")
     return summary
 

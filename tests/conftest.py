@@ -198,15 +198,15 @@ def tiny_net():
 @pytest.fixture(scope='session')
 def small_dls(small):
     "`DataLoaders` of the small images, 5 batches an epoch"
-    def make(**changes): return cifar_dls(small, **dict(bs=16, seed=0, num_workers=0) | changes)
+    def make(**changes): return cifar_dls(small, **dict(bs=16, seed=0, num_workers=0, recipe='seed') | changes)
     return make
 
 @pytest.fixture(scope='session')
 def tiny_learner(tiny_net, small_dls):
-    "`cifar_learner` with the tiny network, seeded weights and no progress bar"
+    "`cifar_learner` of the plain recipe with the tiny network, seeded weights and no progress bar"
     def make(dls=None, **kwargs):
         set_seed(0)
-        learn = cifar_learner(dls or small_dls(), tiny_net(), **dict(precision='fp32') | kwargs)
+        learn = cifar_learner(dls or small_dls(), tiny_net(), **dict(precision='fp32', recipe='seed') | kwargs)
         return learn.remove_cbs(ProgressCallback)
     return make
 
@@ -214,7 +214,7 @@ def tiny_learner(tiny_net, small_dls):
 def settings(small_archive):
     "Settings of a run of seconds, and what a test changes in them"
     def make(**changes):
-        return TrainSettings(**dict(data=str(small_archive), epochs=2, bs=16, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32') | changes)
+        return TrainSettings(**dict(data=str(small_archive), epochs=2, bs=16, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', ema=.3) | changes)
     return make
 
 @pytest.fixture(scope='session')

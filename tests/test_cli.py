@@ -63,7 +63,7 @@ def test_python_m_is_the_same_command(name, capsys):
 
 def test_python_m_without_a_command_names_them(capsys):
     cli.main(['--help'])
-    assert '{train,lr_find,interpret,predict,bench}' in capsys.readouterr().out
+    assert '{train,lr_find,interpret,predict,bench,repeat}' in capsys.readouterr().out
     for args in ([], ['fly']):
         with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict, bench'): cli.main(args)
 

@@ -49,6 +49,13 @@ def test_the_model_runs_once_for_all_questions(learn):
     hook.remove()
     assert batches == [16, 16, 8]
 
+def test_flip_averaging_is_the_mean_of_the_logits_of_both_sides(interp, learn, predicted):
+    with torch.no_grad(): logits = torch.cat([learn.model(x) + learn.model(x.flip(-1)) for x, _ in learn.dls.valid])/2
+    both = interp.flip_averaged()
+    assert torch.allclose(both.probs, logits.softmax(1), atol=1e-5) and torch.equal(both.targs, interp.targs)
+    assert torch.allclose(both.losses, torch.nn.functional.cross_entropy(logits, interp.targs, reduction='none'), atol=1e-4)
+    assert not torch.equal(both.probs, interp.probs) and both.accuracy == pytest.approx((logits.argmax(1) == interp.targs).float().mean().item())
+
 # ---- kept and read again
 
 def test_predictions_come_back_from_a_file_and_answer_the_same(interp, learn, tmp_path):

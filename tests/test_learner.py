@@ -8,12 +8,12 @@ import torch
 from fastai.vision.all import Callback, Learner, ProgressCallback, ReduceLROnPlateau, accuracy, error_rate, load_learner, set_seed
 from torch import nn
 
-from cifar_fastai.core import TrainSettings
+from cifar_fastai.core import TrainSettings, recipes
 from cifar_fastai.data import cifar_dls
-from cifar_fastai.learner import (CPUAutocast, FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks, precision_of,
-                                  save_weights)
+from cifar_fastai.learner import (CPUAutocast, FusedAdam, WeightAverage, best_precision, cifar_learner, load_weights, precision_callbacks,
+                                  precision_of, save_weights)
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.schedule import OneCycle
+from cifar_fastai.schedule import OneCycle, range_test
 
 cpu = torch.device('cpu')
 
@@ -50,7 +50,7 @@ def test_it_is_torchs_adamw_with_norms_and_biases_undecayed(settings):
 
 def test_its_defaults_are_those_of_the_settings():
     [decayed, undecayed] = FusedAdam(list(a_net().parameters())).opt.param_groups
-    assert (decayed['betas'], decayed['eps'], decayed['weight_decay']) == (TrainSettings.betas, TrainSettings.eps, TrainSettings.wd)
+    assert (decayed['betas'], decayed['eps'], decayed['weight_decay']) == (TrainSettings.betas, TrainSettings.eps, recipes['best']['wd'])
     assert undecayed['weight_decay'] == 0 and all(p.ndim == 1 for p in undecayed['params'])
     assert decayed['fused']
 
@@ -337,3 +337,51 @@ def test_arguments_of_fastais_learner_are_passed_on(tiny_learner, tmp_path):
     learn.create_opt()
     assert learn.path == tmp_path/'elsewhere' and learn.opt.hypers[0]['lr'] == .5 and learn.opt.hypers[0]['wd'] == 0
     assert any(isinstance(cb, CPUAutocast) for cb in learn.cbs)
+
+# ---- recipes and the average of the weights
+
+def test_the_recipes_reach_optimizer_loss_and_callbacks(small_dls, tiny_net):
+    for recipe, (wd, smoothing, averages) in {'seed': (.2, 0, []), 'best': (recipes['best']['wd'], recipes['best']['label_smoothing'], [recipes['best']['ema']] if recipes['best']['ema'] else [])}.items():
+        learn = cifar_learner(small_dls(recipe=recipe), tiny_net(), recipe=recipe)
+        learn.create_opt()
+        assert learn.opt.hypers[0]['wd'] == wd and learn.loss_func.func.label_smoothing == smoothing
+        assert [cb.share for cb in learn.cbs if isinstance(cb, WeightAverage)] == averages
+        assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [recipes[recipe]['flip']]
+
+def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
+    learn = cifar_learner(small_dls(), tiny_net(), wd=.7, label_smoothing=0., ema=.25)
+    learn.create_opt()
+    assert learn.opt.hypers[0]['wd'] == .7 and learn.loss_func.func.label_smoothing == 0 and learn.weight_average.share == .25
+
+@pytest.mark.parametrize('make', [cifar_dls, cifar_learner], ids=lambda f: f.__name__)
+def test_an_unknown_recipe_is_refused(small_dls, small, make):
+    with pytest.raises(ValueError, match="recipe is 'secret': give 'seed' or 'best'"): make(small if make is cifar_dls else small_dls(), recipe='secret')
+
+def test_what_is_validated_and_kept_is_the_average_and_training_goes_on_without_it(tiny_learner):
+    plain, averaged, seen = tiny_learner(), tiny_learner(ema=.2), []
+    weights = lambda learn: {k: v.clone() for k, v in learn.model.state_dict().items()}
+    plain.add_cb(on('after_batch', lambda cb: cb.training and seen.append(weights(plain)), order=1000))
+    trained, validated = [], []
+    averaged.add_cb(on('before_train', lambda cb: trained.append(weights(averaged)), order=1000))
+    averaged.add_cb(on('after_epoch', lambda cb: validated.append(weights(averaged)), order=1000))
+    for learn in plain, averaged:
+        with learn.no_logging(): learn.fit(4, lr=1e-2)
+    assert len(seen) == 20 and all(same(a, b) for a, b in zip(trained[1:], seen[4::5])) # 20 steps, of which the average reaches back over 4
+    expected, kept = dict(seen[0]), []
+    for n, state in enumerate(seen[1:], 1):
+        decay = 1 - 1/max(1, min(4, n/10))
+        expected = {k: v*decay + state[k]*(1 - decay) for k, v in expected.items()}
+        if n % 5 == 4: kept.append(expected)
+    close = lambda a, b: all(torch.allclose(v.float(), b[k].float(), rtol=1e-4, atol=1e-6) for k, v in a.items() if v.is_floating_point())
+    assert all(close(a, b) for a, b in zip(validated, kept)) and not close(kept[-1], seen[-1])
+    assert same(weights(averaged), validated[-1])
+    assert averaged.validate()[1] == pytest.approx(averaged.recorder.history[-1]['accuracy'])
+
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning') # fastai's checkpoints name NumPy as it was
+def test_a_range_test_and_predictions_leave_weights_and_average_alone(tiny_learner):
+    learn = tiny_learner(ema=.5)
+    with learn.no_logging(): learn.fit(2, lr=1e-2)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    range_test(learn, num_it=20)
+    learn.validate(); learn.get_preds()
+    assert same(before, learn.model.state_dict())
