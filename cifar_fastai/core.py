@@ -38,8 +38,8 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
 
 # %% ../nbs/00_core.ipynb #555235dd
 recipes = dict(
-    seed=dict(wd=0.2, label_smoothing=0., flip='random', ema=0.),
-    best=dict(wd=0.2, label_smoothing=0.2, flip='alternate', ema=0.04))
+    seed=dict(wd=0.2, label_smoothing=0., flip='random', ghost=0),
+    best=dict(wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32))
 
 # %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class TrainSettings:
     anneal: Literal['linear', 'cos'] = 'linear' # shape of the cycle between lr_min and lr_max
     norm: Literal['batch', 'group', 'layer'] = 'batch' # normalisation in the network
     n_groups: int = 2 # groups of norm 'group'
+    ghost: int|None = None # images that are normalised together in training, with norm 'batch'; 0: the whole batch; the recipe's
     dropout: float = 0. # share of activations dropped after each ReLU
     conv_bias: bool = False # biases in the convolutions
     betas: tuple[float, float] = (0.9, 0.99) # Adam's decay of the gradient's mean and square
@@ -62,7 +63,7 @@ class TrainSettings:
     wd: float|None = None # decoupled weight decay, of weights but not of norms and biases; the recipe's
     label_smoothing: float|None = None # share of each label that is spread over all classes; the recipe's
     flip: Literal['random', 'alternate']|None = None # mirror by chance, or in every other epoch; the recipe's
-    ema: float|None = None # average the weights exponentially over this share of all steps; 0: not at all; the recipe's
+    ema: float = 0. # average the weights exponentially over this share of all steps; 0: not at all
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: bf16 or fp16 where the hardware is good at it
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU when there is one
     compile: bool = False # run the network through torch.compile
@@ -87,6 +88,7 @@ class TrainSettings:
             _check(lr == 'find' or _positive(lr), name, lr, "give a positive number or 'find'")
         if 'find' not in (self.lr_min, self.lr_max):
             _check(self.lr_min < self.lr_max, 'lr_min', self.lr_min, f'give less than lr_max ({self.lr_max})')
+        _check(self.ghost == 0 or self.ghost >= 2, 'ghost', self.ghost, 'give 2 or more images, or 0 for the whole batch')
         _check(0 <= self.dropout < 1, 'dropout', self.dropout, 'give 0 or more and less than 1')
         _check(self.n_groups >= 1 and 64 % self.n_groups == 0, 'n_groups', self.n_groups, 'give a divisor of 64')
         _check(all(0 <= b < 1 for b in self.betas), 'betas', self.betas, 'give two numbers, 0 or more and less than 1')
@@ -100,7 +102,7 @@ class TrainSettings:
     @property
     def network(self): # -> keyword arguments of `CustomResNet`
         "What the network depends on"
-        return dict(norm=self.norm, n_groups=self.n_groups, dropout=self.dropout, conv_bias=self.conv_bias)
+        return dict(norm=self.norm, n_groups=self.n_groups, ghost=self.ghost, dropout=self.dropout, conv_bias=self.conv_bias)
 
 # %% ../nbs/00_core.ipynb #df423139
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class BenchSettings:
 class RepeatSettings(TrainSettings):
     "The settings of a run, repeated with other seeds."
     n: int = 5 # runs, with the seeds seed, seed + 1 and so on
-    without: tuple[Literal['wd', 'label_smoothing', 'flip', 'ema'], ...] = () # ingredients to take away: as the recipe seed has them
+    without: tuple[Literal['wd', 'label_smoothing', 'flip', 'ghost'], ...] = () # ingredients to take away: as the recipe seed has them
     ablate: bool = False # runs of the recipe, and as many without each of its ingredients
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 

@@ -238,7 +238,7 @@ class WeightAverage(Callback):
     "Validate and keep an exponential moving average of weights and buffers in place of the last ones, which train on"
     order = 5 # behind `ChannelsLast`, before fastai's trackers, which save weights and load the best ones again
     def __init__(self,
-        share:float=recipes['best']['ema'], # of the steps of a fit, over which the average reaches back
+        share:float, # of the steps of a fit, over which the average reaches back
     ): self.share, self.averaged, self.in_use = share, None, False
 
     def before_fit(self):
@@ -300,12 +300,12 @@ def bars_for_people(learn:Learner): # -> `learn`
 
 def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`
-    model=None, # logits (N, `dls.c`); `None` is a new `CustomResNet`
+    model=None, # logits (N, `dls.c`); `None` is a new `CustomResNet`, with the batch statistics of the recipe
     precision:Literal['auto', 'fp32', 'bf16', 'fp16']='auto', # 'auto' is what the hardware is good at
-    recipe:Literal['best', 'seed']='best', # what the next three are when they are `None`
+    recipe:Literal['best', 'seed']='best', # what the model and the next two are when they are `None`
     wd:float=None, # decoupled weight decay, of weights only
     label_smoothing:float=None, # of the loss in training
-    ema:float=None, # share of a fit's steps over which weights are averaged; 0 for none
+    ema:float=0., # share of a fit's steps over which weights are averaged; 0 for none
     betas=TrainSettings.betas, # Adam's
     eps:float=TrainSettings.eps, # Adam's
     compile:bool=False, # run the model through `torch.compile`
@@ -314,8 +314,9 @@ def cifar_learner(
 ): # -> fastai `Learner`
     "Adam, cross-entropy and accuracy on both sets around `model`. On a processor it calls `keep_memory`, which lasts as long as the process"
     if recipe not in recipes: raise ValueError(f"recipe is {recipe!r}: give {' or '.join(map(repr, recipes))}")
-    wd, label_smoothing, ema = (recipes[recipe][name] if given is None else given for name, given in dict(wd=wd, label_smoothing=label_smoothing, ema=ema).items())
-    if model is None: model = CustomResNet(n_out=dls.c)
+    if wd is None: wd = recipes[recipe]['wd']
+    if label_smoothing is None: label_smoothing = recipes[recipe]['label_smoothing']
+    if model is None: model = CustomResNet(n_out=dls.c, ghost=recipes[recipe]['ghost'])
     kwargs = dict(loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), metrics=accuracy, opt_func=partial(FusedAdam, betas=betas, eps=eps, wd=wd)) | kwargs
     if compile: model.compile()
     if torch.device(dls.device).type == 'cpu': keep_memory()

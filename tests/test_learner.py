@@ -341,12 +341,14 @@ def test_arguments_of_fastais_learner_are_passed_on(tiny_learner, tmp_path):
 # ---- recipes and the average of the weights
 
 def test_the_recipes_reach_optimizer_loss_and_callbacks(small_dls, tiny_net):
-    for recipe, (wd, smoothing, averages) in {'seed': (.2, 0, []), 'best': (recipes['best']['wd'], recipes['best']['label_smoothing'], [recipes['best']['ema']] if recipes['best']['ema'] else [])}.items():
+    for recipe, (wd, smoothing, flip) in dict(seed=(.2, 0, 'random'), best=(.25, .2, 'alternate')).items():
         learn = cifar_learner(small_dls(recipe=recipe), tiny_net(), recipe=recipe)
         learn.create_opt()
         assert learn.opt.hypers[0]['wd'] == wd and learn.loss_func.func.label_smoothing == smoothing
-        assert [cb.share for cb in learn.cbs if isinstance(cb, WeightAverage)] == averages
-        assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [recipes[recipe]['flip']]
+        assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [flip] and not any(isinstance(cb, WeightAverage) for cb in learn.cbs)
+
+def test_the_networks_of_the_recipes_differ_in_their_batch_statistics_alone(small_dls):
+    for recipe, group in dict(seed=None, best=32).items(): assert {getattr(m, 'group', None) for m in cifar_learner(small_dls(), recipe=recipe).model.modules() if isinstance(m, nn.BatchNorm2d)} == {group}
 
 def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
     learn = cifar_learner(small_dls(), tiny_net(), wd=.7, label_smoothing=0., ema=.25)

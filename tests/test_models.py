@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_fastai.models import CustomResNet, layer_table, model_summary, plot_model
+from cifar_fastai.models import CustomResNet, GhostBatchNorm2d, layer_table, model_summary, plot_model
 
 # Seed 001, without its two rows of whole blocks
 seed_001 = '''
@@ -163,3 +163,31 @@ def test_the_picture_is_drawn_where_it_is_told_and_leaves_the_network_as_it_was(
     assert net.training and all(m.training for m in net.modules())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not any(m._forward_hooks for m in net.modules())
+
+# ---- batch statistics of small groups
+
+@pytest.mark.parametrize('n, groups', [(512, 16), (336, 10), (64, 2), (48, 2), (47, 1), (32, 1), (5, 1)])
+def test_each_group_is_normalised_by_its_own_statistics(n, groups):
+    x = torch.randn(n, 4, 3, 3, generator=torch.Generator().manual_seed(n))
+    out = GhostBatchNorm2d(4, group=32)(x)
+    for part in out.tensor_split(groups):
+        assert torch.allclose(part.mean((0, 2, 3)), torch.zeros(4), atol=1e-5) and torch.allclose(part.var((0, 2, 3), correction=0), torch.ones(4), atol=1e-3)
+
+def test_a_step_moves_the_running_statistics_as_far_as_one_batch_does():
+    ghost, plain = GhostBatchNorm2d(4, group=8), nn.BatchNorm2d(4)
+    x = torch.randn(64, 4, 3, 3).add_(5)
+    for _ in range(3): ghost(x), plain(x)
+    assert torch.allclose(ghost.running_mean, plain.running_mean, rtol=.02) and ghost.num_batches_tracked == 3
+
+def test_its_gradients_are_those_of_the_groups_apart():
+    x = torch.randn(64, 4, 3, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(GhostBatchNorm2d(4, group=32).double(), x[:6].detach().repeat(11, 1, 1, 1).requires_grad_(), fast_mode=True)
+
+def test_in_evaluation_it_is_the_same_network():
+    torch.manual_seed(0)
+    ghost = CustomResNet(ghost=16)
+    plain = CustomResNet()
+    plain.load_state_dict(ghost.state_dict())
+    x = torch.randn(40, 3, 32, 32)
+    with torch.no_grad(): assert torch.equal(ghost.eval()(x), plain.eval()(x)) and not torch.allclose(ghost.train()(x), plain.train()(x), atol=1e-3)
+    assert sum(p.numel() for p in ghost.parameters()) == 6_573_130

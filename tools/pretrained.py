@@ -1,0 +1,76 @@
+"""Puts the weights of a finished run into the package, in half precision, with a model card: `python tools/pretrained.py RUN`.
+
+The card's figures are of the file that ships: it is loaded as users load it and run over the images that validated the run."""
+import sys
+from pathlib import Path
+
+from readme import root
+from tables import table
+
+weights = root/'cifar_fastai/weights'
+
+card = '''# Model card: CustomResNet on CIFAR-10
+
+The weights that `load_pretrained()` and `cifar_predict` use, in half precision (`best.safetensors`, {megabytes:.1f} MB). Made by `tools/pretrained.py` from one run, which was named, by its seed, before it was made.
+
+| | |
+|---|---|
+| network | `CustomResNet`, {n_params:,} parameters (D. Page's residual network, pooling before normalisation) |
+| input | RGB, 32×32, normalised with `cifar10_stats` |
+| output | 10 logits, classes in the order of `cifar10_classes` |
+| data | the 50,000 training images of CIFAR-10 (Krizhevsky 2009), and no others |
+| recipe | `{recipe}`: {settings} |
+| learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g} of {epochs}; found by a range test |
+| trained on | {device}, {precision}, {minutes:.0f} minutes, seed {seed} |
+| licence | Apache-2.0, as the package |
+
+## How well it does
+
+On the 10,000 test images, which had no part in training and none in choosing the recipe; last weights, not those of the best epoch:
+
+| | accuracy |
+|---|---|
+| the file that ships | {accuracy:.2%} |
+| the same, logits averaged over each image and its mirror image | {flipped:.2%} |
+| the run that it was made of, in {precision} | {run_accuracy:.2%} |
+
+By class, the share of its images that are named rightly (recall), and of the images named so that are of it (precision):
+
+{per_class}
+
+The most frequent mistakes: {confused}.
+
+This is one run. Another seed gives other weights, and an accuracy that differs by some tenths of a point.
+
+## Limits
+
+It knows ten things, in pictures of 32×32 pixels, and nothing else: shown a face, a house or noise it still names one of the ten, often with a high probability. Larger pictures are scaled down and cut to their centre square; what stands at the edge is not seen. CIFAR-10's labels contain mistakes, and near-duplicates between its training and test images are known (Barz & Denzler 2020), so the figures flatter a little. The labels were smoothed in training, so probabilities are cautious: they are no calibrated measure of certainty. It is meant for learning, for teaching and as a baseline, and for no decision about anybody.
+'''
+
+
+def main(run):
+    from cifar_fastai.core import read_json, recipes
+    from cifar_fastai.data import cifar_dls, load_cifar10
+    from cifar_fastai.interpret import CifarInterpretation, load_run
+    from cifar_fastai.learner import bars_for_people, cifar_learner
+    from cifar_fastai.models import half_precision, load_pretrained
+    summary, (model, config) = read_json(Path(run)/'summary.json'), load_run(run)
+    settings = config['settings']
+    data = load_cifar10(settings['data'])
+    if summary['valid'] != 'test' or list(data.fingerprint) != list(config['data']['fingerprint']) or not config['data']['is_cifar10']: sys.exit(f'{run} was not validated on the test images of CIFAR-10')
+    weights.mkdir(exist_ok=True)
+    (weights/'best.safetensors').write_bytes(half_precision(model))
+    learn = bars_for_people(cifar_learner(cifar_dls(data, 500, seed=0), load_pretrained(), 'fp32'))
+    interp = CifarInterpretation.from_learner(learn)
+    scores = interp.per_class()
+    text = card.format(
+        megabytes=(weights/'best.safetensors').stat().st_size/1e6, n_params=summary['n_params'], recipe=settings['recipe'], settings=', '.join(f'`{name}` {settings[name]}' for name in recipes[settings['recipe']]),
+        **summary['bounds'], peak_epoch=settings['peak_epoch'], epochs=settings['epochs'], device=summary['device'] if summary['device'] != 'cpu' else f"{summary['environment']['cores']} cores of {summary['environment']['processor']}",
+        precision=summary['precision'], minutes=summary['seconds']/60, seed=summary['seed'], accuracy=interp.accuracy, flipped=interp.flip_averaged().accuracy, run_accuracy=summary['accuracy'],
+        per_class=table(['class', 'recall', 'precision'], [[name, f'{row.recall:.1%}', f'{row.precision:.1%}'] for name, row in scores.iterrows()]),
+        confused=', '.join(f'{actual} taken for {predicted} ({n})' for actual, predicted, n in interp.most_confused()[:4]))
+    (weights/'README.md').write_text(text, encoding='utf-8')
+    print(f'{interp.accuracy:.2%} by the file that ships, {summary["accuracy"]:.2%} by the run')
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
