@@ -34,7 +34,7 @@ def step(net, opt, i):
     net(x).square().sum().backward()
     opt.step(); opt.zero_grad()
 
-def reference(net, lr, betas=(.9, .99), eps=1e-8, wd=.2):
+def reference(net, lr, betas=(.9, .99), eps=1e-8, wd=recipes['best']['wd']):
     "torch's AdamW, unfused, with norms and biases undecayed"
     undecayed = [p for p in net.parameters() if p.ndim == 1]
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=wd), dict(params=undecayed, weight_decay=0.)]
