@@ -41,7 +41,7 @@ def test_a_run_that_was_stopped_is_gone_on_with(repeated, tmp_path):
 
 def test_runs_of_other_settings_are_refused(repeated):
     settings, _ = repeated
-    with pytest.raises(ValueError, match='seed-0 holds another run: wd is 0.2 in the run and 0.5 now; give another folder'): repeat(replace(settings, wd=.5))
+    with pytest.raises(ValueError, match='seed-0 holds another run: wd is 0.25 in the run and 0.5 now; give another folder'): repeat(replace(settings, wd=.5))
 
 def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path/'run', ignore=shutil.ignore_patterns('checkpoint'))
