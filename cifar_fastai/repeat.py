@@ -122,5 +122,6 @@ def plot_band(
         ax.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=color, alpha=.25, linewidth=0)
         ax.plot(epochs, curves.mean(axis=0), color=color, linewidth=2, label=f"{name}, {'one run' if len(runs) == 1 else f'{len(runs)} runs'}: {curves[:, -1].mean():.2f} %")
     ax.set(xlabel='epoch', ylabel='accuracy, %')
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=.3); ax.legend(fontsize=8)
     return ax

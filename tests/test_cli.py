@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from cifar_fastai import cli
-from cifar_fastai.cli import LRFindSettings, InterpretSettings, PredictSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_train
-from cifar_fastai.core import TrainSettings, data_variable
+from cifar_fastai.cli import LRFindSettings, InterpretSettings, PredictSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_repeat, cifar_train
+from cifar_fastai.core import RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, data_variable, read_json
 from cifar_fastai.data import read_image
 from cifar_fastai.interpret import class_probabilities, load_run
+from cifar_fastai.models import load_pretrained
 
-commands = dict(cifar_train=TrainSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings, cifar_predict=PredictSettings)
+commands = dict(cifar_train=TrainSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings, cifar_predict=PredictSettings, cifar_repeat=RepeatSettings)
 scripts = Path(sys.executable).parent
 
 def refused(command, *args):
@@ -54,7 +55,7 @@ def test_help_says_what_every_option_means(help_of, command):
 def test_help_says_what_the_command_does(help_of):
     assert 'Train the network and write a run folder' in help_of['cifar_train'][0]
 
-@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict', 'bench'])
+@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict', 'bench', 'repeat'])
 def test_python_m_is_the_same_command(name, capsys):
     with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
     through_main = capsys.readouterr().out
@@ -65,7 +66,7 @@ def test_python_m_without_a_command_names_them(capsys):
     cli.main(['--help'])
     assert '{train,lr_find,interpret,predict,bench,repeat}' in capsys.readouterr().out
     for args in ([], ['fly']):
-        with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict, bench'): cli.main(args)
+        with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict, bench, repeat'): cli.main(args)
 
 # ---- arguments that are refused
 
@@ -204,6 +205,18 @@ def test_predict_refuses_a_damaged_run_in_one_sentence(finished, images, tmp_pat
     (run/'config.json').write_text(config)
     refused(cifar_predict, '--model', run, *images)
 
+def test_predict_without_a_run_uses_the_network_that_ships(images, capsys):
+    cifar_predict(images)
+    probs = class_probabilities(load_pretrained(), [read_image(image) for image in images], cifar10_stats)
+    assert capsys.readouterr().out.splitlines() == [f'{image}: {cifar10_classes[p.argmax()]} {p.max():.1%}' for image, p in zip(images, probs)]
+    assert 'give it with a run folder as model' in refused(cifar_predict, '--weights', 'best', *images)
+
+def test_the_network_that_ships_knows_real_photographs(real_cifar, capsys):
+    for i in range(60): Image.fromarray(real_cifar.test_x[i]).save(f'{i}.png')
+    cifar_predict([f'{i}.png' for i in range(60)])
+    named = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert sum(name == cifar10_classes[label] for name, label in zip(named, real_cifar.test_y[:60], strict=True)) >= 52 # far under 94 % of 60, far over chance
+
 # ---- interpret
 
 def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, small):
@@ -221,6 +234,10 @@ def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, s
 def test_interpret_calls_the_best_on_test_images_optimistic(finished, capsys, tmp_path, weights, optimistic):
     cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run')), '--weights', weights])
     assert ('optimistic' in capsys.readouterr().out) == optimistic
+
+def test_interpret_asks_mirror_images_too_when_told(finished, capsys, tmp_path):
+    cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run')), '--flip_average'])
+    assert f'\naveraged with mirror images {finished[1]["flip_averaged_accuracy"]:.2%}\n' in capsys.readouterr().out
 
 def test_interpret_refuses_what_is_no_run(finished, tmp_path):
     assert 'no_run' in refused(cifar_interpret, 'no_run')
@@ -242,3 +259,20 @@ def test_lr_find_refuses_a_plot_in_no_folder():
     assert 'plot is no/such/folder.png: give a file in a folder that exists' in refused(cifar_lr_find, '--data', 'digits', '--plot', 'no/such/folder.png')
 
 def test_lr_find_checks_the_settings_of_a_run(): assert 'epochs is 0: give 1 or more' in refused(cifar_lr_find, '--epochs', 0)
+
+# ---- repeat
+
+def test_repeat_prints_a_table_and_goes_on_where_it_was(small_archive, capsys):
+    args = ['--data', str(small_archive), '--epochs', '1', *small_run, '--num_workers', '0', '--out', 'two', '--n']
+    cifar_repeat([*args, '1'])
+    first = read_json('two/repeat.json')['runs']
+    cifar_repeat([*args, '2'])
+    said, runs = capsys.readouterr().out, read_json('two/repeat.json')['runs']
+    assert runs[:1] == first and [run['seed'] for run in runs] == [0, 1] and 'seed-0 is finished: 1 epochs' in said
+    assert re.search(rf"^best +2 +{100*sum(run['accuracy'] for run in runs)/2:.2f} ".replace('.', r'\.'), said, re.MULTILINE) and said.endswith('\nsaved two\n')
+    assert 'wd is 0.25 in the run and 0.9 now; give another folder' in refused(cifar_repeat, *args, '2', '--wd', .9)
+
+@pytest.mark.parametrize('args, message', [(['--n', 0], 'n is 0: give 1 or more runs'), (['--ablate'], "valid is 'test': an ablation chooses"), (['--data', '/no/such'], '/no/such does not exist')])
+def test_repeat_refuses_what_makes_no_sense(args, message, folder_of_its_own):
+    assert message in refused(cifar_repeat, '--out', 'runs', *args)
+    assert list(folder_of_its_own.iterdir()) == []

@@ -27,7 +27,8 @@ def machine(summary):
     return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('**this package**', '24-epochs', "bounds found; `pipeline='batch'`, the default")]
+own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('this package', '24-epochs', "bounds found; `pipeline='batch'`, the default"),
+            ('**this package**', 'best', "bounds found; `recipe='best'`: label smoothing, flips that alternate, batch statistics of 32 images")]
 
 
 def runs(root=root):
@@ -43,7 +44,7 @@ def runs(root=root):
 
 
 cases = dict(plain="the projects' way: PyTorch loop, albumentations in a `DataLoader`, fp32", fastai='fastai as it comes: item transforms, its Adam, fp32',
-             package="**this package's default**", bare='a loop without a `Learner`, the same batches, precision and optimizer', limit='forward, backward and step on one batch: the limit')
+             package="**this package**, recipe `seed`", bare='a loop without a `Learner`, the same batches, precision and optimizer', limit='forward, backward and step on one batch: the limit')
 
 
 def mean(values): return sum(values)/len(values)
