@@ -21,7 +21,7 @@ from fastai.optimizer import Adam
 from fastai.vision.all import Callback, CancelFitException, CancelValidException, CrossEntropyLossFlat, Learner, accuracy
 
 from .augment import item_pipeline
-from .core import BenchSettings, environment, peak_memory, write_json
+from .core import BenchSettings, environment, peak_memory, recipes, write_json
 from .data import CIFAR10Data, cifar_block, cifar_dls, find_device, load_cifar10
 from .learner import FusedAdam, best_precision, cifar_learner, keep_memory, precision_callbacks, precision_of
 from .models import CustomResNet
@@ -107,7 +107,7 @@ def fastai_way(data, settings, device, turns):
     learn.fit_one_cycle(10**4, 1e-2, cbs=_TakeTurns(turns))
 
 def package_way(data, settings, device, turns):
-    "This package's default"
+    "This package, with the recipe `seed`: the same network and loss as the other ways"
     dls = cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device)
     learn = cifar_learner(dls, CustomResNet(dls.c), settings.precision, recipe='seed', compile=settings.compile)
     learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns)])
@@ -120,7 +120,7 @@ def _bare(data, settings, device):
     model = CustomResNet(dls.c).to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
     if device.type == 'cpu': keep_memory()
-    optimizer, scaler = FusedAdam(model.parameters()).opt, torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+    optimizer, scaler = FusedAdam(model.parameters(), wd=recipes['seed']['wd']).opt, torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     cast = nullcontext if precision == 'fp32' else lambda: torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[precision])
 
     def step(x, y):
@@ -235,7 +235,7 @@ def _batches(conn, settings, seconds):
         data = load_cifar10(settings.data)
         pipeline = item_pipeline(mean=data.stats[0])
         item = cifar_block(data.stats, data.vocab).dataloaders(data, bs=settings.bs, num_workers=0, device='cpu').train
-        batch = cifar_dls(data, settings.bs, seed=0, device='cpu').train
+        batch = cifar_dls(data, settings.bs, seed=0, recipe='seed', device='cpu').train
         def forever(dl):
             while True: yield from dl
         def augmented():

@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from .core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, read_json, settings_from
+from .core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, read_json, recipes, settings_from
 
 # %% ../nbs/20_cli.ipynb #c2313397
 def _command(f):
@@ -163,11 +163,12 @@ def cifar_bench(settings:BenchSettings):
 @_command
 def cifar_repeat(settings:RepeatSettings):
     "Train several times, each with a seed of its own, and say how accuracy is spread; with --ablate, also without each ingredient of the recipe."
-    from cifar_fastai.repeat import ablate, effects, repeat, repeat_table
+    from cifar_fastai.repeat import ablate_recipe, ablation_effects, repeat_runs, repeat_table
     settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
-    results = ablate(settings) if settings.ablate else {settings.recipe: repeat(settings)}
+    changed = [f'{name} {getattr(settings, name)}' for name, value in recipes[settings.recipe].items() if getattr(settings, name) != value]
+    results = ablate_recipe(settings) if settings.ablate else {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
     print('\n' + repeat_table(results).to_string())
-    if settings.ablate: print('\nwhat an ingredient brings, in points of accuracy\n' + effects(results).to_string())
+    if settings.ablate: print('\nwhat an ingredient brings, in points of accuracy\n' + ablation_effects(results).to_string())
     print(f'\nsaved {settings.out}')
 
 # %% ../nbs/20_cli.ipynb #a2e5ce52

@@ -45,8 +45,8 @@ recipes = dict(
 @dataclass(frozen=True)
 class TrainSettings:
     "What a run depends on. `None` is filled in from the recipe and the data; what makes no sense raises `ValueError`."
-    recipe: Literal['best', 'seed'] = 'best' # what the assignment leaves free: best, or seed, which is the assignment, plain
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
+    recipe: Literal['best', 'seed'] = 'best' # what the assignment leaves free: best, or seed, which is the assignment, plain
     epochs: int|None = None # passes over the training images; 24, or 10 for digits
     bs: int|None = None # images a batch; 512, or 64 for digits
     peak_epoch: float|None = None # the epoch whose last step runs at lr_max; epochs*5/24, which is 5 of 24
@@ -61,9 +61,8 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.99) # Adam's decay of the gradient's mean and square
     eps: float = 1e-8 # Adam's guard against division by nought
     wd: float|None = None # decoupled weight decay, of weights but not of norms and biases; the recipe's
-    label_smoothing: float|None = None # share of each label that is spread over all classes; the recipe's
+    label_smoothing: float|None = None # share of each label that is spread over all classes, in the loss of both sets; the recipe's
     flip: Literal['random', 'alternate']|None = None # mirror by chance, or in every other epoch; the recipe's
-    ema: float = 0. # average the weights exponentially over this share of all steps; 0: not at all
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: bf16 or fp16 where the hardware is good at it
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU when there is one
     compile: bool = False # run the network through torch.compile
@@ -75,7 +74,7 @@ class TrainSettings:
     out: str|None = None # run folder, which must not exist yet; runs/<date-time>
 
     def __post_init__(self):
-        _check(self.recipe in recipes, 'recipe', self.recipe, f'give one of {", ".join(recipes)}')
+        _check(self.recipe in tuple(recipes), 'recipe', self.recipe, f'give one of {", ".join(recipes)}')
         for name, value in (source_defaults(self.data) | recipes[self.recipe]).items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
         if self.peak_epoch is None and isinstance(self.epochs, int): object.__setattr__(self, 'peak_epoch', self.epochs*5/24)
@@ -94,7 +93,7 @@ class TrainSettings:
         _check(all(0 <= b < 1 for b in self.betas), 'betas', self.betas, 'give two numbers, 0 or more and less than 1')
         _check(_positive(self.eps), 'eps', self.eps, 'give a positive number')
         _check(0 <= self.wd < math.inf, 'wd', self.wd, 'give 0 or more')
-        for name in ('label_smoothing', 'ema'): _check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'give 0 or more and less than 1')
+        _check(0 <= self.label_smoothing < 1, 'label_smoothing', self.label_smoothing, 'give 0 or more and less than 1')
         _check(self.num_workers is None or self.num_workers >= 0, 'num_workers', self.num_workers, 'give 0 or more')
         _check(self.checkpoint_minutes >= 0, 'checkpoint_minutes', self.checkpoint_minutes, 'give 0 or more')
         _check(0 <= self.seed < 2**32, 'seed', self.seed, 'give 0 or more and less than 2**32')
@@ -103,6 +102,11 @@ class TrainSettings:
     def network(self): # -> keyword arguments of `CustomResNet`
         "What the network depends on"
         return dict(norm=self.norm, n_groups=self.n_groups, ghost=self.ghost, dropout=self.dropout, conv_bias=self.conv_bias)
+
+    @property
+    def optimization(self): # -> keyword arguments of `cifar_learner`
+        "What optimizer and loss depend on"
+        return dict(wd=self.wd, betas=self.betas, eps=self.eps, label_smoothing=self.label_smoothing)
 
 # %% ../nbs/00_core.ipynb #df423139
 @dataclass(frozen=True)
@@ -139,12 +143,15 @@ class RepeatSettings(TrainSettings):
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 
     def __post_init__(self):
-        for name in self.without if isinstance(self.without, tuple) else ():
-            if name in recipes['seed']: object.__setattr__(self, name, recipes['seed'][name])
+        for name in set(self.without) & set(recipes['seed']) if isinstance(self.without, tuple) else ():
+            _check(getattr(self, name) in (None, recipes['seed'][name]), name, getattr(self, name), f'give it, or {name} among without')
+            object.__setattr__(self, name, recipes['seed'][name])
         super().__post_init__()
         _check(self.n >= 1, 'n', self.n, 'give 1 or more runs')
         _check(not (self.ablate and self.valid == 'test'), 'valid', self.valid, 'an ablation chooses, and the test images have no part in that: give holdout')
-        _check(not (self.ablate and self.without), 'without', self.without, 'give it or ablate')
+        if self.ablate: _check(self.recipe == 'best', 'recipe', self.recipe, 'an ablation is one of best')
+        for name, value in recipes['best'].items() if self.ablate else ():
+            _check(getattr(self, name) == value, name, getattr(self, name), f'leave it, or ablate, away: an ablation begins with the {value} of best')
 
     def run(self, seed, folder): # -> `TrainSettings` of one of the runs
         kept = {f.name: getattr(self, f.name) for f in fields(TrainSettings)}
@@ -213,7 +220,8 @@ def settings_from(config:dict): # what `config.json` holds under 'settings' -> `
     if not isinstance(config, dict): raise ValueError(f'the settings are {config!r}, and no dictionary: was this written by another program?')
     unknown = set(config) - {f.name for f in fields(TrainSettings)}
     if unknown: raise ValueError(f'unknown settings {", ".join(sorted(unknown))}: was this written by another version?')
-    return TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return TrainSettings(**{'recipe': 'seed', **tuples}) # which was the only one when a run did not yet name it
 
 # %% ../nbs/00_core.ipynb #03ff63b5
 def environment(): # -> dict

@@ -29,7 +29,7 @@ from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .augment import CropFlipCutout, ItemAugment, augment_batch, draw, mirrored, pack_colour, pack_pixels, sent, unpack_pixels
+from .augment import CropFlipCutout, ItemAugment, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, sent, unpack_pixels
 from .core import cifar10_classes, cifar10_stats, data_variable, named_source, recipes, source_defaults
 
 # %% ../nbs/02_data.ipynb #8296a05a
@@ -510,7 +510,7 @@ class BatchDL(SeededDL):
         aug = next((f for f in self.after_item.fs if isinstance(f, ItemAugment)), None) if getattr(self.dataset, 'split_idx', 0) == 0 else None
         order = sent(torch.from_numpy(idxs), pixels.device)
         if aug is not None:
-            flips = mirrored(self.seed, self.drawing, self.n)[idxs[:n]] if aug.aug.flip == 'alternate' else None
+            flips = flipped_in_epoch(self.seed, self.drawing, self.n)[idxs[:n]] if aug.aug.flip == 'alternate' else None
             draws = draw(aug.aug, n, (self.seed, self.drawing, 1), pixels.shape[1], flips).to(pixels.device)
             fill = pack_colour(aug.mean, pixels.device)
         for start in range(self.first*self.bs, n, self.bs):
@@ -539,11 +539,11 @@ def cifar_dls(
     pipeline:Literal['batch', 'item']='batch', # how images are augmented: whole batches on the device, or one item at a time
     valid:Literal['test', 'holdout']='test', # validate on the test images, or on a fixed tenth of the training images
     seed:int=None, # of order and augmentation; `None` draws one from torch's global generator
-    recipe:Literal['best', 'seed']='best', # how flips are drawn
     aug:CropFlipCutout=None, # what happens to a training image; `None` is the assignment's, with the flips of the recipe
     stats=None, # (means, standard deviations) to normalise with; `None` is those of the training images
     num_workers:int=None, # processes that prepare items, where items are prepared; fastai's default is one a core
     device='auto', # 'auto' is a GPU when there is one
+    recipe:Literal['best', 'seed']='best', # how flips are drawn
 ): # -> `DataLoaders` with `train`, `valid`, `vocab`, `c`
     "CIFAR-10 as fastai `DataLoaders`: `TensorImage` (N, 3, 32, 32), normalised, and `TensorCategory` (N,)"
     if pipeline not in ('batch', 'item'): raise ValueError(f"pipeline is {pipeline!r}: give 'batch' or 'item'")

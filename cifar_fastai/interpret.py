@@ -20,6 +20,7 @@ from fastai.vision.all import Callback, Learner, TensorBase, to_device
 from safetensors.torch import load_file, save
 from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
 
+from .augment import CropFlipCutout
 from .core import TrainSettings, read_json, settings_from, write_whole
 from .data import cifar_dls, load_cifar10
 from .learner import bars_for_people, cifar_learner, load_weights
@@ -86,7 +87,8 @@ class CifarInterpretation(ClassificationInterpretation):
         return cls(None, dl, **kept)
 
     def flip_averaged(self): # -> `CifarInterpretation`
-        "The same of logits that are averaged over each image and its mirror image: one more run of the model, and the smallest case of `learn.tta`"
+        "The same of logits that are averaged over each image and its mirror image: one more run of the model. For probabilities that are a softmax; `ValueError` without the network"
+        if self.learn is None: raise ValueError('predictions from a file have no network to be asked again: take from_learner or from_run')
         with self.learn.added_cbs(MirrorBatch()): mirrored = torch.as_tensor(self.learn.get_preds(dl=self.dl, act=self.act)[0]).as_subclass(torch.Tensor)
         tiny = torch.finfo(mirrored.dtype).tiny
         logits = torch.stack([self.probs, mirrored]).clamp_min(tiny).log().mean(dim=0) # but for a constant in each row, which changes nothing
@@ -254,8 +256,8 @@ def learner_from_run(
     settings = settings_from(config['settings'])
     data = load_cifar10(settings.data if data is None else data)
     if data.vocab != config['data']['vocab']: raise ValueError(f"the run's classes are {', '.join(config['data']['vocab'])}, and the data's {', '.join(data.vocab)}: give the data of the run")
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, seed=settings.seed, stats=config['data']['stats'], num_workers=settings.num_workers)
-    return bars_for_people(cifar_learner(dls, model, settings.precision, label_smoothing=settings.label_smoothing))
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, CropFlipCutout(flip=settings.flip), config['data']['stats'], settings.num_workers)
+    return bars_for_people(cifar_learner(dls, model, settings.precision, **settings.optimization))
 
 # %% ../nbs/06_interpret.ipynb #5fa0f7d8
 def class_probabilities(

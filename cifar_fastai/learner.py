@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FusedAdam', 'CPUAutocast', 'best_precision', 'precision_callbacks', 'precision_of', 'keep_memory', 'DeviceSmoothLoss',
-           'EpochRecorder', 'EpochProgress', 'WeightAverage', 'SetEpoch', 'bars_for_people', 'cifar_learner',
-           'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint',
-           'check_finite', 'FiniteLoss', 'Checkpoints']
+           'EpochRecorder', 'EpochProgress', 'SetEpoch', 'bars_for_people', 'cifar_learner', 'save_weights',
+           'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint', 'check_finite',
+           'FiniteLoss', 'Checkpoints']
 
 # %% ../nbs/05_learner.ipynb #e8ff9678
 import ctypes, hashlib, json, math, random, sys, time, warnings
@@ -25,7 +25,6 @@ from fastai.learner import AvgSmoothLoss
 from fastai.vision.all import IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, L, Learner, Recorder, accuracy
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .core import TrainSettings, recipes, write_whole
 from .data import SeededDL
@@ -233,60 +232,6 @@ class EpochProgress(ProgressCallback):
         running = [f'{m.name} {v:.4f}' if isinstance(v, float) else f'{m.name} {v}' for m, v in zip(self.recorder.metrics, running)]
         self.pbar.comment = ', '.join([f'loss {loss:.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
 
-# %% ../nbs/05_learner.ipynb #16db8643
-class WeightAverage(Callback):
-    "Validate and keep an exponential moving average of weights and buffers in place of the last ones, which train on"
-    order = 5 # behind `ChannelsLast`, before fastai's trackers, which save weights and load the best ones again
-    def __init__(self,
-        share:float, # of the steps of a fit, over which the average reaches back
-    ): self.share, self.averaged, self.in_use = share, None, False
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if self.run: self.averaged, self.in_use = None, False # this may be a validation; training begins the average
-
-    def _begin(self):
-        n_steps = self.share*self.n_epoch*len(self.dls.train)
-        def update(averages, values, n): # n: steps that are averaged
-            get_ema_multi_avg_fn(1 - 1/max(1, min(n_steps, int(n)/10)))(averages, values, n)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
-
-    def before_train(self):
-        self.put_back()
-        if self.averaged is None: self._begin()
-
-    def after_batch(self):
-        if self.training: self.averaged.update_parameters(self.model)
-
-    @torch.no_grad()
-    def _swap(self):
-        for now, other in zip(self.model.state_dict().values(), self.averaged.module.state_dict().values()):
-            kept = now.clone()
-            now.copy_(other)
-            other.copy_(kept)
-        self.in_use = not self.in_use
-
-    def use(self):
-        "The average in the model"
-        if self.averaged is not None and not self.in_use: self._swap()
-
-    def put_back(self):
-        "What trains in the model"
-        if self.in_use: self._swap()
-
-    def before_validate(self): self.use() # until training goes on or a checkpoint is taken
-
-    def after_fit(self):
-        self.use()
-        self.averaged, self.in_use = None, False
-
-    def state_dict(self): return {} if self.averaged is None else self.averaged.state_dict()
-
-    def load_state_dict(self, state):
-        if not state: return
-        if self.averaged is None: self._begin()
-        self.averaged.load_state_dict(state)
-
 # %% ../nbs/05_learner.ipynb #e0405139
 class SetEpoch(Callback):
     "Make the order and augmentation of each epoch of a fit a function of seed and epoch alone"
@@ -302,14 +247,13 @@ def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`
     model=None, # logits (N, `dls.c`); `None` is a new `CustomResNet`, with the batch statistics of the recipe
     precision:Literal['auto', 'fp32', 'bf16', 'fp16']='auto', # 'auto' is what the hardware is good at
-    recipe:Literal['best', 'seed']='best', # what the model and the next two are when they are `None`
-    wd:float=None, # decoupled weight decay, of weights only
-    label_smoothing:float=None, # of the loss in training
-    ema:float=0., # share of a fit's steps over which weights are averaged; 0 for none
     betas=TrainSettings.betas, # Adam's
     eps:float=TrainSettings.eps, # Adam's
+    wd:float=None, # decoupled weight decay, of weights only; `None` is the recipe's
     compile:bool=False, # run the model through `torch.compile`
     cbs=None, # further callbacks
+    recipe:Literal['best', 'seed']='best', # what `model`, `wd` and `label_smoothing` are when they are `None`
+    label_smoothing:float=None, # of the loss, which is that of both sets; `None` is the recipe's
     **kwargs, # further arguments of fastai's `Learner`
 ): # -> fastai `Learner`
     "Adam, cross-entropy and accuracy on both sets around `model`. On a processor it calls `keep_memory`, which lasts as long as the process"
@@ -320,7 +264,7 @@ def cifar_learner(
     kwargs = dict(loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), metrics=accuracy, opt_func=partial(FusedAdam, betas=betas, eps=eps, wd=wd)) | kwargs
     if compile: model.compile()
     if torch.device(dls.device).type == 'cpu': keep_memory()
-    learn = Learner(dls, model, cbs=[SetEpoch(), *precision_callbacks(precision, torch.device(dls.device)), *([WeightAverage(ema)] if ema else []), *L(cbs)], **kwargs)
+    learn = Learner(dls, model, cbs=[SetEpoch(), *precision_callbacks(precision, torch.device(dls.device)), *L(cbs)], **kwargs)
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.add_cbs([EpochRecorder(), EpochProgress()])
     learn.logger = learn.recorder.print_row
@@ -423,7 +367,7 @@ def _set_random_states(facts, tensors):
         if f'random.cuda.{i}' in tensors: torch.cuda.set_rng_state(tensors[f'random.cuda.{i}'], i)
 
 class Checkpoints(Callback):
-    "Keep checkpoints of a fit, and go on from the newest. Callbacks that have `state_dict` and `load_state_dict` (of tensors and what JSON knows) are kept, too; others begin anew"
+    "Keep checkpoints of a fit, and go on from the newest. Callbacks that have `state_dict` and `load_state_dict` (JSON-ready) are kept, too; others begin anew"
     order = TrackerCallback.order + 2 # behind what saves weights and history
     def __init__(self,
         folder, # where they are; without `resume` it may hold none
@@ -449,8 +393,7 @@ class Checkpoints(Callback):
             for p, state in opt.state.items(): # a fused step wants the moments in the memory format of the weights
                 opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in state.items()}
             for name, cb in self._others().items():
-                mark = f'callback.{name}.'
-                if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name] | {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)})
+                if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
             if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
             _set_random_states(facts['random'], tensors) # now to see whether they are whole, and again when training begins
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as e:
@@ -499,17 +442,14 @@ class Checkpoints(Callback):
     def save(self): # -> `Path`
         "A checkpoint of where the fit is; call it between steps only"
         check_finite(self.learn)
-        if isinstance(average := getattr(self.learn, 'weight_average', None), WeightAverage): average.put_back()
         facts, tensors = _random_states()
         state, scaler, (epoch, batches) = self.opt.opt.state_dict(), getattr(self.learn, 'scaler', None), self.position
         tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
-        states = {name: cb.state_dict() for name, cb in self._others().items()}
-        tensors |= {f'callback.{name}.{k}': v for name, s in states.items() for k, v in s.items() if isinstance(v, torch.Tensor)}
         tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
         if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
             raise FloatingPointError(f'weights or moments are no longer finite after epoch {epoch + (batches > 0)}, step {batches or len(self.dls.train)}, though the loss was: give a lower lr_max, or another seed; the last checkpoint is from before')
         path = write_checkpoint(self.folder, tensors, dict(
             epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train, random=facts,
-            param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, callbacks={name: {k: v for k, v in s.items() if not isinstance(v, torch.Tensor)} for name, s in states.items()}))
+            param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, callbacks={name: cb.state_dict() for name, cb in self._others().items()}))
         self.last = time.monotonic()
         return path

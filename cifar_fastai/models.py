@@ -21,8 +21,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with the statistics of groups of images in place of the whole batch, in training; in evaluation it is its parent.
 
     Source: Hoffer, Hubara & Soudry, *Train longer, generalize better* (2017)."""
-    def __init__(self, num_features:int, group:int, **kwargs): # `group`: about so many images
-        super().__init__(num_features, **kwargs)
+    def __init__(self, num_features:int, group:int): # `group`: about so many images
+        super().__init__(num_features)
         self.group = group
 
     def forward(self, x):
@@ -47,7 +47,7 @@ class ResBlock(nn.Sequential):
 class CustomResNet(nn.Module):
     """Images (N, `c_in`, 32, 32), normalised → logits (N, `n_out`). 6,573,130 parameters, or 6,575,370 with `conv_bias`.
 
-    Raises `ValueError` for an unknown `norm`, a `dropout` outside [0, 1) or an `n_groups` that does not divide 64.
+    Raises `ValueError` for an unknown `norm`, a `dropout` outside [0, 1) an `n_groups` that does not divide 64, or a `ghost` of less than 2 images.
     Source: D. Page, *How to train your ResNet* (2018), with the assignment's names."""
     def __init__(self,
         n_out:int=10, # classes
@@ -62,6 +62,7 @@ class CustomResNet(nn.Module):
         if norm not in ('batch', 'group', 'layer'): raise ValueError(f"norm is {norm!r}: give 'batch', 'group' or 'layer'")
         if not 0 <= dropout < 1: raise ValueError(f'dropout is {dropout}: give 0 or more and less than 1')
         if norm == 'group' and (n_groups < 1 or 64 % n_groups): raise ValueError(f'n_groups is {n_groups}: give a divisor of 64')
+        if ghost < 0 or ghost == 1: raise ValueError(f'ghost is {ghost}: give 2 or more images, or 0 for the whole batch')
 
         def conv(n_in, n, pool=False):
             layers = [nn.Conv2d(n_in, n, 3, padding=1, bias=conv_bias)]

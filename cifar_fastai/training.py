@@ -232,8 +232,7 @@ def settings_learner(
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed, reproducible=True) # on a GPU, too
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip), num_workers=settings.num_workers, device=device)
-    given = {name: getattr(settings, name) for name in ('precision', 'wd', 'label_smoothing', 'ema', 'betas', 'eps', 'compile')}
-    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), **given)
+    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, compile=settings.compile, **settings.optimization)
     return bars_for_people(learn), data
 
 # %% ../nbs/07_training.ipynb #f69efd88
@@ -295,7 +294,6 @@ def _fit(settings, learn, bounds, saved, stop):
         if stop.between_steps and saved.path.exists():
             with learn.added_cbs([saved, checkpoints]):
                 checkpoints.save()
-                if settings.ema: learn.weight_average.use()
                 saved.save_last()
                 write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True))
             print(f'\ninterrupted: checkpoint, history and last model are in {saved.path}; cifar_train --resume {saved.path} goes on from here', flush=True)

@@ -214,7 +214,7 @@ def tiny_learner(tiny_net, small_dls):
 def settings(small_archive):
     "Settings of a run of seconds, and what a test changes in them"
     def make(**changes):
-        return TrainSettings(**dict(data=str(small_archive), epochs=2, bs=16, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', ghost=4, ema=.3) | changes)
+        return TrainSettings(**dict(data=str(small_archive), epochs=2, bs=16, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', ghost=4) | changes)
     return make
 
 @pytest.fixture(scope='session')

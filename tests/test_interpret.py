@@ -62,6 +62,7 @@ def test_predictions_come_back_from_a_file_and_answer_the_same(interp, learn, tm
     again = CifarInterpretation.from_predictions(interp.save_predictions(tmp_path/'p.safetensors'), learn.dls.valid)
     assert torch.equal(again.probs, interp.probs) and again.misclassified() == interp.misclassified() and again.most_confused() == interp.most_confused()
     again.plot_misclassified(4); again.plot_confusion_matrix()
+    with pytest.raises(ValueError, match='have no network'): again.flip_averaged()
 
 def test_predictions_of_other_images_are_refused(interp, learn, tmp_path):
     path = interp.save_predictions(tmp_path/'p.safetensors')
@@ -237,6 +238,15 @@ def test_the_network_of_a_run_is_on_the_processor_and_ready(finished):
     model, config = load_run(finished[0])
     assert not model.training and {p.device.type for p in model.parameters()} == {'cpu'} and {p.dtype for p in model.parameters()} == {torch.float32}
     assert config['data']['n_train'] == 80
+
+@pytest.mark.parametrize('recipe', ['seed', 'best'])
+def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe):
+    from cifar_fastai.training import train
+    train(settings(recipe=recipe, ghost=None, epochs=1, wd=.1, betas=(.8, .9), out=str(tmp_path/'run')))
+    learn = learner_from_run(tmp_path/'run')
+    learn.create_opt()
+    assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [dict(seed='random', best='alternate')[recipe]]
+    assert (learn.opt.hypers[0]['wd'], learn.opt.hypers[0]['mom'], learn.loss_func.func.label_smoothing) == (.1, .8, dict(seed=0, best=.2)[recipe])
 
 def test_the_data_of_a_run_can_be_elsewhere(run, small_folder):
     config = json.loads((run/'config.json').read_text())

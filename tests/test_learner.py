@@ -10,10 +10,10 @@ from torch import nn
 
 from cifar_fastai.core import TrainSettings, recipes
 from cifar_fastai.data import cifar_dls
-from cifar_fastai.learner import (CPUAutocast, FusedAdam, WeightAverage, best_precision, cifar_learner, load_weights, precision_callbacks,
+from cifar_fastai.learner import (CPUAutocast, FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks,
                                   precision_of, save_weights)
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.schedule import OneCycle, range_test
+from cifar_fastai.schedule import OneCycle
 
 cpu = torch.device('cpu')
 
@@ -338,52 +338,23 @@ def test_arguments_of_fastais_learner_are_passed_on(tiny_learner, tmp_path):
     assert learn.path == tmp_path/'elsewhere' and learn.opt.hypers[0]['lr'] == .5 and learn.opt.hypers[0]['wd'] == 0
     assert any(isinstance(cb, CPUAutocast) for cb in learn.cbs)
 
-# ---- recipes and the average of the weights
+# ---- recipes
 
 def test_the_recipes_reach_optimizer_loss_and_callbacks(small_dls, tiny_net):
     for recipe, (wd, smoothing, flip) in dict(seed=(.2, 0, 'random'), best=(.25, .2, 'alternate')).items():
         learn = cifar_learner(small_dls(recipe=recipe), tiny_net(), recipe=recipe)
         learn.create_opt()
         assert learn.opt.hypers[0]['wd'] == wd and learn.loss_func.func.label_smoothing == smoothing
-        assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [flip] and not any(isinstance(cb, WeightAverage) for cb in learn.cbs)
+        assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [flip]
 
 def test_the_networks_of_the_recipes_differ_in_their_batch_statistics_alone(small_dls):
     for recipe, group in dict(seed=None, best=32).items(): assert {getattr(m, 'group', None) for m in cifar_learner(small_dls(), recipe=recipe).model.modules() if isinstance(m, nn.BatchNorm2d)} == {group}
 
 def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
-    learn = cifar_learner(small_dls(), tiny_net(), wd=.7, label_smoothing=0., ema=.25)
+    learn = cifar_learner(small_dls(), tiny_net(), wd=.7, label_smoothing=0.)
     learn.create_opt()
-    assert learn.opt.hypers[0]['wd'] == .7 and learn.loss_func.func.label_smoothing == 0 and learn.weight_average.share == .25
+    assert learn.opt.hypers[0]['wd'] == .7 and learn.loss_func.func.label_smoothing == 0
 
 @pytest.mark.parametrize('make', [cifar_dls, cifar_learner], ids=lambda f: f.__name__)
 def test_an_unknown_recipe_is_refused(small_dls, small, make):
     with pytest.raises(ValueError, match="recipe is 'secret': give 'seed' or 'best'"): make(small if make is cifar_dls else small_dls(), recipe='secret')
-
-def test_what_is_validated_and_kept_is_the_average_and_training_goes_on_without_it(tiny_learner):
-    plain, averaged, seen = tiny_learner(), tiny_learner(ema=.2), []
-    weights = lambda learn: {k: v.clone() for k, v in learn.model.state_dict().items()}
-    plain.add_cb(on('after_batch', lambda cb: cb.training and seen.append(weights(plain)), order=1000))
-    trained, validated = [], []
-    averaged.add_cb(on('before_train', lambda cb: trained.append(weights(averaged)), order=1000))
-    averaged.add_cb(on('after_epoch', lambda cb: validated.append(weights(averaged)), order=1000))
-    for learn in plain, averaged:
-        with learn.no_logging(): learn.fit(4, lr=1e-2)
-    assert len(seen) == 20 and all(same(a, b) for a, b in zip(trained[1:], seen[4::5])) # 20 steps, of which the average reaches back over 4
-    expected, kept = dict(seen[0]), []
-    for n, state in enumerate(seen[1:], 1):
-        decay = 1 - 1/max(1, min(4, n/10))
-        expected = {k: v*decay + state[k]*(1 - decay) for k, v in expected.items()}
-        if n % 5 == 4: kept.append(expected)
-    close = lambda a, b: all(torch.allclose(v.float(), b[k].float(), rtol=1e-4, atol=1e-6) for k, v in a.items() if v.is_floating_point())
-    assert all(close(a, b) for a, b in zip(validated, kept)) and not close(kept[-1], seen[-1])
-    assert same(weights(averaged), validated[-1])
-    assert averaged.validate()[1] == pytest.approx(averaged.recorder.history[-1]['accuracy'])
-
-@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning') # fastai's checkpoints name NumPy as it was
-def test_a_range_test_and_predictions_leave_weights_and_average_alone(tiny_learner):
-    learn = tiny_learner(ema=.5)
-    with learn.no_logging(): learn.fit(2, lr=1e-2)
-    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    range_test(learn, num_it=20)
-    learn.validate(); learn.get_preds()
-    assert same(before, learn.model.state_dict())

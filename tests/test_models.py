@@ -191,3 +191,7 @@ def test_in_evaluation_it_is_the_same_network():
     x = torch.randn(40, 3, 32, 32)
     with torch.no_grad(): assert torch.equal(ghost.eval()(x), plain.eval()(x)) and not torch.allclose(ghost.train()(x), plain.train()(x), atol=1e-3)
     assert sum(p.numel() for p in ghost.parameters()) == 6_573_130
+
+@pytest.mark.parametrize('ghost', [-2, 1])
+def test_a_group_of_less_than_two_images_is_refused(ghost):
+    with pytest.raises(ValueError, match=f'ghost is {ghost}: give 2 or more'): CustomResNet(ghost=ghost)
