@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Notebooks are tested by so many processes at once (at least 1), each with its share of the cores.
+# Notebooks, and the files of tests, are run by so many processes at once (at least 1), each with its share of the cores.
 NB_WORKERS ?= 2
 NB_THREADS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(NB_WORKERS) \| 1)
 
@@ -22,6 +22,10 @@ timed = @echo "== $(1)"; start=$$(date +%s); { $(2); }; status=$$?; \
 
 nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 OMP_NUM_THREADS=$(NB_THREADS) \
 	$(bin)/nbdev_test --n_workers $(NB_WORKERS) --timing
+
+with_cifar10 := nbs/03_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
+
+in_parallel = -n $(NB_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -51,23 +55,23 @@ check: $(installed) ## notebooks are clean, the package is their export, README.
 
 test-nbs: $(installed) ## run all notebooks on the digits, one epoch; what needs CIFAR-10 itself where it is
 	$(call timed,notebooks,$(nbdev_test))
-	$(if $(filter-out digits,$(CIFAR_FASTAI_DATA)),$(call timed,the notebook that reads the recorded run,$(bin)/nbdev_test --path nbs/tutorials/read_the_result.ipynb --flags cifar10))
+	$(if $(filter-out digits,$(CIFAR_FASTAI_DATA)),$(call timed,notebooks with cells that need CIFAR-10,true $(foreach nb,$(with_cifar10),&& $(bin)/nbdev_test --path $(nb) --flags cifar10)))
 
 test-py: $(installed) ## run pytest, without what is marked slow
-	$(call timed,pytest,$(bin)/python -m pytest -m "not slow")
+	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest -m "not slow" $(in_parallel))
 
 # The package is installed here, not linked; in tests/ the checkout's own copy is out of reach.
 test-newest: ## the same in a second environment, with the newest fastai
 	@test -x .venv-newest/bin/pip || $(PYTHON) -m venv .venv-newest
 	@rm -rf build
-	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade . fastai pytest hypothesis)
+	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade . fastai pytest pytest-xdist hypothesis)
 	@rm -rf build
 	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
-	$(call timed,pytest with the newest fastai,cd tests && ../$(newest) -m pytest -m "not slow" -p no:cacheprovider --import-mode=importlib .)
+	$(call timed,pytest with the newest fastai,cd tests && OMP_NUM_THREADS=$(NB_THREADS) ../$(newest) -m pytest -m "not slow" $(in_parallel) -p no:cacheprovider --import-mode=importlib .)
 
 test-full: check ## the notebooks and pytest with all that is marked slow
 	$(call timed,notebooks,$(nbdev_test) --flags slow)
-	$(call timed,pytest,$(bin)/python -m pytest)
+	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest $(in_parallel))
 
 export: $(installed) ## after an edit of notebooks: write the package and README.md, clean the notebooks
 	$(bin)/nbdev_export

@@ -365,7 +365,7 @@ def test_a_finished_run_says_so(finished, capsys):
     with pytest.raises(ValueError, match='epochs is 2 in the run and 3 now'): resume(run, dict(epochs=3))
 
 @pytest.mark.parametrize('changes, words', [(dict(epochs=3), 'epochs is 2 in the run and 3 now'), (dict(seed=1), 'seed is 0 in the run and 1 now'),
-                                            (dict(bs=8, wd=0.), 'bs is 16 in the run and 8 now; wd is 0.2 in the run and 0.0 now'), (dict(out='other'), "now")])
+                                            (dict(bs=8, wd=0.), 'bs is 16 in the run and 8 now; wd is 0.25 in the run and 0.0 now'), (dict(out='other'), "now")])
 def test_another_setting_is_refused_by_name(unfinished, changes, words):
     with pytest.raises(ValueError, match=re.escape(words)): resume(unfinished, changes)
 

@@ -57,7 +57,9 @@ def main(run):
     summary, (model, config) = read_json(Path(run)/'summary.json'), load_run(run)
     settings = config['settings']
     data = load_cifar10(settings['data'])
-    if summary['valid'] != 'test' or list(data.fingerprint) != list(config['data']['fingerprint']) or not config['data']['is_cifar10']: sys.exit(f'{run} was not validated on the test images of CIFAR-10')
+    expected = recipes['best'] | dict(recipe='best', valid='test', epochs=24, bs=512, lr_min='find', lr_max='find', norm='batch', dropout=0., conv_bias=False)
+    if other := [f'{name} is {settings[name]}, not {value}' for name, value in expected.items() if settings[name] != value]: sys.exit(f'{run} is no run of the recipe best as the card describes it: {", ".join(other)}')
+    if summary['interrupted'] or not config['data']['is_cifar10'] or list(data.fingerprint) != list(config['data']['fingerprint']): sys.exit(f'{run} is not finished, or the images are not those of CIFAR-10')
     weights.mkdir(exist_ok=True)
     (weights/'best.safetensors').write_bytes(half_precision(model))
     learn = bars_for_people(cifar_learner(cifar_dls(data, 500, seed=0), load_pretrained(), 'fp32'))
