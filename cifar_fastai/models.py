@@ -47,7 +47,7 @@ class ResBlock(nn.Sequential):
 class CustomResNet(nn.Module):
     """Images (N, `c_in`, 32, 32), normalised → logits (N, `n_out`). 6,573,130 parameters, or 6,575,370 with `conv_bias`.
 
-    Raises `ValueError` for an unknown `norm`, a `dropout` outside [0, 1) an `n_groups` that does not divide 64, or a `ghost` of less than 2 images.
+    Raises `ValueError` for an unknown `norm`, a `dropout` outside [0, 1), an `n_groups` that does not divide 64, or a `ghost` of less than 2 images.
     Source: D. Page, *How to train your ResNet* (2018), with the assignment's names."""
     def __init__(self,
         n_out:int=10, # classes
