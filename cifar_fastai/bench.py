@@ -107,26 +107,26 @@ def fastai_way(data, settings, device, turns):
     learn.fit_one_cycle(10**4, 1e-2, cbs=_TakeTurns(turns))
 
 def package_way(data, settings, device, turns):
-    "This package, with the recipe `seed`: the same network and loss as the other ways"
-    dls = cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device)
-    learn = cifar_learner(dls, CustomResNet(dls.c), settings.precision, recipe='seed', compile=settings.compile)
+    "This package"
+    dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
+    learn = cifar_learner(dls, None, settings.precision, compile=settings.compile, recipe=settings.recipe)
     learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns)])
 
 def _bare(data, settings, device):
     "Batches, and what trains on one of them, as `package_way` has them without a `Learner`"
-    dls = cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device)
+    dls, recipe = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device), recipes[settings.recipe]
     precision = best_precision(device) if settings.precision == 'auto' else settings.precision
     precision_callbacks(precision, device) # refuses what the device lacks
-    model = CustomResNet(dls.c).to(device, memory_format=torch.channels_last).train()
+    model = CustomResNet(dls.c, ghost=recipe['ghost']).to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
     if device.type == 'cpu': keep_memory()
-    optimizer, scaler = FusedAdam(model.parameters(), wd=recipes['seed']['wd']).opt, torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+    optimizer, scaler = FusedAdam(model.parameters(), wd=recipe['wd']).opt, torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     cast = nullcontext if precision == 'fp32' else lambda: torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[precision])
 
     def step(x, y):
         with cast():
             pred = model(x).float()
-            loss = F.cross_entropy(pred, y)
+            loss = F.cross_entropy(pred, y, label_smoothing=recipe['label_smoothing'])
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -336,7 +336,7 @@ def profile_step(
     "Where the time of a step goes: `package` and `bare` in turns, in this process, so that memory and machine are the same"
     device = find_device(settings.device)
     data = load_cifar10(settings.data)
-    learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, recipe='seed', device=device), CustomResNet(len(data.vocab)), settings.precision, recipe='seed')
+    learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device), None, settings.precision, recipe=settings.recipe)
     dls, _, step = _bare(data, settings, device)
     package, bare = {}, dict(batch=[], step=[])
     for turn in range(times):

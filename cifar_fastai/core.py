@@ -118,6 +118,7 @@ class BenchSettings:
     steps: int|None = None # training steps of a turn; 3 on a processor, 100 on a GPU
     repeats: int = 5 # turns of each case
     warmup: int|None = None # steps before the first turn; 2 on a processor, 50 on a GPU
+    recipe: Literal['seed', 'best'] = 'seed' # of package, bare and limit; plain and fastai are the assignment, plain
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # of package, bare and limit; plain and fastai are fp32
     compile: bool = False # run the network of package, bare and limit through torch.compile
     batches: bool = True # measure making batches alone, too

@@ -31,7 +31,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         momentum = 1 - (1 - self.momentum)**(1/n) # a step moves the running statistics as far as one batch does
         norm = lambda part: F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
-        return torch.cat([norm(part) for part in x.tensor_split(n)])
+        sizes = [len(x)//n + (i < len(x)%n) for i in range(n)]
+        return torch.cat([norm(part) for part in x.split(sizes)]) # the gradient of `tensor_split` would fill a whole batch for each part
 
     def extra_repr(self): return f'{super().extra_repr()}, group={self.group}'
 

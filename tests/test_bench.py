@@ -65,7 +65,7 @@ def test_a_process_that_is_killed_is_reported_and_the_others_end():
     assert len(there) == 2 and multiprocessing.active_children() == []
 
 @pytest.mark.parametrize('change, words', [(dict(steps=0), 'steps is 0'), (dict(repeats=0), 'repeats is 0'), (dict(warmup=0), 'warmup is 0'), (dict(bs=1), 'bs is 1'),
-                                           (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'),
+                                           (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'), (dict(recipe='worst'), 'recipe is'),
                                            (dict(out='no/such/folder/x.json'), 'out is'), (dict(out='.'), 'out is')])
 def test_settings_that_make_no_sense_are_refused(change, words):
     with pytest.raises(ValueError, match=words): BenchSettings(**quick | change)
@@ -76,7 +76,7 @@ def test_the_command_refuses_in_one_sentence(command, args, words):
     assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ''
 
 def test_the_command_prints_the_table_and_writes_the_file(command, tmp_path):
-    done = command('bench', '--data', 'digits', '--bs', '8', '--steps', '1', '--warmup', '1', '--repeats', '1', '--cases', 'package', 'limit', '--no-batches', '--out', tmp_path/'b.json')
+    done = command('bench', '--data', 'digits', '--bs', '8', '--steps', '1', '--warmup', '1', '--repeats', '1', '--cases', 'package', 'limit', '--recipe', 'best', '--no-batches', '--out', tmp_path/'b.json')
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ('package', 'limit', 'images/s', '× limit', 'importing fastai'))
     assert list(json.loads((tmp_path/'b.json').read_text(encoding='utf8'))['cases']) == ['package', 'limit']

@@ -179,6 +179,15 @@ def test_a_step_moves_the_running_statistics_as_far_as_one_batch_does():
     for _ in range(3): ghost(x), plain(x)
     assert torch.allclose(ghost.running_mean, plain.running_mean, rtol=.02) and ghost.num_batches_tracked == 3
 
+def test_its_gradients_fill_no_batch_for_each_part():
+    "Those of `tensor_split` do, which takes a fifth of a training step"
+    out = GhostBatchNorm2d(4, group=8)(torch.randn(64, 4, 3, 3, requires_grad=True))
+    kinds, nodes = set(), [out.grad_fn]
+    while nodes:
+        kinds.add(type(nodes[-1]).__name__)
+        nodes += [f for f, _ in nodes.pop().next_functions if f is not None]
+    assert any(kind.startswith('SplitWithSizesBackward') for kind in kinds) and not any(kind.startswith('SliceBackward') for kind in kinds)
+
 def test_its_gradients_are_those_of_the_groups_apart():
     x = torch.randn(64, 4, 3, 3, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(GhostBatchNorm2d(4, group=32).double(), x[:6].detach().repeat(11, 1, 1, 1).requires_grad_(), fast_mode=True)
