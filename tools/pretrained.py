@@ -21,7 +21,7 @@ The weights that `load_pretrained()` and `cifar_predict` use, in half precision 
 | data | the 50,000 training images of CIFAR-10 (Krizhevsky 2009), and no others |
 | recipe | `{recipe}`: {settings} |
 | learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g} of {epochs}; found by a range test |
-| trained on | {device}, {precision}, {minutes:.0f} minutes, seed {seed} |
+| trained on | {device}, {precision}, seed {seed} |
 | licence | Apache-2.0, as the package |
 
 ## How well it does
@@ -68,7 +68,7 @@ def main(run):
     text = card.format(
         megabytes=(weights/'best.safetensors').stat().st_size/1e6, n_params=summary['n_params'], recipe=settings['recipe'], settings=', '.join(f'`{name}` {settings[name]}' for name in recipes[settings['recipe']]),
         **summary['bounds'], peak_epoch=settings['peak_epoch'], epochs=settings['epochs'], device=summary['device'] if summary['device'] != 'cpu' else f"{summary['environment']['cores']} cores of {summary['environment']['processor']}",
-        precision=summary['precision'], minutes=summary['seconds']/60, seed=summary['seed'], accuracy=interp.accuracy, flipped=interp.flip_averaged().accuracy, run_accuracy=summary['accuracy'],
+        precision=summary["precision"], seed=summary['seed'], accuracy=interp.accuracy, flipped=interp.flip_averaged().accuracy, run_accuracy=summary['accuracy'],
         per_class=table(['class', 'recall', 'precision'], [[name, f'{row.recall:.1%}', f'{row.precision:.1%}'] for name, row in scores.iterrows()]),
         confused=', '.join(f'{actual} taken for {predicted} ({n})' for actual, predicted, n in interp.most_confused()[:4]))
     (weights/'README.md').write_text(text, encoding='utf-8')
