@@ -27,7 +27,7 @@ def machine(summary):
     return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `pipeline='item'`"), ('this package', '24-epochs', "bounds found; `pipeline='batch'`, the default"),
+own_runs = [('this package', '24-epochs-item', "bounds found; `recipe='seed'`, `pipeline='item'`"), ('this package', '24-epochs', "bounds found; `recipe='seed'`, `pipeline='batch'`"),
             ('**this package**', 'best', "bounds found; `recipe='best'`: label smoothing, flips that alternate, batch statistics of 32 images")]
 
 
@@ -38,7 +38,9 @@ def runs(root=root):
     for name, folder, shows in own_runs:
         folder = root/'benchmarks/runs'/folder
         summary = json.loads((folder/'summary.json').read_text(encoding='utf-8'))
-        rows.append([name, shows, f"{summary['n_params']:,}", summary['epochs'], f"**{summary['accuracy']:.2%}**".replace('%', ' %'),
+        accuracy, flipped = f"**{summary['accuracy']:.2%}**", summary.get('flip_averaged_accuracy')
+        if flipped: accuracy += f'; {flipped:.2%} averaged with mirror images'
+        rows.append([name, shows, f"{summary['n_params']:,}", summary['epochs'], accuracy.replace('%', ' %'),
                      stays_over(curve(folder/'history.csv', scale=100)), f"{summary['seconds']:,.0f} s with a validation each epoch; {machine(summary)}, {summary['precision']}"])
     return table(['project', 'what it shows', 'parameters', 'epochs', 'test accuracy after the last', 'over 90 % from epoch', 'time and machine'], rows)
 
