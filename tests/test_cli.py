@@ -28,7 +28,7 @@ def refused(command, *args):
 # ---- help
 
 def comments(settings): # {name: comment} of a dataclass and those it is made from
-    lines = [line for cls in settings.__mro__[:-1] for line in inspect.getsource(cls).splitlines()]
+    lines = [line for cls in settings.__mro__[-2::-1] for line in inspect.getsource(cls).splitlines()]
     return dict(re.findall(r'^    (\w+): .* # (.+)$', '\n'.join(lines), re.MULTILINE))
 
 @pytest.fixture(scope='module')
