@@ -7,7 +7,7 @@ __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'Int
            'PredictSettings', 'cifar_predict', 'cifar_bench', 'cifar_repeat', 'main']
 
 # %% ../nbs/20_cli.ipynb #0c38264d
-import sys, warnings
+import os, sys, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial, wraps
@@ -28,17 +28,19 @@ def _command(f):
         checked = f.__annotations__['settings']
         unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None, '__module__': checked.__module__}) # tyro would put a box round what is refused
         parse = partial(tyro.cli, unchecked, prog=f.__name__, description=f.__doc__, args=args)
-        given = parse()
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
             warnings.showwarning = lambda message, *where, **how: print(f'{f.__name__}: {message}', file=sys.stderr, flush=True)
             try:
+                given = parse()
                 if hasattr(given, 'recorded') and (recorded := given.recorded()):
                     given = parse(default=recorded)
                     given.agree_with(recorded)
                 f(checked(**{field.name: getattr(given, field.name) for field in fields(checked)}))
             except KeyboardInterrupt: sys.exit(130)
-            except BrokenPipeError: sys.exit(141)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is left to be written has no reader either
+                sys.exit(141)
             except (ValueError, OSError, FloatingPointError, MemoryError) as e: sys.exit(f'{f.__name__}: {" ".join(str(e).split())}')
     return command
 

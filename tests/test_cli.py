@@ -52,6 +52,10 @@ def test_help_says_what_every_option_means(help_of, command):
         assert f'--{field.name.replace("_", "-")} ' in said.replace(',', ' ') or field.name in ('run', 'images') # the two that have no name
         assert explained[field.name] in said, f'no help for {field.name}'
 
+def test_a_reader_that_goes_away_is_no_traceback():
+    done = subprocess.run(f'"{scripts/"cifar_repeat"}" --help | head -n 1', shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith('usage: cifar_repeat') and done.stderr == ''
+
 def test_help_says_what_the_command_does(help_of):
     assert 'Train the network and write a run folder' in help_of['cifar_train'][0]
 
