@@ -117,7 +117,7 @@ def _bare(data, settings, device):
     dls, recipe = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device), recipes[settings.recipe]
     precision = best_precision(device) if settings.precision == 'auto' else settings.precision
     precision_callbacks(precision, device) # refuses what the device lacks
-    model = CustomResNet(dls.c, ghost=recipe['ghost']).to(device, memory_format=torch.channels_last).train()
+    model = CustomResNet(dls.c, ghost=recipe['ghost'], logit_scale=recipe['logit_scale']).to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
     if device.type == 'cpu': keep_memory()
     optimizer, scaler = FusedAdam(model.parameters(), wd=recipe['wd']).opt, torch.amp.GradScaler(device.type, enabled=precision == 'fp16')

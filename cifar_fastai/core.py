@@ -38,8 +38,8 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
 
 # %% ../nbs/00_core.ipynb #555235dd
 recipes = dict(
-    seed=dict(wd=0.2, label_smoothing=0., flip='random', ghost=0),
-    best=dict(wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32))
+    seed=dict(wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
+    best=dict(wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=1., whiten=False))
 
 # %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class TrainSettings:
     norm: Literal['batch', 'group', 'layer'] = 'batch' # normalisation in the network
     n_groups: int = 2 # groups of norm 'group'
     ghost: int|None = None # images that are normalised together in training, with norm 'batch'; 0: the whole batch; the recipe's
+    logit_scale: float|None = None # fixed factor of the network's output; the recipe's
+    whiten: bool|None = None # begin with first filters that decorrelate the pixels of a patch; the recipe's
     dropout: float = 0. # share of activations dropped after each ReLU
     conv_bias: bool = False # biases in the convolutions
     betas: tuple[float, float] = (0.9, 0.99) # Adam's decay of the gradient's mean and square
@@ -88,6 +90,7 @@ class TrainSettings:
         if 'find' not in (self.lr_min, self.lr_max):
             _check(self.lr_min < self.lr_max, 'lr_min', self.lr_min, f'give less than lr_max ({self.lr_max})')
         _check(self.ghost == 0 or self.ghost >= 2, 'ghost', self.ghost, 'give 2 or more images, or 0 for the whole batch')
+        _check(_positive(self.logit_scale), 'logit_scale', self.logit_scale, 'give a positive number')
         _check(0 <= self.dropout < 1, 'dropout', self.dropout, 'give 0 or more and less than 1')
         _check(self.n_groups >= 1 and 64 % self.n_groups == 0, 'n_groups', self.n_groups, 'give a divisor of 64')
         _check(all(0 <= b < 1 for b in self.betas), 'betas', self.betas, 'give two numbers, 0 or more and less than 1')
@@ -101,7 +104,7 @@ class TrainSettings:
     @property
     def network(self): # -> keyword arguments of `CustomResNet`
         "What the network depends on"
-        return dict(norm=self.norm, n_groups=self.n_groups, ghost=self.ghost, dropout=self.dropout, conv_bias=self.conv_bias)
+        return dict(norm=self.norm, n_groups=self.n_groups, ghost=self.ghost, dropout=self.dropout, conv_bias=self.conv_bias, logit_scale=self.logit_scale)
 
     @property
     def optimization(self): # -> keyword arguments of `cifar_learner`
@@ -139,7 +142,7 @@ class BenchSettings:
 class RepeatSettings(TrainSettings):
     "The settings of a run, repeated with other seeds."
     n: int = 5 # runs, with the seeds seed, seed + 1 and so on
-    without: tuple[Literal['wd', 'label_smoothing', 'flip', 'ghost'], ...] = () # ingredients to take away: as the recipe seed has them
+    without: tuple[Literal['wd', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten'], ...] = () # ingredients to take away: as the recipe seed has them
     ablate: bool = False # runs of the recipe, and as many without each of its ingredients
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 
@@ -222,7 +225,7 @@ def settings_from(config:dict): # what `config.json` holds under 'settings' -> `
     unknown = set(config) - {f.name for f in fields(TrainSettings)}
     if unknown: raise ValueError(f'unknown settings {", ".join(sorted(unknown))}: was this written by another version?')
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return TrainSettings(**{'recipe': 'seed', **tuples}) # which was the only one when a run did not yet name it
+    return TrainSettings(**{'recipe': 'seed', 'logit_scale': 1., 'whiten': False, **tuples}) # what all runs had before they named it
 
 # %% ../nbs/00_core.ipynb #03ff63b5
 def environment(): # -> dict

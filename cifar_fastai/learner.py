@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FusedAdam', 'CPUAutocast', 'best_precision', 'precision_callbacks', 'precision_of', 'keep_memory', 'DeviceSmoothLoss',
-           'EpochRecorder', 'EpochProgress', 'SetEpoch', 'bars_for_people', 'cifar_learner', 'save_weights',
-           'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint', 'check_finite',
-           'FiniteLoss', 'Checkpoints']
+           'EpochRecorder', 'EpochProgress', 'SetEpoch', 'bars_for_people', 'first_images', 'cifar_learner',
+           'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint',
+           'check_finite', 'FiniteLoss', 'Checkpoints']
 
 # %% ../nbs/05_learner.ipynb #e8ff9678
 import ctypes, hashlib, json, math, random, sys, time, warnings
@@ -22,13 +22,13 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
 from fastai.learner import AvgSmoothLoss
-from fastai.vision.all import IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, L, Learner, Recorder, accuracy
+from fastai.vision.all import IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, L, Learner, Recorder, TensorImage, accuracy
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from .core import TrainSettings, recipes, write_whole
 from .data import SeededDL
-from .models import CustomResNet
+from .models import CustomResNet, whiten_first_layer
 
 # %% ../nbs/05_learner.ipynb #2998e912
 class _Hypers(dict):
@@ -243,9 +243,18 @@ def bars_for_people(learn:Learner): # -> `learn`
     "Take the progress bars away where nobody sees them: a file or a pipe gets a line an epoch"
     return learn if IN_NOTEBOOK or sys.stdout.isatty() else learn.remove_cbs(ProgressCallback)
 
+def first_images(
+    dls, # fastai `DataLoaders`, from `cifar_dls`
+    n:int=5000, # at most
+): # -> tensor (n, 3, 32, 32) on the device
+    "The first training images, normalised and not augmented"
+    images = np.stack([np.asarray(dls.train_ds[i][0]) for i in range(min(n, len(dls.train_ds)))])
+    x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2).to(dls.device))
+    return dls.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
+
 def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`
-    model=None, # logits (N, `dls.c`); `None` is a new `CustomResNet`, with the batch statistics of the recipe
+    model=None, # logits (N, `dls.c`); `None` is a new `CustomResNet`, with batch statistics, scale and beginning as in the recipe
     precision:Literal['auto', 'fp32', 'bf16', 'fp16']='auto', # 'auto' is what the hardware is good at
     betas=TrainSettings.betas, # Adam's
     eps:float=TrainSettings.eps, # Adam's
@@ -260,7 +269,9 @@ def cifar_learner(
     if recipe not in recipes: raise ValueError(f"recipe is {recipe!r}: give {' or '.join(map(repr, recipes))}")
     if wd is None: wd = recipes[recipe]['wd']
     if label_smoothing is None: label_smoothing = recipes[recipe]['label_smoothing']
-    if model is None: model = CustomResNet(n_out=dls.c, ghost=recipes[recipe]['ghost'])
+    if model is None:
+        model = CustomResNet(n_out=dls.c, ghost=recipes[recipe]['ghost'], logit_scale=recipes[recipe]['logit_scale'])
+        if recipes[recipe]['whiten']: whiten_first_layer(model, first_images(dls).cpu())
     kwargs = dict(loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), metrics=accuracy, opt_func=partial(FusedAdam, betas=betas, eps=eps, wd=wd)) | kwargs
     if compile: model.compile()
     if torch.device(dls.device).type == 'cpu': keep_memory()

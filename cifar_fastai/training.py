@@ -27,8 +27,8 @@ from .augment import CropFlipCutout, plot_augmented
 from .core import TrainSettings, environment, peak_memory, read_json, settings_from, write_json, write_whole
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
-from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, precision_callbacks, precision_of, save_weights
-from .models import CustomResNet
+from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, first_images, precision_callbacks, precision_of, save_weights
+from .models import CustomResNet, whiten_first_layer
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
 # %% ../nbs/07_training.ipynb #06b168a5
@@ -232,7 +232,9 @@ def settings_learner(
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed, reproducible=True) # on a GPU, too
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip), num_workers=settings.num_workers, device=device)
-    learn = cifar_learner(dls, CustomResNet(dls.c, **settings.network), settings.precision, compile=settings.compile, **settings.optimization)
+    model = CustomResNet(dls.c, **settings.network)
+    if settings.whiten: whiten_first_layer(model, first_images(dls).cpu())
+    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
     return bars_for_people(learn), data
 
 # %% ../nbs/07_training.ipynb #f69efd88

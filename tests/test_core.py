@@ -50,6 +50,7 @@ refused = [
     ('anneal', 'steps'), ('norm', 'instance'), ('n_groups', 0), ('n_groups', 3), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
     ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
     ('recipe', 'worst'), ('recipe', {}), ('label_smoothing', -.1), ('label_smoothing', 1), ('flip', 'never'), ('ghost', 1), ('ghost', -32), ('ghost', 2.5),
+    ('logit_scale', 0), ('logit_scale', -.1), ('logit_scale', math.inf), ('logit_scale', math.nan), ('whiten', 1), ('whiten', 'yes'),
     ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('checkpoint_minutes', -1), ('checkpoint_minutes', math.nan), ('seed', -1), ('seed', 2**32)]
 
 @pytest.mark.parametrize('name, value', refused)
@@ -90,8 +91,12 @@ def test_unknown_settings_are_refused_by_name():
     with pytest.raises(ValueError, match='unknown settings colour, size'): settings_from(dict(epochs=3, size=1, colour='red'))
 
 def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
-    old = {k: v for k, v in asdict(TrainSettings(recipe='seed')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost')}
+    old = {k: v for k, v in asdict(TrainSettings(recipe='seed')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
     assert settings_from(old) == TrainSettings(recipe='seed')
+
+def test_a_run_of_before_the_scale_of_logits_and_the_whitening_has_neither():
+    old = {k: v for k, v in asdict(TrainSettings(logit_scale=.125, whiten=True)).items() if k not in ('logit_scale', 'whiten')}
+    assert settings_from(old) == TrainSettings(logit_scale=1., whiten=False)
 
 def test_settings_from_a_file_are_checked_too():
     with pytest.raises(ValueError, match='epochs is 0'): settings_from(dict(epochs=0))

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from fastai.vision.all import ProgressCallback
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
 
@@ -247,6 +248,13 @@ def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe)
     learn.create_opt()
     assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [dict(seed='random', best='alternate')[recipe]]
     assert (learn.opt.hypers[0]['wd'], learn.opt.hypers[0]['mom'], learn.loss_func.func.label_smoothing) == (.1, .8, dict(seed=0, best=.2)[recipe])
+
+def test_a_run_keeps_the_scale_of_its_logits(settings, tmp_path):
+    from cifar_fastai.training import train
+    summary = train(settings(logit_scale=.125, whiten=True, epochs=1, out=str(tmp_path/'run')))
+    interp = CifarInterpretation.from_run(tmp_path/'run')
+    assert interp.learn.model.logit_scale == .125 and interp.n_wrong == summary['n_wrong']
+    assert torch.equal(interp.probs, load_file(tmp_path/'run/predictions.safetensors')['probs'])
 
 def test_the_data_of_a_run_can_be_elsewhere(run, small_folder):
     config = json.loads((run/'config.json').read_text())

@@ -4,9 +4,11 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load
 from torch import nn
 
-from cifar_fastai.models import CustomResNet, GhostBatchNorm2d, layer_table, model_summary, plot_model
+from cifar_fastai.models import CustomResNet, GhostBatchNorm2d, half_precision, layer_table, model_summary, plot_model, whiten_first_layer, whitening_filters
 
 # Seed 001, without its two rows of whole blocks
 seed_001 = '''
@@ -204,3 +206,47 @@ def test_in_evaluation_it_is_the_same_network():
 @pytest.mark.parametrize('ghost', [-2, 1])
 def test_a_group_of_less_than_two_images_is_refused(ghost):
     with pytest.raises(ValueError, match=f'ghost is {ghost}: give 2 or more'): CustomResNet(ghost=ghost)
+
+# ---- the scale of the logits
+
+def test_the_scale_multiplies_the_logits_and_brings_no_parameter():
+    torch.manual_seed(0)
+    scaled, plain, x = CustomResNet(logit_scale=.125).eval(), CustomResNet().eval(), torch.randn(4, 3, 32, 32)
+    plain.load_state_dict(scaled.state_dict())
+    with torch.no_grad(): assert torch.equal(scaled(x), plain(x)/8)
+    assert sum(p.numel() for p in scaled.parameters()) == 6_573_130
+
+def test_weights_that_ship_have_the_scale_folded_in():
+    torch.manual_seed(0)
+    scaled, shipped, x = CustomResNet(logit_scale=.125).eval(), CustomResNet().eval(), torch.randn(4, 3, 32, 32)
+    before = {k: v.clone() for k, v in scaled.state_dict().items()}
+    shipped.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load(half_precision(scaled)).items()})
+    with torch.no_grad(): assert torch.allclose(shipped(x), scaled(x), atol=1e-3) and not torch.allclose(shipped(x), 8*scaled(x), atol=1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in scaled.state_dict().items())
+
+@pytest.mark.parametrize('scale', [0, -1, float('inf'), float('nan')])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    with pytest.raises(ValueError, match='logit_scale is .*: give a positive number'): CustomResNet(logit_scale=scale)
+
+# ---- where the first layer begins
+
+@pytest.fixture
+def photographs(small): return (torch.from_numpy(small.train_x).permute(0, 3, 1, 2)/255 - .5)/.25
+
+def test_answers_of_whitening_filters_are_uncorrelated_and_of_one_variance():
+    images = F.avg_pool2d(torch.randn(50, 3, 34, 34, generator=torch.Generator().manual_seed(0)), 3, stride=1) # the small images are grey: their channels are one
+    answers = F.conv2d(images.double(), whitening_filters(images, eps=0).double()).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.cov(answers), torch.eye(27, dtype=torch.double), atol=1e-3)
+
+def test_the_guard_holds_the_weakest_answers_back(photographs):
+    strength = F.conv2d(photographs, whitening_filters(photographs, eps=.01)).transpose(0, 1).flatten(1).var(dim=1)
+    assert strength[0] > .95 and strength[-1] < .5 and (strength.diff() < 1e-3).all()
+
+def test_the_first_layer_begins_with_them_and_all_of_it_is_trained(photographs):
+    torch.manual_seed(0)
+    net = CustomResNet()
+    before, filters = {k: v.clone() for k, v in net.state_dict().items()}, whitening_filters(photographs)
+    assert whiten_first_layer(net, photographs) is net
+    first = net.prep[0].weight
+    assert torch.equal(first[:27], filters) and torch.equal(first[27:54], -filters) and torch.equal(first[54:], before['prep.0.weight'][54:])
+    assert first.requires_grad and all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if k != 'prep.0.weight')

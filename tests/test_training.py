@@ -15,9 +15,10 @@ from cifar_fastai.augment import CropFlipCutout
 from cifar_fastai.core import read_json, settings_from
 from cifar_fastai.data import cifar_dls
 from cifar_fastai.interpret import CifarInterpretation
-from cifar_fastai.learner import cifar_learner, load_weights
+from cifar_fastai.learner import cifar_learner, first_images, load_weights
+from cifar_fastai.models import whitening_filters
 from cifar_fastai.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
-from cifar_fastai.training import SaveRun, finish_run, history_columns, new_run_folder, read_history, read_range_test, run_config, settle_bounds, train
+from cifar_fastai.training import SaveRun, finish_run, history_columns, new_run_folder, read_history, read_range_test, run_config, settings_learner, settle_bounds, train
 
 @pytest.fixture(scope='module')
 def history(finished): return read_history(finished[0])
@@ -218,3 +219,23 @@ def test_a_run_with_found_bounds_records_and_draws_them(settings, capsys, digits
     assert 0 < bounds['lr_min'] <= bounds['lr_max']/10 and bounds['lr_max'] < 10
     assert f'learning rates from {bounds["lr_min"]:.2e} to {bounds["lr_max"]:.2e}, found by a range test' in said
     assert Path('run/plots/range_test.png').exists() and read_history('run')['lr'].iloc[0] == pytest.approx(bounds['lr_min'])
+
+# ---- where the first layer begins
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_the_first_images_are_normalised_in_order_and_not_augmented(small, pipeline):
+    images = first_images(cifar_dls(small, bs=16, pipeline=pipeline, seed=0, num_workers=0), 30)
+    mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in small.stats)
+    assert torch.allclose(images.cpu(), (torch.from_numpy(small.train_x[:30]).permute(0, 3, 1, 2)/255 - mean)/std, atol=1e-5)
+
+@pytest.mark.parametrize('valid', ['test', 'holdout'])
+def test_a_whitened_run_begins_with_filters_of_its_own_training_images(settings, valid):
+    learn, data = settings_learner(settings(whiten=True, valid=valid))
+    images = first_images(learn.dls)
+    assert len(images) == len(learn.dls.train_ds) == (80 if valid == 'test' else 70)
+    assert torch.equal(learn.model.prep[0].weight[:27].cpu(), whitening_filters(images.cpu()))
+
+def test_whitening_changes_no_random_draw(settings):
+    plain, whitened = (settings_learner(settings(whiten=whiten))[0] for whiten in (False, True))
+    assert torch.equal(plain.model.prep[0].weight[54:], whitened.model.prep[0].weight[54:]) and torch.equal(plain.model.fc.weight, whitened.model.fc.weight)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain.dls.train, whitened.dls.train))
