@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 from fastai.vision.all import ProgressCallback
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
 
 from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, learner_from_run, load_run, plot_classes, plot_history, plot_images,
