@@ -39,7 +39,7 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
 # %% ../nbs/00_core.ipynb #555235dd
 recipes = dict(
     seed=dict(wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
-    best=dict(wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=1., whiten=False))
+    best=dict(wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True))
 
 # %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
