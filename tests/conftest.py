@@ -74,6 +74,17 @@ def command():
         return subprocess.run([sys.executable, '-m', 'cifar_fastai.cli', *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
     return run
 
+@pytest.fixture(scope='session')
+def browser():
+    "Chromium without a window; tests that need it are skipped where it is not installed"
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if chromium is None: pytest.skip('Chromium is not installed')
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--no-proxy-server'])
+        yield browser
+        browser.close()
+
 # ---- images
 
 @pytest.fixture(scope='session')
