@@ -29,7 +29,7 @@ in_parallel = -n $(NB_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo train test check test-nbs test-py test-newest test-full export readme clean
+.PHONY: help install chromium demo train test check test-nbs test-py test-newest test-full export readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,13 +41,19 @@ $(installed): settings.ini setup.py pyproject.toml
 	$(call timed,install,$(bin)/python -m pip install -q --upgrade pip && $(bin)/python -m pip install -q -e '.[dev]')
 	@touch $@
 
+# Some tests look at pages. Without root, or where there is no apt-get, they are skipped.
+chromium: ## install Chromium for the tests that look at pages, where apt-get can
+	@for name in chromium chromium-browser google-chrome; do ! command -v $$name >/dev/null || exit 0; done; \
+	echo "== chromium"; { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+	|| echo "Chromium is not here and apt-get could not install it: tests that look at pages are skipped"
+
 demo: $(installed) ## train on the handwritten digits that ship with scikit-learn (minutes, no download)
 	$(bin)/cifar_train --data digits $(ARGS)
 
 train: $(installed) ## train on CIFAR-10, found or downloaded; options go in ARGS="--epochs 3 …"
 	$(bin)/cifar_train $(ARGS)
 
-test: check test-nbs test-py test-newest ## run every check
+test: chromium check test-nbs test-py test-newest ## run every check
 
 check: $(installed) ## notebooks are clean, the package is their export, README.md is made from the index
 	$(call timed,clean and in sync,$(bin)/python tools/check_sync.py)
@@ -60,11 +66,12 @@ test-nbs: $(installed) ## run all notebooks on the digits, one epoch; what needs
 test-py: $(installed) ## run pytest, without what is marked slow
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest -m "not slow" $(in_parallel))
 
-# The package is installed here, not linked; in tests/ the checkout's own copy is out of reach.
+# The package is installed here, not linked, and without the extras that have nothing to do with fastai, so that it is seen to
+# work without them; in tests/ the checkout's own copy is out of reach.
 test-newest: ## the same in a second environment, with the newest fastai
 	@test -x .venv-newest/bin/pip || $(PYTHON) -m venv .venv-newest
 	@rm -rf build
-	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade . fastai pytest pytest-xdist hypothesis)
+	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade '.[tensorboard]' fastai pytest pytest-xdist hypothesis)
 	@rm -rf build
 	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
 	$(call timed,pytest with the newest fastai,cd tests && OMP_NUM_THREADS=$(NB_THREADS) ../$(newest) -m pytest -m "not slow" $(in_parallel) -p no:cacheprovider --import-mode=importlib .)
