@@ -10,3 +10,6 @@ from .interpret import *
 from .training import *
 from .bench import *
 from .repeat import *
+from .report import *
+from .app import *
+from .export import *

@@ -63,12 +63,18 @@ class RunSettings(TrainSettings):
 
 @_command
 def cifar_train(settings:RunSettings):
-    "Train the network and write a run folder: settings, history, weights, checkpoints, summary and plots."
-    from cifar_fastai.training import resume, train
+    "Train the network and write a run folder: settings, history, weights, checkpoints, summary, plots and a report."
+    from cifar_fastai.report import write_report
+    from cifar_fastai.training import new_run_folder, resume, train
     run = TrainSettings(**{f.name: getattr(settings, f.name) for f in fields(TrainSettings)})
-    if settings.resume is not None: resume(settings.resume, asdict(run), force=settings.force)
+    if settings.resume is not None:
+        folder = settings.resume
+        resume(folder, asdict(run), force=settings.force)
     elif settings.force: raise ValueError('force is True: give it with resume')
-    else: train(run)
+    else:
+        folder = new_run_folder(run.out)
+        train(replace(run, out=str(folder)))
+    print(f'report {write_report(folder)}')
 
 # %% ../nbs/20_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def _classifier(model, weights): # -> (`uint8` images (N, 32, 32, 3) -> probabil
 
 @dataclass(frozen=True)
 class PredictSettings:
-    "Which images, and by which run."
+    "Which images, and by which network."
     images: tyro.conf.Positional[tuple[str, ...]] # pictures of any size: shorter side to 32 pixels, centre crop
     model: str|None = None # run folder or ONNX file; without it, the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # after the last epoch, or after the best by validation accuracy
@@ -234,17 +240,18 @@ def cifar_app(settings:AppSettings):
 # %% ../nbs/20_cli.ipynb #8c20e0a4
 @dataclass(frozen=True)
 class ExportSettings:
-    "Which network to export, and how."
+    "Which network to write, and as what."
     run: tyro.conf.Positional[str|None] = None # run folder; without it, the network that ships with the package
-    format: Literal['onnx', 'torch'] = 'onnx' # onnx: for ONNX Runtime and others; torch: an exported program
+    format: Literal['onnx', 'torch'] = 'onnx' # onnx: for ONNX Runtime and others; torch: an exported program, for torch.export.load
     weights: Literal['last', 'best'] = 'last' # after the last epoch, or after the best by validation accuracy
-    out: str|None = None # file to write; model.onnx or model.pt2 in the run folder
+    out: str|None = None # file to write, .onnx or .pt2, which must not exist yet; in the run folder, named as its weights
 
 @_command
 def cifar_export(settings:ExportSettings):
-    "Write a network as one file that takes images and returns probabilities: ONNX, or an exported program of torch."
+    "Write a network as one file that takes images and gives probabilities, verified against PyTorch."
     from cifar_fastai.export import export_model
-    print(f'saved {export_model(settings.run, settings.format, settings.out, settings.weights)}')
+    path = export_model(settings.run, settings.format, settings.out, settings.weights)
+    print(f'saved {path}, {path.stat().st_size/1e6:.1f} MB')
 
 # %% ../nbs/20_cli.ipynb #a2e5ce52
 _commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench, repeat=cifar_repeat,

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'recipes', 'named_source', 'source_defaults', 'TrainSettings',
            'BenchSettings', 'RepeatSettings', 'write_whole', 'write_json', 'read_json', 'settings_from', 'environment',
-           'peak_memory']
+           'peak_memory', 'require_extra']
 
 # %% ../nbs/00_core.ipynb #d22a8afc
 import json, math, os, platform, sys
+from importlib.util import find_spec
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,6 +73,7 @@ class TrainSettings:
     pipeline: Literal['batch', 'item'] = 'batch' # how images are augmented: whole batches on the device, or one item at a time
     num_workers: int|None = None # processes that prepare images; fastai's choice, one a core
     checkpoint_minutes: float = 5. # within an epoch, a checkpoint at least so often; one is taken after each epoch, too
+    log: Literal['none', 'tensorboard'] = 'none' # write curves and pictures for TensorBoard, too, into the run folder's tensorboard
     seed: int = 0 # of weights, order and augmentation
     out: str|None = None # run folder, which must not exist yet; runs/<date-time>
 
@@ -250,3 +252,12 @@ def peak_memory(): # -> bytes, or `None` where the system does not tell
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+
+# %% ../nbs/00_core.ipynb #6b1f0a52
+def require_extra(
+    extra, # its name: 'app', 'export', 'tensorboard'
+    *modules, # that it installs, and that are needed now
+):
+    "Raise `ModuleNotFoundError`, which says what to install, unless all `modules` can be imported"
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing: raise ModuleNotFoundError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install 'cifar_fastai[{extra}]'", name=missing[0])

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'may_change', 'new_run_folder', 'run_config', 'run_environment', 'read_history', 'read_range_test',
-           'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'StopAfterStep', 'settle_bounds',
-           'settings_learner', 'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
+           'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'TensorBoardLog', 'tensorboard_log',
+           'StopAfterStep', 'settle_bounds', 'settings_learner', 'finish_run', 'train', 'differences',
+           'other_surroundings', 'resume']
 
 # %% ../nbs/07_training.ipynb #206bdd13
 import hashlib, shutil, signal, warnings
@@ -24,7 +25,7 @@ from fastai.vision.all import Callback, Learner, set_seed
 from filelock import FileLock, Timeout
 
 from .augment import CropFlipCutout, plot_augmented
-from .core import TrainSettings, environment, peak_memory, read_json, settings_from, write_json, write_whole
+from .core import TrainSettings, environment, peak_memory, read_json, require_extra, settings_from, write_json, write_whole
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
 from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, first_images, precision_callbacks, precision_of, save_weights
@@ -180,6 +181,67 @@ def save_plots(
         plt.close(fig)
     return [folder/f'{name}.png' for name in figures]
 
+# %% ../nbs/07_training.ipynb #3fa18d52
+class TensorBoardLog:
+    "What `tensorboard_log` changes in fastai's `TensorBoardCallback`: the history once an epoch in place of waits for the device in each step, and a run that goes on"
+    order = SaveRun.order + .5 # behind what adds to the history, before the checkpoint that keeps how far it is written
+    curves = {'loss/train': 'train_loss', 'loss/valid': 'valid_loss', 'accuracy/train': 'train_accuracy', 'accuracy/valid': 'accuracy', 'lr': 'lr'}
+
+    def __init__(self,
+        saved:SaveRun, # the callback that keeps the run; events go to the folder `tensorboard` in its own
+    ):
+        super().__init__(saved.path/'tensorboard', trace_model=False, log_preds=False)
+        self.saved, self.writer, self.written = saved, None, 0
+
+    def _setup_writer(self): pass # not before a checkpoint has said how far the run is, and there is something to write
+    def after_batch(self): pass
+    def after_fit(self): pass # pictures follow, then `close`
+
+    def after_epoch(self):
+        if self.recorder.trained: self.write(self.recorder.history) # no epoch that is left out, since it is done already
+
+    def write(self,
+        history, # rows of all epochs so far
+    ):
+        "The rows that are not written yet, flushed"
+        if self.writer is None: self._open()
+        for row in history[self.written:]:
+            for tag, column in self.curves.items(): self.writer.add_scalar(tag, row[column], row['epoch'])
+        self.written = len(history)
+        self.writer.flush()
+
+    def _open(self):
+        "Begin a file; readers then forget what an earlier one has of the epochs that follow"
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+        if not any(self.log_dir.glob('events.*')): self.written = 0
+        self.writer = SummaryWriter(str(self.log_dir), purge_step=self.written and self.written + 1)
+        if self.written: return
+        settings = self.saved.config['settings'] | (self.saved.config['bounds'] or {})
+        plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in settings.items()}
+        for summary in hparams(plain, dict.fromkeys(self.curves, 0.))[:2]: self.writer.file_writer.add_summary(summary)
+        self.writer.add_text('settings', '\n'.join(['| setting | value |', '|---|---|', *(f'| {name} | {value} |' for name, value in plain.items())]), 0)
+
+    def write_pictures(self, interp:CifarInterpretation):
+        "The surest mistakes and the confusion matrix, after the last epoch"
+        self.write(interp.learn.recorder.history)
+        self.writer.add_figure('misclassified', interp.plot_misclassified(25), self.written)
+        self.writer.add_figure('confusion matrix', interp.plot_confusion_matrix(), self.written)
+
+    def close(self):
+        if self.writer is not None: self.writer.close()
+        self.writer = None
+
+    def state_dict(self): return dict(written=self.written)
+
+    def load_state_dict(self, state): self.written = state['written']
+
+def tensorboard_log(saved:SaveRun): # -> a `TensorBoardCallback` of fastai's that is a `TensorBoardLog`
+    "What writes the run that `saved` keeps for TensorBoard. `close` it at the end. Raises `ModuleNotFoundError`, which says what to install"
+    require_extra('tensorboard', 'tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback # imports tensorboard
+    return type('TensorBoardLog', (TensorBoardLog, TensorBoardCallback), {})(saved)
+
 # %% ../nbs/07_training.ipynb #0aa057f6
 class StopAfterStep(Callback):
     """As a context: Ctrl-C and SIGTERM wait for the end of the step, so that weights and optimizer are whole, and none is lost while
@@ -229,6 +291,7 @@ def settings_learner(
     "A fresh learner as `settings` describe it, with every random state seeded"
     device = find_device(settings.device)
     precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
+    if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
     data = load_cifar10(settings.data if data is None else data)
     set_seed(settings.seed, reproducible=True) # on a GPU, too
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip), num_workers=settings.num_workers, device=device)
@@ -267,6 +330,7 @@ def train(
 def _run(settings, learn, data, saved):
     "The range test, unless it is made, the fit and what comes behind it"
     saved.begin()
+    logs = [tensorboard_log(saved)] if settings.log == 'tensorboard' else []
     try:
         with StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
             if saved.config['bounds'] is None:
@@ -282,28 +346,31 @@ def _run(settings, learn, data, saved):
                 try: tested = (*read_range_test(saved.path), bounds)
                 except (FileNotFoundError, ValueError): tested = None # the rates were given
             print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
-            _fit(settings, learn, bounds, saved, stop)
-        return _finish(settings, learn, data, tested, saved)
-    finally: saved.end()
+            _fit(settings, learn, bounds, saved, stop, logs)
+        return _finish(settings, learn, data, tested, saved, logs)
+    finally:
+        for log in logs: log.close()
+        saved.end()
 
-def _fit(settings, learn, bounds, saved, stop):
+def _fit(settings, learn, bounds, saved, stop, logs):
     "From the first step, or from where the newest checkpoint was taken, to the last"
     checkpoints = Checkpoints(saved.path/'checkpoint', settings.checkpoint_minutes, resume=saved.resume)
     cycle = OneCycle(*bounds, settings.peak_epoch, settings.anneal)
-    try: learn.fit(settings.epochs, cbs=[cycle, FiniteLoss(), saved, checkpoints])
+    try: learn.fit(settings.epochs, cbs=[cycle, FiniteLoss(), saved, checkpoints, *logs])
     except FloatingPointError as e: raise FloatingPointError(str(e).split('\n\t')[-1]) from None # without fastai's prefix
     except (KeyboardInterrupt, SystemExit):
         if stop.between_steps and saved.path.exists():
-            with learn.added_cbs([saved, checkpoints]):
+            with learn.added_cbs([saved, checkpoints, *logs]):
                 checkpoints.save()
                 saved.save_last()
                 write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True))
             print(f'\ninterrupted: checkpoint, history and last model are in {saved.path}; cifar_train --resume {saved.path} goes on from here', flush=True)
         raise
 
-def _finish(settings, learn, data, tested, saved):
+def _finish(settings, learn, data, tested, saved, logs):
     "What comes behind the last step"
     summary, interp = finish_run(learn, saved, tested, data)
+    for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
     print(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; averaged with mirror images {summary['flip_averaged_accuracy']:.2%}; "
           f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {saved.path}")
@@ -318,7 +385,7 @@ def _memory_in_words(settings, learn, saved):
         raise MemoryError(f'{settings.bs} images a batch do not fit into the memory of {learn.dls.device}: try ' + ('a new run with ' if saved.resume else '') + f'--bs {max(2, settings.bs//2)}') from None
 
 # %% ../nbs/07_training.ipynb #6442a584
-may_change = {'data', 'num_workers', 'checkpoint_minutes'}
+may_change = {'data', 'num_workers', 'checkpoint_minutes', 'log'}
 
 def differences(
     recorded:dict, # settings of the run, from its `config.json`

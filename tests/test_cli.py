@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from cifar_fastai import cli
-from cifar_fastai.cli import LRFindSettings, InterpretSettings, PredictSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_repeat, cifar_train
+from cifar_fastai.cli import AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings, ReportSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_repeat, cifar_train
 from cifar_fastai.core import RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, data_variable, read_json
 from cifar_fastai.data import read_image
 from cifar_fastai.interpret import class_probabilities, load_run
 from cifar_fastai.models import load_pretrained
 
-commands = dict(cifar_train=TrainSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings, cifar_predict=PredictSettings, cifar_repeat=RepeatSettings)
+commands = dict(cifar_train=TrainSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings, cifar_predict=PredictSettings, cifar_repeat=RepeatSettings,
+                cifar_report=ReportSettings, cifar_app=AppSettings, cifar_export=ExportSettings)
 scripts = Path(sys.executable).parent
 
 def refused(command, *args):
@@ -49,7 +50,7 @@ def test_help_says_what_every_option_means(help_of, command):
     said, explained = help_of[command][0], comments(commands[command])
     assert f'usage: {command}' in said
     for field in fields(commands[command]):
-        assert f'--{field.name.replace("_", "-")} ' in said.replace(',', ' ') or field.name in ('run', 'images') # the two that have no name
+        assert f'--{field.name.replace("_", "-")} ' in said.replace(',', ' ') or field.name in ('run', 'images', 'runs', 'model') # those that have no name
         assert explained[field.name] in said, f'no help for {field.name}'
 
 def test_a_reader_that_goes_away_is_no_traceback():
@@ -59,7 +60,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 def test_help_says_what_the_command_does(help_of):
     assert 'Train the network and write a run folder' in help_of['cifar_train'][0]
 
-@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict', 'bench', 'repeat'])
+@pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict', 'bench', 'repeat', 'report', 'app', 'export'])
 def test_python_m_is_the_same_command(name, capsys):
     with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
     through_main = capsys.readouterr().out
@@ -68,9 +69,9 @@ def test_python_m_is_the_same_command(name, capsys):
 
 def test_python_m_without_a_command_names_them(capsys):
     cli.main(['--help'])
-    assert '{train,lr_find,interpret,predict,bench,repeat}' in capsys.readouterr().out
+    assert '{train,lr_find,interpret,predict,bench,repeat,report,app,export}' in capsys.readouterr().out
     for args in ([], ['fly']):
-        with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict, bench, repeat'): cli.main(args)
+        with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict, bench, repeat, report, app, export'): cli.main(args)
 
 # ---- arguments that are refused
 

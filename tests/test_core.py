@@ -51,7 +51,7 @@ refused = [
     ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
     ('recipe', 'worst'), ('recipe', {}), ('label_smoothing', -.1), ('label_smoothing', 1), ('flip', 'never'), ('ghost', 1), ('ghost', -32), ('ghost', 2.5),
     ('logit_scale', 0), ('logit_scale', -.1), ('logit_scale', math.inf), ('logit_scale', math.nan), ('whiten', 1), ('whiten', 'yes'),
-    ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('checkpoint_minutes', -1), ('checkpoint_minutes', math.nan), ('seed', -1), ('seed', 2**32)]
+    ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('checkpoint_minutes', -1), ('checkpoint_minutes', math.nan), ('log', 'wandb'), ('seed', -1), ('seed', 2**32)]
 
 @pytest.mark.parametrize('name, value', refused)
 def test_what_makes_no_sense_is_refused_by_name_value_and_remedy(name, value):

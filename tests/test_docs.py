@@ -59,6 +59,18 @@ def test_every_picture_and_link_of_the_readme_is_there():
     missing = [link for link in links((root/'README.md').read_text(encoding='utf8')) if not (root/link).exists()]
     assert missing == []
 
+written = [p for p in (root/'CONTRIBUTING.md', root/'CHANGELOG.md', root/'benchmarks/README.md', root/'cifar_fastai/weights/README.md', root/'data/README.md') if p.exists()]
+
+@pytest.mark.parametrize('page', written, ids=lambda p: p.relative_to(root).as_posix())
+def test_every_picture_and_link_of_a_written_page_is_there(page):
+    assert [link for link in links(page.read_text(encoding='utf8')) if not (page.parent/link).exists()] == []
+
+def test_every_address_of_the_repository_names_a_file_of_it(config):
+    "In Colab's badges and in links to GitHub: .../blob/BRANCH/FILE"
+    pages = [root/'README.md', *written, *notebooks]
+    named = {name for page in pages for name in re.findall(rf'github(?:\.com)?/{config["user"]}/{config["repo"]}/(?:blob|tree|raw)/{config["branch"]}/([\w./-]*\w)', page.read_text(encoding='utf8'))}
+    assert 'nbs/tutorials/train_cifar10.ipynb' in named and [name for name in named if not (root/name).exists()] == []
+
 def test_the_readme_shows_a_picture():
     assert [link for link in links((root/'README.md').read_text(encoding='utf8')) if link.endswith('.png')]
 
@@ -99,6 +111,16 @@ def test_the_projects_figures_are_those_of_the_epochs_they_logged():
         assert logged[-1] == (project['epochs'], project['accuracy'])
         if len(logged) > 1: assert stays_over(logged) == project['over_90_from']
 
+# ---- the page of the projects
+
+def test_the_page_of_the_projects_has_a_row_for_each_with_both_figures():
+    shown = '\n'.join(''.join(output['data'].get('text/markdown', '')) for cell in cells(root/'nbs/tutorials/from_the_seeds.ipynb', 'code') for output in cell['outputs'] if 'data' in output)
+    ours = [f"{100*read_json(root/'benchmarks/runs'/name/'summary.json')['accuracy']:.2f}" for name in ('24-epochs', 'best')]
+    rows = {re.search(r'\d{3}', row)[0]: [part.strip() for part in row.strip('|').split('|')] for row in shown.splitlines()[2:]}
+    projects = json.loads((root/'benchmarks/projects.json').read_text(encoding='utf8'))
+    assert rows.keys() == {project['project'] for project in projects}
+    for project in projects: assert rows[project['project']][2:] == [f"{project['accuracy']:.2f}", *ours] and '](' in rows[project['project']][1]
+
 # ---- the recorded run
 
 recorded = pytest.mark.parametrize('run', [root/'benchmarks/runs'/name for name in ('24-epochs', '24-epochs-item')], ids=lambda run: run.name)
@@ -131,7 +153,14 @@ def target(notebook, link): # nbdev links pages, as .html, to notebooks
 
 @each_notebook
 def test_every_link_of_a_notebook_is_there(notebook):
-    assert [link for cell in cells(notebook, 'markdown') for link in links(source(cell)) if not target(notebook, link)] == []
+    made = [''.join(output['data'].get('text/markdown', '')) for cell in cells(notebook, 'code') for output in cell['outputs'] if 'data' in output]
+    texts = [source(cell) for cell in cells(notebook, 'markdown')] + made
+    assert [link for text in texts for link in links(text) if not target(notebook, link)] == []
+
+@each_notebook
+def test_every_attached_picture_of_a_notebook_is_there(notebook):
+    for cell in cells(notebook, 'markdown'):
+        assert set(re.findall(r'attachment:([^)\s"]+)', source(cell))) <= set(cell.get('attachments', {}))
 
 @each_notebook
 def test_a_notebook_holds_no_path_of_a_machine(notebook):
@@ -158,10 +187,11 @@ def test_a_module_notebook_is_committed_with_its_outputs(notebook):
     assert any(cell['outputs'] for cell in cells(notebook, 'code'))
     assert any('assert' in source(cell) or 'test_' in source(cell) for cell in cells(notebook, 'code'))
 
-def test_the_tutorial_opens_in_colab_and_installs_the_package_there(config):
-    notebook = root/'nbs/tutorials/train_cifar10.ipynb'
+@pytest.mark.parametrize('name', ['train_cifar10', 'best_recipe', 'from_the_seeds'])
+def test_the_tutorial_opens_in_colab_and_installs_the_package_there(config, name):
+    notebook = root/f'nbs/tutorials/{name}.ipynb'
     text = '\n'.join(source(cell) for cell in cells(notebook))
-    assert f'colab.research.google.com/github/{config["user"]}/{config["repo"]}/blob/{config["branch"]}/nbs/tutorials/train_cifar10.ipynb' in text
+    assert f'colab.research.google.com/github/{config["user"]}/{config["repo"]}/blob/{config["branch"]}/nbs/tutorials/{name}.ipynb' in text
     first = source(cells(notebook, 'code')[0])
     assert 'pip install' in first and f'git+{config["git_url"]}' in first and 'colab' in first.lower()
 

@@ -1,0 +1,348 @@
+"""A network as one file: it says what PyTorch says, whatever the network and the number of images; other files are refused; nothing is half-written."""
+import hashlib, json, os, resource, shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from fastai.vision.all import set_seed
+from onnx import TensorProto, helper
+from PIL import Image
+
+from cifar_fastai import export
+from cifar_fastai.cli import cifar_export, cifar_predict
+from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, write_json
+from cifar_fastai.export import ImagesToProbabilities, export_model, load_onnx
+from cifar_fastai.interpret import class_probabilities, load_run
+from cifar_fastai.learner import save_weights
+from cifar_fastai.models import CustomResNet, load_pretrained
+
+
+@pytest.fixture(scope='module')
+def real(request):
+    "The real images, or `None`"
+    try: return request.getfixturevalue('real_cifar')
+    except pytest.skip.Exception: return None
+
+@pytest.fixture(scope='module')
+def thousand(real, digits):
+    "A thousand test images; without them, digits with three channels that differ"
+    if real is not None: return real.test_x[:1000]
+    grey = np.concatenate([digits.train_x, digits.test_x])[:1000, :, :, 0]
+    return np.stack([grey, 255 - grey, grey//2], axis=-1)
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "The network that ships, in both formats"
+    folder = tmp_path_factory.mktemp('exported')
+    return {format: export_model(None, format, folder/f'best{suffix}') for format, suffix in dict(onnx='.onnx', torch='.pt2').items()}
+
+@pytest.fixture(scope='module')
+def expected(thousand): return class_probabilities(load_pretrained(), thousand, cifar10_stats).numpy()
+
+@pytest.fixture
+def run(finished, tmp_path):
+    "The run that is done; or a run folder of another network, whose norms have statistics of their own"
+    def make(**network):
+        folder = tmp_path/'run'
+        shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns('checkpoint', 'plots'))
+        if not network: return folder
+        config = read_json(folder/'config.json')
+        config['settings'] |= network
+        write_json(folder/'config.json', config)
+        set_seed(1)
+        model = CustomResNet(10, **network)
+        for _ in range(3): model(torch.randn(8, 3, 32, 32)*2 + 1)
+        model.fc.weight.data /= model.eval()(torch.randn(8, 3, 32, 32)).std().detach() # else probabilities are all alike, or all 0 and 1
+        for name in ('model', 'best'): save_weights(model, folder/f'{name}.safetensors')
+        return folder
+    return make
+
+def of_torch(path):
+    with open(path, 'rb') as f: return torch.export.load(f).module()
+
+def everything(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+
+# ---- what goes in and what comes out
+
+def test_images_become_the_probabilities_of_the_package(thousand, expected):
+    probs = ImagesToProbabilities(load_pretrained(), cifar10_stats)(torch.from_numpy(thousand[:100]))
+    assert probs.dtype == torch.float32 and not probs.requires_grad and np.allclose(probs, expected[:100], atol=1e-6)
+
+def test_the_network_that_is_given_stays_as_it_is(thousand):
+    model = CustomResNet().to(torch.bfloat16, memory_format=torch.channels_last).train()
+    net = ImagesToProbabilities(model, cifar10_stats)
+    assert net(torch.from_numpy(thousand[:2])).dtype == torch.float32 and not any(m.training for m in net.modules())
+    assert model.training and {p.dtype for p in model.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in model.parameters())
+
+# ---- it says what PyTorch says
+
+@pytest.mark.parametrize('n', [1, 7, 1000])
+def test_both_agree_on_any_number_of_images(files, thousand, expected, real, n, figures): # in one batch, as others would use them
+    [by_onnx] = ort.InferenceSession(files['onnx']).run(['probabilities'], {'images': thousand[:n]})
+    probs = dict(onnx=by_onnx, torch=of_torch(files['torch'])(torch.from_numpy(thousand[:n])).numpy())
+    differences = {name: float(np.abs(p - expected[:n]).max()) for name, p in probs.items()}
+    figures(f'export_{n}', real=real is not None, differences=differences, bytes={name: path.stat().st_size for name, path in files.items()})
+    assert all(p.shape == (n, 10) and p.dtype == np.float32 for p in probs.values()) and max(differences.values()) < 1e-4
+    assert len(set(expected.argmax(1))) > 3 and expected.max(1).min() < .6 # else the images say little
+    if real is not None and n == 1000: assert all((p.argmax(1) == real.test_y[:n]).mean() > .9 for p in probs.values())
+
+def test_a_classifier_takes_no_image_and_a_list_and_more_than_fit_into_a_batch(files, thousand, expected):
+    classify = load_onnx(files['onnx'])
+    assert classify(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 10) and classify.vocab == list(cifar10_classes)
+    assert np.abs(classify(list(thousand[:3])) - expected[:3]).max() < 1e-4
+    assert np.abs(classify(thousand[:501]) - expected[:501]).max() < 1e-4
+
+networks = dict(batch=dict(ghost=4, conv_bias=True, dropout=.2, logit_scale=.125), group=dict(norm='group', n_groups=4), layer=dict(norm='layer', conv_bias=True, logit_scale=3.))
+
+@pytest.mark.parametrize('name', networks)
+def test_every_network_is_exported_in_silence(run, thousand, name, capfd):
+    folder = run(**networks[name])
+    paths = [export_model(folder, format) for format in ('onnx', 'torch')]
+    assert [p.name for p in paths] == ['model.onnx', 'model.pt2'] and capfd.readouterr() == ('', '')
+    model, config = load_run(folder)
+    here = class_probabilities(model, thousand[:100], config['data']['stats']).numpy()
+    for probs in (load_onnx(paths[0])(thousand[:100]), of_torch(paths[1])(torch.from_numpy(thousand[:100])).numpy()): assert np.abs(probs - here).max() < 1e-4
+    unscaled = CustomResNet(10, **networks[name] | dict(logit_scale=1.))
+    unscaled.load_state_dict(model.state_dict())
+    differs = np.abs(class_probabilities(unscaled, thousand[:100], config['data']['stats']).numpy() - here).max() > .01
+    assert differs == (model.logit_scale != 1) # else the scale could be missing
+
+def test_a_run_of_other_classes_keeps_its_own(run, thousand):
+    folder = run(norm='batch')
+    config = read_json(folder/'config.json')
+    config['data'] |= dict(vocab=['null', 'eins', 'zwei – „2“'], stats=[[.1, .2, .3], [.4, .5, .6]])
+    write_json(folder/'config.json', config)
+    for name in ('model', 'best'): save_weights(CustomResNet(3), folder/f'{name}.safetensors')
+    classify = load_onnx(export_model(folder))
+    assert classify.vocab == ['null', 'eins', 'zwei – „2“'] and classify(thousand[:2]).shape == (2, 3)
+    assert np.abs(classify(thousand[:50]) - class_probabilities(load_run(folder)[0], thousand[:50], config['data']['stats']).numpy()).max() < 1e-4
+
+def test_last_and_best_weights_are_exported_under_their_names(run, thousand):
+    folder = run()
+    save_weights(CustomResNet(logit_scale=load_run(folder)[0].logit_scale), folder/'best.safetensors')
+    for weights, name in dict(last='model.pt2', best='best.pt2').items():
+        path = export_model(folder, 'torch', weights=weights)
+        model, config = load_run(folder, weights)
+        assert path == folder/name
+        assert np.abs(of_torch(path)(torch.from_numpy(thousand[:20])).numpy() - class_probabilities(model, thousand[:20], config['data']['stats']).numpy()).max() < 1e-4
+
+# ---- one file, for others
+
+def test_the_file_says_what_it_is(files):
+    model = onnx.load(files['onnx'], load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    facts = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert facts == dict(vocab=list(cifar10_classes), stats=[list(s) for s in cifar10_stats])
+    assert not any(t.external_data for t in model.graph.initializer) and 4*6_573_130 < files['onnx'].stat().st_size < 4.1*6_573_130
+    [image], [probs] = model.graph.input, model.graph.output
+    assert (image.name, image.type.tensor_type.elem_type, [d.dim_value or d.dim_param for d in image.type.tensor_type.shape.dim]) == ('images', TensorProto.UINT8, ['N', 32, 32, 3])
+    assert (probs.name, probs.type.tensor_type.elem_type, [d.dim_value or d.dim_param for d in probs.type.tensor_type.shape.dim]) == ('probabilities', TensorProto.FLOAT, ['N', 10])
+
+@pytest.mark.parametrize('format', ['onnx', 'torch'])
+def test_a_file_does_not_say_where_it_was_made(files, format):
+    content = files[format].read_bytes()
+    for place in (Path(export.__file__).parent, Path(torch.__file__).parent, files[format].parent, Path.home()):
+        if len(str(place)) > 4: assert str(place).encode() not in content
+
+def test_the_same_weights_give_the_same_onnx_file(files):
+    assert hashlib.sha256(export_model().read_bytes()).digest() == hashlib.sha256(files['onnx'].read_bytes()).digest()
+    assert [p.name for p in Path().iterdir()] == ['best.onnx'] # in the current folder, under the name of the weights that ship
+
+def alone(code, *hidden, **kwargs): # a process in which modules are not there
+    hide = f'import sys\nfor name in {hidden!r}: sys.modules[name] = None\n'
+    return subprocess.run([sys.executable, '-c', hide + code], capture_output=True, text=True, timeout=120, **kwargs)
+
+def test_onnx_runs_without_this_package_and_without_pytorch(files, thousand, expected):
+    np.save('images.npy', thousand[:9])
+    done = alone(f'''
+import json, numpy as np, onnxruntime as ort
+session = ort.InferenceSession({str(files['onnx'])!r})
+vocab = json.loads(session.get_modelmeta().custom_metadata_map['vocab'])
+[probs] = session.run(['probabilities'], {{'images': np.load('images.npy')}})
+print([vocab[i] for i in probs.argmax(axis=1)])''', 'cifar_fastai', 'fastai', 'torch', 'onnx')
+    assert (done.stdout.strip(), done.stderr) == (str([cifar10_classes[i] for i in expected[:9].argmax(1)]), '')
+
+def test_the_program_runs_without_this_package(files, thousand, expected):
+    np.save('images.npy', thousand[:9])
+    done = alone(f'''
+import json, numpy as np, torch
+extra = {{'vocab.json': '', 'stats.json': ''}}
+program = torch.export.load({str(files['torch'])!r}, extra_files=extra).module()
+probs = program(torch.from_numpy(np.load('images.npy')))
+print([json.loads(extra['vocab.json'])[i] for i in probs.argmax(dim=1)], json.loads(extra['stats.json']))''', 'cifar_fastai', 'fastai', 'onnx', 'onnxruntime', 'onnxscript')
+    assert done.stdout.strip() == f'{[cifar10_classes[i] for i in expected[:9].argmax(1)]} {[list(s) for s in cifar10_stats]}', done.stderr
+
+def test_without_the_libraries_of_onnx_the_program_is_still_written(files):
+    done = alone(f'''
+from cifar_fastai.export import export_model, load_onnx
+print(export_model(None, 'torch'))
+for call in (export_model, lambda: load_onnx({str(files['onnx'])!r})):
+    try: call()
+    except ModuleNotFoundError as e: print(e)''', 'onnx', 'onnxruntime', 'onnxscript')
+    assert done.stdout.splitlines() == ['best.pt2', "onnx, onnxscript, onnxruntime are not installed: pip install 'cifar_fastai[export]'", "onnxruntime is not installed: pip install 'cifar_fastai[export]'"], done.stderr
+    assert [p.name for p in Path().iterdir()] == ['best.pt2']
+
+# ---- nothing is written over, and nothing by halves
+
+@pytest.mark.parametrize('how', ['file', 'folder', 'link'])
+def test_what_is_there_stays(how):
+    out = Path('mine.pt2')
+    if how == 'file': out.write_text('mine')
+    elif how == 'folder': out.mkdir()
+    else: out.symlink_to('nowhere')
+    with pytest.raises(FileExistsError, match='mine.pt2 exists: delete it, or give another out'): export_model(None, 'torch', out)
+    assert [p.name for p in Path().iterdir()] == ['mine.pt2'] and (how != 'file' or out.read_text() == 'mine') and (how != 'link' or out.is_symlink())
+
+@pytest.mark.parametrize('arguments, error, says', [
+    (dict(format='tflite'), ValueError, "format is 'tflite': give 'onnx' or 'torch'"),
+    (dict(weights='best'), ValueError, "weights is 'best': give it with a run folder"),
+    (dict(out='network.pt2'), ValueError, 'out is network.pt2: give a name that ends in .onnx'),
+    (dict(out='network', format='torch'), ValueError, 'out is network: give a name that ends in .pt2'),
+    (dict(out='nowhere/network.onnx'), ValueError, 'out is nowhere/network.onnx: give a file in a folder that exists'),
+    (dict(run='nothing'), FileNotFoundError, 'nothing is no run folder: give one that cifar_train has written')])
+def test_what_makes_no_sense_is_refused(arguments, error, says):
+    with pytest.raises(error) as e: export_model(**arguments)
+    assert str(e.value) == says and not list(Path().iterdir())
+
+def test_a_run_that_diverged_is_refused(run):
+    folder = run()
+    model = load_run(folder)[0]
+    model.fc.weight.data[0, 0] = torch.nan
+    save_weights(model, folder/'model.safetensors')
+    before = everything(folder)
+    with pytest.raises(ValueError, match='run has weights that give no probabilities, but nan'): export_model(folder)
+    assert everything(folder) == before
+
+@pytest.mark.parametrize('format', ['onnx', 'torch'])
+def test_a_file_that_says_something_else_is_not_kept(monkeypatch, format):
+    written, others = getattr(export, f'_{format}_bytes'), ImagesToProbabilities(CustomResNet(), cifar10_stats)
+    monkeypatch.setattr(export, f'_{format}_bytes', lambda net, facts: written(others, facts)) # an exporter that makes a mistake
+    with pytest.raises(ValueError, match="the exported network's probabilities are up to 0.* from PyTorch's: it was not kept"): export_model(None, format)
+    assert not list(Path().iterdir())
+
+@pytest.mark.parametrize('format', ['onnx', 'torch'])
+def test_a_full_disk_leaves_no_file(format):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError): export_model(None, format)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(Path().iterdir())
+
+def test_an_interruption_leaves_no_file(monkeypatch):
+    def interrupted(*args):
+        assert [p.suffix for p in Path().iterdir()] == ['.part'] # it is written, and not yet named
+        raise KeyboardInterrupt
+    monkeypatch.setattr(export, '_agree', interrupted)
+    with pytest.raises(KeyboardInterrupt): export_model(None, 'torch')
+    assert not list(Path().iterdir())
+
+# ---- files from elsewhere
+
+def refused(content, capfd, says=''):
+    Path('hostile.onnx').write_bytes(content)
+    with pytest.raises(ValueError) as e: load_onnx('hostile.onnx')
+    assert str(e.value).startswith('hostile.onnx is no ONNX file that cifar_export has written: ') and says in str(e.value) and str(e.value).isprintable()
+    assert capfd.readouterr() == ('', '')
+
+@pytest.mark.parametrize('content', [b'', b'no network at all', bytes(1000), b'\xff'*1000, b'\x89PNG\r\n\x1a\n', b'PK\x03\x04'])
+def test_what_is_no_onnx_file_is_refused(content, capfd): refused(content, capfd)
+
+def test_an_exported_program_is_no_onnx_file(files, capfd): refused(files['torch'].read_bytes(), capfd)
+
+@pytest.mark.parametrize('share', [.00001, .001, .3, .9, .9999, 'all but one byte'])
+def test_a_truncated_file_is_refused(files, share, capfd):
+    whole = files['onnx'].read_bytes()
+    refused(whole[:-1 if isinstance(share, str) else int(share*len(whole))], capfd)
+
+def test_a_file_with_other_bytes_is_refused_or_gives_probabilities(files, thousand, capfd):
+    whole, rng = files['onnx'].read_bytes(), np.random.default_rng(0)
+    is_structure = np.ones(len(whole), bool)
+    for t in onnx.load(files['onnx']).graph.initializer:
+        if len(t.raw_data) > 1000: is_structure[(start := whole.find(t.raw_data)):start + len(t.raw_data)] = False
+    places, n_refused = np.flatnonzero(is_structure), 0
+    for _ in range(24):
+        changed = bytearray(whole)
+        for place in rng.choice(places, 3): changed[place] = rng.integers(256)
+        Path('changed.onnx').write_bytes(changed)
+        try: probs = load_onnx('changed.onnx')(thousand[:2])
+        except ValueError as e:
+            assert str(e).startswith('changed.onnx ') and str(e).isprintable()
+            n_refused += 1
+        else: assert np.allclose(probs.sum(1), 1, atol=1e-3)
+    assert n_refused > 6 and capfd.readouterr() == ('', '')
+
+def made_up(output=((.5, .5), (.5, .5)), vocab='["a", "b"]', takes=('images', TensorProto.UINT8, ['N', 32, 32, 3]), gives=('probabilities', TensorProto.FLOAT, ['N', 2]), nodes=None):
+    "An ONNX file of one operation that gives `output`"
+    value = helper.make_tensor('value', TensorProto.FLOAT, np.shape(output), np.ravel(output))
+    nodes = nodes or [helper.make_node('Constant', [], [gives[0]], value=value)]
+    graph = helper.make_graph(nodes, 'made_up', [helper.make_tensor_value_info(*takes)], [helper.make_tensor_value_info(*gives)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    if vocab is not None: helper.set_model_props(model, dict(vocab=vocab))
+    return model.SerializeToString()
+
+foreign = {
+    'another input': (dict(takes=('x', TensorProto.FLOAT, [1, 3, 224, 224])), 'it takes x tensor(float) [1, 3, 224, 224], and not images uint8 (N, 32, 32, 3)'),
+    'channels first': (dict(takes=('images', TensorProto.UINT8, ['N', 3, 32, 32])), 'and not images uint8 (N, 32, 32, 3)'),
+    'an input with a strange name': (dict(takes=('\x1b[31m\n', TensorProto.UINT8, ['N', 32, 32, 3])), 'it takes ?[31m'),
+    'another output': (dict(gives=('logits', TensorProto.FLOAT, ['N', 2])), 'it gives logits'),
+    'an output of other classes': (dict(vocab='["a", "b", "c"]'), 'and not probabilities float (N, 3)'),
+    'one image only': (dict(takes=('images', TensorProto.UINT8, [1, 32, 32, 3])), ''),
+    'no classes': (dict(vocab=None), 'it does not name its classes'), 'classes that are no list': (dict(vocab='{"a": 1}'), 'it does not name its classes'),
+    'classes that are no names': (dict(vocab='[1, 2]'), 'it does not name its classes'), 'classes that are no JSON': (dict(vocab='['), ''), 'deep JSON': (dict(vocab='['*100_000), ''),
+    'a class that writes to the terminal': (dict(vocab='["a", "\\u001b[31m"]'), 'it does not name its classes'),
+    'no probabilities': (dict(output=[[.5, .6], [.5, .5]]), 'what it gives are no probabilities'), 'nan': (dict(output=[[np.nan]*2]*2), 'what it gives are no probabilities'),
+    'an unknown operation': (dict(nodes=[helper.make_node('\x1b[31mEvil', ['images'], ['probabilities'])]), 'Evil')}
+
+@pytest.mark.parametrize('name', foreign)
+def test_a_file_of_another_program_is_refused(name, capfd):
+    changes, says = foreign[name]
+    refused(made_up(**changes), capfd, says)
+
+def test_the_files_that_are_made_up_differ_in_that_alone():
+    Path('sound.onnx').write_bytes(made_up())
+    classify = load_onnx('sound.onnx')
+    assert classify.vocab == ['a', 'b'] and (classify(np.zeros((2, 32, 32, 3), np.uint8)) == .5).all()
+    with pytest.raises(ValueError, match='sound.onnx does not run: what it gives are no probabilities'): classify(np.zeros((3, 32, 32, 3), np.uint8))
+
+def test_a_file_that_is_missing_or_none_or_too_large_is_refused():
+    with pytest.raises(FileNotFoundError, match='nothing.onnx does not exist'): load_onnx('nothing.onnx')
+    Path('folder.onnx').mkdir()
+    with pytest.raises(ValueError, match='folder.onnx is no file'): load_onnx('folder.onnx')
+    with open('large.onnx', 'wb') as f: f.truncate(2**28 + 1)
+    with pytest.raises(ValueError, match='large.onnx has more than 268,435,456 bytes'): load_onnx('large.onnx')
+    os.mkfifo('pipe.onnx')
+    with pytest.raises(ValueError, match='pipe.onnx is no file'): load_onnx('pipe.onnx')
+
+@pytest.mark.parametrize('images', [np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8), []])
+def test_what_are_no_images_are_refused(files, images):
+    with pytest.raises(ValueError, match=r'images are .*: give uint8 \(N, 32, 32, 3\)'): load_onnx(files['onnx'])(images)
+
+# ---- the commands
+
+def test_an_exported_run_predicts_as_the_run_does(run, small, capfd):
+    folder = run(**networks['group'])
+    Image.fromarray(small.test_x[3]).save('image.png')
+    cifar_export([str(folder)])
+    cifar_export([str(folder), '--format', 'torch', '--weights', 'best', '--out', 'program.pt2'])
+    said = capfd.readouterr()
+    assert str(folder/'model.onnx') in said.out and 'program.pt2' in said.out and said.err == '' and Path('program.pt2').exists()
+    predicted = []
+    for model in (folder, folder/'model.onnx'):
+        cifar_predict(['--model', str(model), 'image.png'])
+        predicted.append(capfd.readouterr())
+    assert predicted[0] == predicted[1] and predicted[0].out.startswith('image.png: ')
+
+def test_the_commands_refuse_in_one_sentence(small):
+    Image.fromarray(small.test_x[3]).save('image.png')
+    Path('text.onnx').write_text('no network')
+    Path('there.onnx').write_text('mine')
+    for command, args, says in [(cifar_predict, ['--model', 'text.onnx', 'image.png'], 'text.onnx is no ONNX file that cifar_export has written: '),
+                                (cifar_predict, ['--model', 'nothing.onnx', 'image.png'], 'nothing.onnx does not exist'),
+                                (cifar_export, ['--out', 'there.onnx'], 'there.onnx exists: delete it, or give another out'),
+                                (cifar_export, ['nothing'], 'nothing is no run folder: give one that cifar_train has written')]:
+        with pytest.raises(SystemExit) as e: command(args)
+        assert str(e.value.code).startswith(f'{command.__name__}: {says}') and '\n' not in e.value.code

@@ -1,0 +1,479 @@
+"""The page of a run and the page of several: what they say, that they are one safe file, and how they behave in a browser."""
+import base64, hashlib, html, io, json, re, shlex, shutil
+from dataclasses import asdict, fields
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import binom
+
+from cifar_fastai.cli import RunSettings
+from cifar_fastai.core import TrainSettings, read_json, write_json
+from cifar_fastai.data import CIFAR10Data
+from cifar_fastai.report import changed_settings, mcnemar, read_run, repeat_command, report_page, run_images, run_lrs, run_predictions, write_comparison, write_report
+from cifar_fastai.training import train, write_range_test
+
+records = Path(__file__).parent.parent/'benchmarks/runs'
+evil = '<script>alert(1)</script>', '"><img src=x onerror=alert(2)>', "'; alert(3) //", '{{ 7*7 }}', '&amp;', '</style><b>', 'a\u2028b', '${alert(4)}', '-->', '$x$'
+
+class Page(HTMLParser):
+    "Elements of a page in their order: (tag, attributes), and the text of each that is asked for"
+    void = {'meta', 'img', 'link', 'br', 'input', 'base', 'path', 'use'}
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.texts, self.open = [], [], []
+        self.source = Path(path).read_text(encoding='utf8')
+        self.feed(self.source)
+        self.close()
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.void: self.open.append(tag)
+    def handle_startendtag(self, tag, attrs): self.elements.append((tag, dict(attrs)))
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f'{tag} closes another element'
+    def handle_data(self, data): self.texts.append((self.open[-1] if self.open else None, data))
+    def all(self, tag, **having): return [attrs for name, attrs in self.elements if name == tag and all(attrs.get(k.replace('_', '-')) == v for k, v in having.items())]
+    @property
+    def text(self): return ' '.join(' '.join(data for tag, data in self.texts if tag not in ('style', 'script')).split())
+    @property
+    def gallery(self): return [attrs for attrs in self.all('li') if 'data-pair' in attrs]
+
+@pytest.fixture
+def run(finished, tmp_path): # to be changed
+    return shutil.copytree(finished[0], tmp_path/'run', ignore=shutil.ignore_patterns('checkpoint', 'plots'))
+
+@pytest.fixture
+def change(run):
+    "Change what a JSON file of the run holds"
+    def changed(name, f):
+        content = read_json(run/name)
+        f(content)
+        write_json(run/name, content)
+    return changed
+
+@pytest.fixture(scope='session')
+def reported(finished, tmp_path_factory):
+    "The page of the finished run, which no test changes"
+    return write_report(shutil.copytree(finished[0], tmp_path_factory.mktemp('reported')/'run'))
+
+@pytest.fixture(scope='module')
+def recorded_run(tmp_path_factory):
+    "A recorded run as the folder that it was"
+    def make(name):
+        run = shutil.copytree(records/name, tmp_path_factory.mktemp('recorded')/name)
+        summary = read_json(run/'summary.json')
+        write_json(run/'config.json', {key: summary[key] for key in ('settings', 'bounds', 'data', 'environment')})
+        return run
+    return make
+
+@pytest.fixture(scope='session')
+def few_digits(digits): return digits.first(120, 10)
+
+@pytest.fixture(scope='session')
+def compared(finished, settings, few_digits, tmp_path_factory):
+    "Three runs, of which the first two were validated on the same images, and their page"
+    runs = [tmp_path_factory.mktemp('compared')/name for name in ('first', 'second', 'third')]
+    shutil.copytree(finished[0], runs[0])
+    train(settings(seed=1, wd=.1, out=str(runs[1])))
+    train(settings(data='digits', recipe='seed', bs=24, ghost=0, valid='holdout', anneal='cos', peak_epoch=1.3, out=str(runs[2])), few_digits)
+    return runs, write_comparison(runs, runs[0].parent/'compare.html')
+
+def renamed(run, data, names):
+    "The run of `data`, and `data`, with other class names"
+    data = CIFAR10Data(*data[:4], list(names))
+    config = read_json(run/'config.json')
+    config['data']['vocab'] = list(names)
+    write_json(run/'config.json', config)
+    return data
+
+# ---- what a page says
+
+def test_the_figures_are_those_of_the_files(reported, finished):
+    page, summary = Page(reported), finished[1]
+    for shown in (f"{summary['accuracy']:.2%}", f"{summary['flip_averaged_accuracy']:.2%}", f"{summary['best_accuracy']:.2%}", summary['best_is'], f"{summary['n_params']:,}", f"{summary['n_wrong']} of 40",
+                  summary['precision'], summary['device'], *filter(None, summary['environment']['packages'].values()), summary['environment']['platform']):
+        assert shown in page.text, shown
+
+def test_the_matrix_the_pairs_and_the_gallery_count_the_same_mistakes(reported, finished):
+    page, kept = Page(reported), load_file(finished[0]/'predictions.safetensors')
+    targs, decoded = kept['targs'].tolist(), kept['probs'].argmax(1).tolist()
+    wrong = [f'{t}-{d}' for t, d in zip(targs, decoded) if t != d]
+    assert sorted(attrs['data-pair'] for attrs in page.gallery) == sorted(wrong) and len(wrong) > 5
+    cells = [b for b in page.all('button') if 'wrong' in b.get('class', '')]
+    assert {b['data-pair']: int(b['data-n']) for b in cells} == {pair: wrong.count(pair) for pair in wrong}
+    assert all(b['aria-pressed'] == 'false' and b['aria-label'] == f"{b['data-name']}: {b['data-n']}" and b['type'] == 'button' for b in cells)
+    diagonal = re.findall(r'<span class="right"[^>]*>(\d+)</span>', page.source)
+    assert list(map(int, diagonal)) == [sum(t == d == label for t, d in zip(targs, decoded)) for label in range(10)]
+
+def test_the_gallery_shows_the_images_themselves_the_surest_mistakes_first(reported, finished):
+    page, record = Page(reported), read_run(finished[0])
+    interp = run_predictions(record, run_images(record))
+    pictures = [attrs for attrs in page.all('img') if ', taken for ' in attrs['alt']]
+    for shown, m in zip(pictures, interp.misclassified(), strict=True):
+        assert shown['alt'] == f'{m.actual}, taken for {m.predicted}'
+        assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(shown['src'].split(',')[1])))) == interp.image(m.idx)).all()
+
+def test_every_picture_has_words(reported):
+    page = Page(reported)
+    assert len(page.all('img')) > 30 and all(attrs.get('alt') for attrs in page.all('img'))
+    assert len(page.all('svg')) == 3 and all(attrs['role'] == 'img' and len(attrs['aria-label']) > 30 for attrs in page.all('svg'))
+
+def test_no_two_elements_have_one_name(reported):
+    names = [attrs['id'] for _, attrs in Page(reported).elements if 'id' in attrs]
+    assert len(names) == len(set(names))
+
+def test_training_images_are_shown_before_and_after(reported):
+    after = [attrs['alt'] for attrs in Page(reported).all('img') if 'augmented' in attrs['alt']]
+    assert len(after) == 4*8 and after[:2] == ['airplane, augmented for epoch 1', 'airplane, augmented for epoch 2']
+
+def test_a_page_is_the_same_each_time(reported, run): assert write_report(run).read_bytes() == reported.read_bytes()
+
+def test_the_schedule_is_the_one_that_ran(compared):
+    for run in compared[0]:
+        record = read_run(run)
+        lrs, n_batch = run_lrs(record, len(run_predictions(record).targs))
+        assert len(lrs) == 2*n_batch and np.allclose(lrs[n_batch - 1::n_batch], record.history['lr'], rtol=1e-6)
+
+def test_rates_that_were_given_have_no_range_test(reported): assert 'so there was no range test' in Page(reported).text
+
+def test_a_range_test_is_shown_with_its_bounds(run, change):
+    lrs = np.geomspace(1e-7, 10, 100)
+    write_range_test(run, lrs, 2.3 - 1.5/(1 + (1e-3/lrs)**2) + 20*np.clip(lrs - .1, 0, None))
+    change('config.json', lambda c: c['settings'].update(lr_min='find', lr_max='find'))
+    page = Page(write_report(run))
+    assert any(attrs['aria-label'] == 'Range test: LRMIN is 1.00e-03, LRMAX 1.00e-02' for attrs in page.all('svg')) and 'Both were found by a range test' in page.text
+
+def test_other_data_have_a_page_too(compared, few_digits):
+    page = Page(write_report(compared[0][2], few_digits))
+    record = read_run(compared[0][2])
+    assert "scikit-learn's digits" in page.text and f"{record.summary['n_wrong']} of {len(run_predictions(record).targs)} held-out training images" in page.text and len(page.gallery) == record.summary['n_wrong']
+    assert 'in half cosines' in page.text and 'mirrored by chance' in page.text
+
+def test_a_run_without_a_mistake_has_a_page(run, change):
+    kept = load_file(run/'predictions.safetensors')
+    kept['probs'] = torch.eye(10)[kept['targs']]
+    save_file(kept, run/'predictions.safetensors')
+    change('summary.json', lambda s: s.update(n_wrong=0))
+    page = Page(write_report(run))
+    assert 'None is wrong.' in page.text and not page.gallery and not page.all('button')
+
+def test_what_does_not_fit_is_left_out_and_said(finished):
+    record = read_run(finished[0])
+    dls = run_images(record)
+    page = report_page(record, run_predictions(record, dls), dls, most=20_000)
+    n = page.count('<li data-pair="')
+    assert 0 < n < record.summary['n_wrong'] and f"{n} of {record.summary['n_wrong']} shown, those it was surest of" in page
+
+# ---- the command
+
+everything = [dict(), dict(data='digits'), dict(data='digits', epochs=24, bs=512), dict(recipe='seed', seed=7), dict(data='my images/cifar "10".tgz'), dict(data='-x; rm *'), dict(epochs=3), dict(epochs=3, peak_epoch=1.),
+              dict(lr_min=1e-05, lr_max=.1 + .2), dict(betas=(.8, .95), eps=1e-7), dict(whiten=False, ghost=0, logit_scale=1.), dict(recipe='seed', whiten=True, flip='alternate', wd=.1), dict(conv_bias=True, compile=True),
+              dict(norm='group', n_groups=4, dropout=.1), dict(precision='fp32', device='cpu', valid='holdout', pipeline='item', num_workers=0, checkpoint_minutes=0., anneal='cos', label_smoothing=0., bs=64)]
+
+@pytest.mark.parametrize('given', everything, ids=lambda given: ' '.join(given) or 'none')
+def test_the_command_gives_the_settings_again(given):
+    settings = TrainSettings(**given)
+    name, *args = shlex.split(repeat_command(settings))
+    unchecked = type('RunSettings', (RunSettings,), {'__post_init__': lambda self: None, '__module__': RunSettings.__module__}) # as the command parses
+    parsed = tyro.cli(unchecked, args=args)
+    again = TrainSettings(**{f.name: getattr(parsed, f.name) for f in fields(TrainSettings)})
+    assert name == 'cifar_train' and again == settings
+
+def test_the_command_names_what_differs_and_nothing_else():
+    assert repeat_command(TrainSettings(out='somewhere')) == 'cifar_train'
+    assert repeat_command(TrainSettings('digits', 'seed', epochs=3, seed=2)) == 'cifar_train --data digits --recipe seed --epochs 3 --seed 2'
+    assert changed_settings(TrainSettings(epochs=48)) == dict(epochs=48)
+
+def test_the_command_of_a_page_repeats_its_run(reported, finished, command, tmp_path):
+    shown = html.unescape(re.search(r'<code id="command">(.*?)</code>', reported.read_text(encoding='utf8'))[1])
+    name, *args = shlex.split(shown)
+    done = command(name.removeprefix('cifar_'), *args, '--out', tmp_path/'again')
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path/'again/summary.json')['accuracy'] == pytest.approx(finished[1]['accuracy'], abs=.051) # other threads, other last bits
+    other = {name for name, value in read_json(tmp_path/'again/config.json')['settings'].items() if value != read_json(finished[0]/'config.json')['settings'][name]}
+    assert other == {'out'}
+
+# ---- one file, and safe
+
+def test_nothing_is_loaded_from_elsewhere(reported):
+    page = Page(reported)
+    for tag, attrs in page.elements:
+        assert tag not in ('link', 'iframe', 'object', 'embed', 'base', 'form')
+        for name in ('src', 'href', 'xlink:href', 'action', 'srcset', 'poster', 'data'): assert attrs.get(name, '#').startswith(('data:image/webp;base64,', '#'))
+        assert not any(name.startswith('on') for name in attrs)
+    assert 'url(h' not in page.source and '@import' not in page.source and 'http' not in re.sub(r'base64,[^"]*|http-equiv', '', page.source)
+
+def test_the_policy_names_the_one_script_by_its_hash(reported):
+    page = Page(reported)
+    scripts = [data for tag, data in page.texts if tag == 'script']
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert len(scripts) == 1 and page.all('meta', http_equiv='Content-Security-Policy')[0]['content'] == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+def test_names_of_classes_are_text_everywhere(run, small, reported):
+    renamed_data = renamed(run, small, evil)
+    changed = read_json(run/'config.json')
+    changed['data']['fingerprint'] = list(renamed_data.fingerprint)
+    write_json(run/'config.json', changed)
+    page, plain = Page(write_report(run, renamed_data)), Page(reported)
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements] # not one element more or less
+    assert [attrs.keys() for _, attrs in page.elements] == [attrs.keys() for _, attrs in plain.elements]
+    assert [data for tag, data in page.texts if tag == 'script'] == [data for tag, data in plain.texts if tag == 'script']
+    for name in evil:
+        assert any(name in data for tag, data in page.texts if tag == 'th' or tag == 'span'), name
+    assert {attrs['data-name'].split(' taken for ')[0] for attrs in page.all('button') if 'data-name' in attrs} <= set(evil)
+
+def test_other_texts_of_a_folder_are_text_too(run, change):
+    bad = '<img src=x onerror=alert(1)>"\''
+    change('config.json', lambda c: (c['settings'].update(data=bad), c['environment'].update(processor=bad, platform=bad), c['environment']['packages'].update({bad: bad})))
+    change('summary.json', lambda s: s.update(device=bad, precision=bad, best_is=bad, weights_sha256=bad))
+    named = run.rename(run.parent/'<b>$x_1$ & _')
+    page = Page(write_report(named))
+    assert not page.all('img') and bad in page.text and '<b>' not in page.source
+    shutil.copytree(named, named.parent/'2')
+    compared = Page(write_comparison([named, named.parent/'2'], 'c.html'))
+    assert not compared.all('img') and not compared.all('b') and '1 · <b>$x_1$ & _' in compared.text and bad in compared.text
+
+# ---- without images
+
+@pytest.mark.parametrize('data', ['/moved/away', 'cifar10'])
+def test_without_images_the_page_says_so_and_has_the_rest(run, change, empty_home, server, data):
+    change('config.json', lambda c: c['settings'].update(data=data))
+    page = Page(write_report(run))
+    assert 'The images of this run are not at hand' in page.text and (f'{data} does not exist' if data != 'cifar10' else 'CIFAR-10 not found; give') in page.text
+    assert not page.all('img') and not page.all('button') and len(page.all('svg')) == 3 and 'By class' in page.text
+    assert len(re.findall('<span class="wrong"', page.source)) > 3
+
+def test_images_can_be_elsewhere(run, change, small_folder, reported):
+    change('config.json', lambda c: c['settings'].update(data='/moved/away'))
+    assert len(Page(write_report(run, small_folder)).gallery) == len(Page(reported).gallery)
+
+def test_images_of_another_run_are_not_shown(run, change, small):
+    with pytest.raises(ValueError, match='the images are not those of'): write_report(run, 'digits')
+    with pytest.raises(ValueError, match='the images are not those of'): write_report(run, small.first(80, 39))
+    with pytest.raises(FileNotFoundError, match='nothing does not exist'): write_report(run, 'nothing')
+    assert not (run/'report.html').exists()
+    change('config.json', lambda c: c['settings'].update(data='digits'))
+    assert 'the images are not those of' in Page(write_report(run)).text
+
+# ---- refusals
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    for folder in (tmp_path/'nothing', tmp_path):
+        with pytest.raises(FileNotFoundError, match='is no run folder: give one that cifar_train has written'): write_report(folder)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('damage', [lambda run: (run/'summary.json').unlink(), lambda run: write_json(run/'summary.json', read_json(run/'summary.json') | dict(interrupted=True)), lambda run: (run/'predictions.safetensors').unlink()],
+                         ids=['no summary', 'interrupted', 'no predictions'])
+def test_a_run_that_is_not_finished_is_refused(run, damage):
+    damage(run)
+    with pytest.raises(ValueError, match='is not finished') as e: write_report(run)
+    assert '\n' not in str(e.value) and not (run/'report.html').exists()
+
+damages = {'no bounds': ('config.json', lambda c: c.update(bounds=None)), 'bounds of another kind': ('config.json', lambda c: c['bounds'].update(lr_min='low')), 'bounds that are none': ('config.json', lambda c: c['bounds'].update(lr_min=1)),
+           'no settings': ('config.json', lambda c: c.pop('settings')), 'settings of another version': ('config.json', lambda c: c['settings'].update(colour='red')), 'no classes': ('config.json', lambda c: c['data'].update(vocab=[])),
+           'classes that are none': ('config.json', lambda c: c['data'].update(vocab=[1]*10)), 'classes in one text': ('config.json', lambda c: c['data'].update(vocab='abcdefghij')), 'fewer classes': ('config.json', lambda c: c['data'].update(vocab=['a', 'b'])), 'no stats': ('config.json', lambda c: c['data'].pop('stats')),
+           'stats that are none': ('config.json', lambda c: c['data'].update(stats=['abc', 'def'])), 'no machine': ('config.json', lambda c: c.pop('environment')), 'no number of images': ('config.json', lambda c: c['data'].update(n_train='many')),
+           'no accuracy': ('summary.json', lambda s: s.pop('accuracy')), 'accuracy of another kind': ('summary.json', lambda s: s.update(accuracy='good')), 'other accuracy of both sides': ('summary.json', lambda s: s.update(flip_averaged_accuracy='x')),
+           'of another run': ('summary.json', lambda s: s.update(n_wrong=s['n_wrong'] + 1))}
+
+@pytest.mark.parametrize('damage', damages)
+def test_a_damaged_run_is_refused_with_one_sentence(run, change, damage):
+    (run/'report.html').write_text('as it was')
+    change(*damages[damage])
+    with pytest.raises(ValueError) as e: write_report(run)
+    assert '\n' not in str(e.value) and (run/'report.html').read_text() == 'as it was' and not list(run.glob('*.part'))
+
+@pytest.mark.parametrize('name, content', [('config.json', '{'), ('summary.json', '[]'), ('history.csv', 'a,b\n'), ('history.csv', 'epoch,lr,train_loss,train_accuracy,valid_loss,accuracy,seconds\n'),
+                                           ('history.csv', 'epoch,lr,train_loss,train_accuracy,valid_loss,accuracy,seconds\n1,a,b,c,d,e,f\n'), ('range_test.csv', 'x\n1\n'), ('predictions.safetensors', 'none')])
+def test_a_damaged_file_is_refused_by_name(run, name, content):
+    (run/name).write_text(content)
+    with pytest.raises(ValueError, match=name) as e: write_report(run)
+    assert not (run/'report.html').exists()
+
+@pytest.mark.parametrize('wrong', [dict(probs=torch.ones(40, 9)), dict(targs=torch.full((40,), 10)), dict(targs=torch.full((40,), -1)), dict(probs=torch.ones(39, 10)), dict(probs=torch.ones(40)), dict(targs=torch.tensor(3)), dict(targs=torch.zeros(0, dtype=torch.int64), probs=torch.ones(0, 10))],
+                         ids=['fewer classes', 'label too high', 'label too low', 'fewer images', 'one number', 'one label', 'none'])
+def test_predictions_of_another_shape_are_refused(run, wrong):
+    save_file(load_file(run/'predictions.safetensors') | wrong, run/'predictions.safetensors')
+    with pytest.raises(ValueError, match='predictions.safetensors'): write_report(run)
+
+def test_a_page_is_written_whole_or_not_at_all(run, monkeypatch):
+    before = write_report(run).read_bytes()
+    def full(fd): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m, pytest.raises(OSError, match='No space'):
+        m.setattr('os.fsync', full) # a full disk
+        write_report(run)
+    assert (run/'report.html').read_bytes() == before and not list(run.glob('*.part'))
+
+# ---- several runs
+
+def rows(page, id_or_label):
+    table = re.search(rf'(?:id|aria-label)="{id_or_label}".*?<thead>(.*?)</thead>\s*<tbody>(.*?)</tbody>', page.source, re.DOTALL)
+    read = lambda part: [html.unescape(re.sub('<.*?>', '', cell)) for cell in re.findall(r'<t[hd][ >].*?</t[hd]>', part)]
+    head = read(table[1])
+    return [dict(zip(head, read(row), strict=True)) for row in re.findall(r'<tr>(.*?)</tr>', table[2], re.DOTALL)]
+
+def test_a_comparison_shows_the_figures_and_the_settings_that_differ(compared):
+    runs, out = compared
+    page, settings = Page(out), [read_run(run).settings for run in runs]
+    for row, run in zip(rows(page, 'Figures of the runs'), runs, strict=True):
+        summary = read_json(run/'summary.json')
+        assert row['accuracy'] == f"{summary['accuracy']:.2%}" and row['wrong'] == str(summary['n_wrong']) and row['with mirror images'] == f"{summary['flip_averaged_accuracy']:.2%}" and row['seconds'] == f"{summary['seconds']:,.0f}"
+    differing = rows(page, 'Settings that differ')
+    assert [(row['run'], row['wd'], row['valid'], row['seed'], row['anneal']) for row in differing] == [('1 · first', '0.25', 'test', '0', 'linear'), ('2 · second', '0.1', 'test', '1', 'linear'), ('3 · third', '0.2', 'holdout', '0', 'cos')]
+    assert set(differing[0]) == {'run'} | {name for name, value in asdict(settings[0]).items() if name != 'out' and any(getattr(other, name) != value for other in settings)}
+    assert len(page.all('svg')) == 1 and all(name in page.all('svg')[0]['aria-label'] for name in ('1 · first', '2 · second', '3 · third')) and not page.all('script')
+
+def test_a_comparison_counts_the_images_that_only_one_has_right(compared):
+    runs, out = compared
+    first, second = (load_file(run/'predictions.safetensors') for run in runs[:2])
+    a, b = (kept['probs'].argmax(1) == kept['targs'] for kept in (first, second))
+    row, = rows(Page(out), 'pairs') # the third was validated on other images
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    assert [row['only the first is right'], row['only the second is right'], row['both right'], row['both wrong']] == [str(n) for n in (only_a, only_b, int((a & b).sum()), int((~a & ~b).sum()))]
+    assert float(row['p']) == pytest.approx(min(1, 2*binom.cdf(min(only_a, only_b), only_a + only_b, .5)), rel=.05)
+    assert Page(out).text.count('were validated on different images') == 2
+
+@pytest.mark.parametrize('n, m', [(0, 0), (1, 0), (5, 1), (10, 10), (278, 231)])
+def test_mcnemar_is_exact(n, m):
+    a, b = np.repeat([True, False, True], [n, m, 7]), np.repeat([False, True, True], [n, m, 7])
+    test = mcnemar(a, b)
+    assert test[:4] == (n, m, 7, 0) and test.p == pytest.approx(min(1, 2*binom.cdf(min(n, m), n + m, .5)))
+
+def test_runs_with_other_labels_for_the_same_images_are_refused(compared, tmp_path):
+    run = shutil.copytree(compared[0][0], tmp_path/'run')
+    kept = load_file(run/'predictions.safetensors')
+    save_file({name: t.flip(0).contiguous() for name, t in kept.items()}, run/'predictions.safetensors') # in another order
+    with pytest.raises(ValueError, match='have other labels for the same images'): write_comparison([compared[0][0], run], 'c.html')
+
+def test_what_cannot_be_compared_is_refused(compared, tmp_path):
+    first, second = compared[0][:2]
+    for runs in ([], [first]):
+        with pytest.raises(ValueError, match='cannot be compared: give two or more run folders'): write_comparison(runs, 'c.html')
+    for out in (tmp_path, tmp_path/'nothing/c.html'):
+        with pytest.raises(ValueError, match='give a file in a folder that exists'): write_comparison([first, second], out)
+    with pytest.raises(FileNotFoundError, match='nothing is no run folder'): write_comparison([first, tmp_path/'nothing'], 'c.html')
+    assert not list(tmp_path.iterdir())
+
+def test_recorded_runs_are_compared(recorded_run, tmp_path):
+    page = Page(write_comparison([recorded_run('best'), recorded_run('24-epochs')], tmp_path/'c.html'))
+    row, = rows(page, 'pairs')
+    assert sum(int(row[name].replace(',', '')) for name in ('only the first is right', 'only the second is right', 'both right', 'both wrong')) == 10_000
+    assert rows(page, 'Figures of the runs')[1]['accuracy'] == '93.81%' and {'recipe', 'wd'} <= set(rows(page, 'Settings that differ')[0])
+
+# ---- a run of CIFAR-10
+
+def test_a_recorded_run_has_a_page_of_less_than_3_mb(recorded_run, real_cifar, figures):
+    run = recorded_run('best')
+    path = write_report(run, real_cifar)
+    page, summary = Page(path), read_json(run/'summary.json')
+    figures('report', bytes=path.stat().st_size, images=len(page.gallery))
+    assert path.stat().st_size < 3_000_000 and len(page.gallery) == summary['n_wrong'] and len(page.all('svg')) == 4
+
+def test_most_mistakes_do_not_make_it_larger(recorded_run, real_cifar):
+    run = recorded_run('24-epochs')
+    kept = load_file(run/'predictions.safetensors')
+    kept['probs'] = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(10), 10_000)).float()
+    save_file(kept, run/'predictions.safetensors')
+    n_wrong = int((kept['probs'].argmax(1) != kept['targs']).sum())
+    write_json(run/'summary.json', read_json(run/'summary.json') | dict(n_wrong=n_wrong))
+    path = write_report(run, real_cifar)
+    n = len(Page(path).gallery)
+    assert 2_000_000 < path.stat().st_size < 3_000_000 and 500 < n < n_wrong and f'{n} of {n_wrong:,} shown, those it was surest of' in Page(path).text
+
+def test_small_images_have_a_small_page(reported): assert reported.stat().st_size < 300_000
+
+# ---- in a browser
+
+@pytest.fixture(scope='session')
+def browser():
+    "Headless Chromium"
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+    if chromium is None: pytest.skip('no Chromium')
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+@pytest.fixture
+def opened(browser):
+    "Open a file; what it complains of and asks for is noted in `complaints` and `asked`"
+    contexts = []
+    def open_(path, width=1200, **kwargs):
+        contexts.append(browser.new_context(viewport=dict(width=width, height=900), **kwargs))
+        page = contexts[-1].new_page()
+        page.complaints, page.asked = [], []
+        page.on('console', lambda message: page.complaints.append(message.text))
+        page.on('pageerror', lambda error: page.complaints.append(str(error)))
+        page.on('dialog', lambda dialog: (page.complaints.append(dialog.message), dialog.dismiss()))
+        page.on('request', lambda request: page.asked.append(request.url) if not request.url.startswith('data:') else None)
+        page.goto(path.absolute().as_uri())
+        return page
+    yield open_
+    for context in contexts: context.close()
+
+def shown(page): return page.eval_on_selector_all('#gallery li', 'all => all.filter(o => o.offsetParent !== null).map(o => o.dataset.pair)')
+
+def test_a_page_opens_without_complaint_and_asks_for_nothing(opened, reported, compared):
+    for path in (reported, compared[1]):
+        page = opened(path)
+        page.mouse.wheel(0, 10_000)
+        assert page.complaints == [] and page.asked == [path.absolute().as_uri()]
+    assert opened(reported).evaluate('[...document.images].every(o => o.complete && o.naturalWidth === 32)')
+
+def test_a_cell_shows_its_images_and_shows_all_when_pressed_again(opened, reported):
+    page = opened(reported)
+    every, cell = shown(page), page.locator('.matrix button').first
+    pair, n = cell.get_attribute('data-pair'), int(cell.get_attribute('data-n'))
+    cell.click()
+    assert shown(page) == [pair]*n and len(every) > n and cell.get_attribute('aria-pressed') == 'true'
+    assert page.inner_text('#shown') == f"{cell.get_attribute('data-name')}: {n} of {n} shown" and page.locator('[aria-pressed=true]').evaluate_all('all => all.every(o => o.dataset.pair)')
+    cell.click()
+    assert shown(page) == every and cell.get_attribute('aria-pressed') == 'false' and page.inner_text('#shown') == f'{len(every)} of {len(every)} shown'
+
+def test_keys_and_pairs_filter_too(opened, reported):
+    page = opened(reported)
+    every = shown(page)
+    first, second = page.locator('.pairs button').all()[:2]
+    first.focus(); page.keyboard.press('Enter')
+    assert set(shown(page)) == {first.get_attribute('data-pair')}
+    second.focus(); page.keyboard.press('Space')
+    assert set(shown(page)) == {second.get_attribute('data-pair')} and first.get_attribute('aria-pressed') == 'false'
+    assert page.locator(f'.matrix button[data-pair="{second.get_attribute("data-pair")}"]').get_attribute('aria-pressed') == 'true'
+    page.click('#all')
+    assert shown(page) == every and page.complaints == []
+
+@pytest.mark.parametrize('width', [320, 390, 768])
+def test_a_narrow_page_does_not_scroll_sideways(opened, reported, compared, width):
+    for path in (reported, compared[1]): assert opened(path, width).evaluate('document.documentElement.scrollWidth') <= width
+
+def test_a_page_is_dark_where_that_is_wanted_and_light_on_paper(opened, reported, compared):
+    colours = 'o => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, getComputedStyle(document.querySelector("svg text")).fill]'
+    light = lambda colour: sum(map(int, re.findall(r'\d+', colour)[:3]))/765
+    for path in (reported, compared[1]):
+        for scheme, paper in dict(light=1, dark=0).items():
+            page = opened(path, color_scheme=scheme)
+            background, ink, plot = map(light, page.evaluate(colours))
+            assert abs(background - paper) < .2 and abs(ink - (1 - paper)) < .2 and plot == ink
+            page.emulate_media(media='print', color_scheme=scheme)
+            assert light(page.evaluate(colours)[0]) == 1
+
+def test_without_its_script_a_page_lacks_the_filter_alone(opened, reported):
+    page = opened(reported, java_script_enabled=False)
+    assert page.locator('#gallery li').count() == len(Page(reported).gallery) and page.locator('#gallery li').last.is_visible() and not page.locator('#all').is_visible()
+
+def test_evil_names_do_nothing_in_a_browser(opened, run, small):
+    path = write_report(run, renamed(run, small, evil))
+    page = opened(path)
+    for cell in page.locator('.pairs button').all(): cell.click()
+    assert page.complaints == [] and page.asked == [path.absolute().as_uri()] and page.inner_text('#shown').split(': ')[0].count('taken for') == 1
+
+def test_recorded_run_in_a_browser(opened, recorded_run, real_cifar):
+    page = opened(write_report(recorded_run('best'), real_cifar), 390)
+    page.click('.matrix button[data-pair="3-5"]')
+    assert set(shown(page)) == {'3-5'} and page.evaluate('document.documentElement.scrollWidth') <= 390 and page.complaints == []
