@@ -74,7 +74,8 @@ def cifar_train(settings:RunSettings):
     else:
         folder = new_run_folder(run.out)
         train(replace(run, out=str(folder)))
-    print(f'report {write_report(folder)}')
+    try: print(f'report {write_report(folder)}')
+    except (OSError, ValueError) as e: warnings.warn(f'the run is finished, but its report is not written: {e}; cifar_report {folder} makes it')
 
 # %% ../nbs/20_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def test_the_wildcard_import_brings_the_contract_and_not_fastai():
 def scripts(config): return dict(script.split('=') for script in config['console_scripts'].split())
 
 def test_every_command_of_settings_ini_is_there(config):
-    assert set(scripts(config)) == {'cifar_train', 'cifar_lr_find', 'cifar_interpret', 'cifar_predict', 'cifar_bench', 'cifar_repeat'}
+    assert set(scripts(config)) == {'cifar_train', 'cifar_lr_find', 'cifar_interpret', 'cifar_predict', 'cifar_bench', 'cifar_repeat', 'cifar_report', 'cifar_app', 'cifar_export'}
     for name, target in scripts(config).items():
         module, function = target.split(':')
         assert getattr(importlib.import_module(module), function).__name__ == name

@@ -389,16 +389,6 @@ def test_small_images_have_a_small_page(reported): assert reported.stat().st_siz
 
 # ---- in a browser
 
-@pytest.fixture(scope='session')
-def browser():
-    "Headless Chromium"
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-    if chromium is None: pytest.skip('no Chromium')
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 @pytest.fixture
 def opened(browser):
