@@ -75,7 +75,7 @@ def cifar_train(settings:RunSettings):
         folder = new_run_folder(run.out)
         train(replace(run, out=str(folder)))
     try: print(f'report {write_report(folder)}')
-    except (OSError, ValueError) as e: warnings.warn(f'the run is finished, but its report is not written: {e}; cifar_report {folder} makes it')
+    except (OSError, ValueError) as e: print(f'cifar_train: the run is finished, but its report is not written: {e}; cifar_report {folder} makes it', file=sys.stderr)
 
 # %% ../nbs/20_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cifar_fastai import cli
-from cifar_fastai.cli import AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings, ReportSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_repeat, cifar_train
+from cifar_fastai.cli import AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings, ReportSettings, cifar_interpret, cifar_lr_find, cifar_predict, cifar_repeat, cifar_report, cifar_train
 from cifar_fastai.core import RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, data_variable, read_json
 from cifar_fastai.data import read_image
 from cifar_fastai.interpret import class_probabilities, load_run
@@ -137,7 +137,7 @@ def test_train_as_a_process_makes_a_run(small_archive, finished, folder_of_its_o
     lines = done.stdout.splitlines()
     assert [line[:12] for line in lines if line.startswith('epoch')] == ['epoch 1 of 2', 'epoch 2 of 2']
     [run] = (folder_of_its_own/'runs').iterdir()
-    assert lines[-1].endswith(f'runs/{run.name}')
+    assert lines[-2].endswith(f'runs/{run.name}') and lines[-1] == f'report runs/{run.name}/report.html' and (run/'report.html').stat().st_size > 10_000
     assert json.loads((run/'summary.json').read_text())['weights_sha256'] == finished[1]['weights_sha256'] # as in this process
 
 def wait_for(condition, process, seconds=120):
@@ -250,6 +250,28 @@ def test_interpret_refuses_what_is_no_run(finished, tmp_path):
     assert '/no/such does not exist' in refused(cifar_interpret, run, '--data', '/no/such')
     (run/'model.safetensors').write_bytes(b'')
     assert 'model.safetensors holds no weights of this network' in refused(cifar_interpret, run)
+
+# ---- report
+
+def test_report_of_one_run_lies_in_its_folder_and_of_several_where_told(finished, capsys, tmp_path):
+    for name in 'one', 'two': shutil.copytree(finished[0], tmp_path/name)
+    cifar_report([str(tmp_path/'one')])
+    assert capsys.readouterr().out == f'saved {tmp_path/"one"/"report.html"}\n' and 'Most confused' in (tmp_path/'one'/'report.html').read_text()
+    cifar_report([str(tmp_path/'one'), str(tmp_path/'two'), '--out', str(tmp_path/'both.html')])
+    assert capsys.readouterr().out == f'saved {tmp_path/"both.html"}\n' and (tmp_path/'both.html').exists()
+
+@pytest.mark.parametrize('args, message', [([], 'no run: give one run folder'), (['run', '--out', 'page.html'], "out is 'page.html': give it with several runs"),
+    (['run', 'run', '--data', 'digits'], "data is 'digits': give it with one run"), (['no/such/run'], 'no/such/run')])
+def test_report_refuses_in_one_sentence(args, message, folder_of_its_own):
+    assert message in refused(cifar_report, *args) and list(folder_of_its_own.iterdir()) == []
+
+def test_a_run_whose_report_cannot_be_written_is_finished_all_the_same(finished, tmp_path, capsys):
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    (run/'report.html').mkdir() # where the page would be
+    cifar_train(['--resume', str(run)])
+    said = capsys.readouterr()
+    assert 'is finished' in said.out and re.fullmatch('cifar_train: the run is finished, but its report is not written: .* makes it\n', said.err)
+    assert list((run/'report.html').iterdir()) == [] and not list(run.glob('*.part')) and not list(run.glob('.report*'))
 
 # ---- lr_find
 
