@@ -15,6 +15,7 @@ from PIL import Image
 
 from .core import require_extra
 from .data import CIFAR10Data, find_cifar10, load_cifar10, read_image
+from .report import image_uri
 
 # %% ../nbs/13_app.ipynb #7a10c0d5
 def save_examples(
@@ -51,14 +52,13 @@ def build_app(
     import gradio as gr
 
     def answer(upload): # as the browser sends it
-        if upload is None: return None, None
+        if upload is None: return '', None
         path = Path(upload.get('path') or '').resolve()
         if not path.is_relative_to(Path(picture.GRADIO_CACHE).resolve()): raise gr.Error('that is no file: upload one', print_exception=False) # this function is asked by whoever can reach it
         name = upload.get('orig_name') or path.name
         try: image = read_image(path)
         except (ValueError, OSError) as e: raise gr.Error(escape(' '.join(str(e).replace(str(path), name).split())), print_exception=False) from None
-        seen = Image.fromarray(image).resize((256, 256), Image.Resampling.NEAREST)
-        return seen, dict(zip(vocab, map(float, classify(image[None])[0])))
+        return f'<img src="{image_uri(image)}" alt="the picture, shrunk to 32 times 32 pixels and cut to a square" style="width: 256px; margin: auto; image-rendering: pixelated">', dict(zip(vocab, map(float, classify(image[None])[0])))
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.HTML(f'<h1>{escape(title)}</h1><p>It knows {len(vocab)} things and nothing else: {escape(", ".join(vocab))}. Whatever it is shown, it names one of them.</p>')
@@ -67,7 +67,7 @@ def build_app(
                 picture = gr.Image(label='A picture: drop it, choose it, or paste it', sources=['upload', 'clipboard'], height=320, alt_text='the picture that was given')
                 if examples: gr.Examples([[str(path)] for path in examples], picture, label='or click on one of these', examples_per_page=20, elem_id='examples')
             with gr.Column():
-                seen = gr.Image(label='What the network sees: 32×32 pixels', format='png', height=320, interactive=False, buttons=[], alt_text='the picture, shrunk to 32 times 32 pixels and cut to a square')
+                seen = gr.HTML(label='What the network sees: 32×32 pixels', show_label=True, container=True, min_height=300) # no file: requests for the same picture would write it at once
                 label = gr.Label(label='What it says, and how sure it is', num_top_classes=len(vocab))
         picture.change(answer, picture, [seen, label], api_name='predict', concurrency_limit=2, show_progress='minimal', preprocess=False)
     return app.queue(max_size=1000)

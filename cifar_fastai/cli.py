@@ -235,8 +235,10 @@ def cifar_app(settings:AppSettings):
         if settings.data: raise
         examples = []
     app = build_app(classify, vocab, examples=examples)
-    print(f'{launch_app(app, settings.host, settings.port, settings.max_mb)} (Ctrl-C ends it)' + ('' if examples else '; no pictures to click on: give --data'), flush=True)
-    app.block_thread()
+    try:
+        print(f'{launch_app(app, settings.host, settings.port, settings.max_mb)} (Ctrl-C ends it)' + ('' if examples else '; no pictures to click on: give --data'), flush=True)
+        app.block_thread()
+    finally: app.close(verbose=False)
 
 # %% ../nbs/20_cli.ipynb #8c20e0a4
 @dataclass(frozen=True)

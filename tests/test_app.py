@@ -1,5 +1,5 @@
 "The demo in the browser: a served page, asked through its API and seen in Chromium"
-import json, os, re, shutil, signal, socket, subprocess, sys, time
+import base64, io, json, os, re, shutil, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import Request, urlopen
 
@@ -14,7 +14,7 @@ from gradio_client.exceptions import AppError
 from cifar_fastai.app import check_serving, find_examples, save_examples
 from cifar_fastai.cli import cifar_app
 from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, write_json
-from cifar_fastai.data import load_digits, max_bytes
+from cifar_fastai.data import load_digits, max_bytes, read_image
 from cifar_fastai.interpret import class_probabilities
 from cifar_fastai.models import load_pretrained
 
@@ -72,6 +72,10 @@ def test_the_app_says_what_cifar_predict_says(client, command, picture, examples
         done = command('predict', path)
         name, percent = re.fullmatch(rf'{re.escape(str(path))}: (\w+) ([\d.]+)%\n', done.stdout).groups()
         assert said['label'] == name and abs(100*said['confidences'][0]['confidence'] - float(percent)) < .06
+
+def test_it_shows_the_pixels_that_the_network_sees(client, picture):
+    shown = re.search('base64,([^"]+)"', ask(client, picture)[0])[1]
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(shown))).convert('RGB')) == read_image(picture)).all()
 
 def test_all_classes_are_shown_and_sum_to_one(client, picture):
     said = ask(client, picture)[1]['confidences']
