@@ -58,7 +58,7 @@ def build_app(
         name = upload.get('orig_name') or path.name
         try: image = read_image(path)
         except (ValueError, OSError) as e: raise gr.Error(escape(' '.join(str(e).replace(str(path), name).split())), print_exception=False) from None
-        return f'<img src="{image_uri(image)}" alt="the picture, shrunk to 32 times 32 pixels and cut to a square" style="width: 256px; margin: auto; image-rendering: pixelated">', dict(zip(vocab, map(float, classify(image[None])[0])))
+        return f'<img src="{image_uri(image)}" alt="the picture, shrunk to 32 times 32 pixels and cut to a square" style="width: 256px; margin: 20px auto 0; image-rendering: pixelated">', dict(zip(vocab, map(float, classify(image[None])[0])))
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.HTML(f'<h1>{escape(title)}</h1><p>It knows {len(vocab)} things and nothing else: {escape(", ".join(vocab))}. Whatever it is shown, it names one of them.</p>')
