@@ -25,6 +25,9 @@ nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 OMP_NUM_THREADS=$(NB
 
 with_cifar10 := nbs/03_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
 
+# Pages, documentation and files: what these tests look at is the same with any fastai.
+without_fastai = $(foreach name,app export report docs site,--ignore=test_$(name).py)
+
 in_parallel = -n $(NB_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -74,7 +77,7 @@ test-newest: ## the same in a second environment, with the newest fastai
 	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade '.[tensorboard]' fastai pytest pytest-xdist hypothesis)
 	@rm -rf build
 	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
-	$(call timed,pytest with the newest fastai,cd tests && OMP_NUM_THREADS=$(NB_THREADS) ../$(newest) -m pytest -m "not slow" $(in_parallel) -p no:cacheprovider --import-mode=importlib .)
+	$(call timed,pytest with the newest fastai,cd tests && OMP_NUM_THREADS=$(NB_THREADS) ../$(newest) -m pytest -m "not slow" $(in_parallel) -p no:cacheprovider --import-mode=importlib $(without_fastai) .)
 
 test-full: check ## the notebooks and pytest with all that is marked slow
 	$(call timed,notebooks,$(nbdev_test) --flags slow)

@@ -3,13 +3,14 @@ import hashlib, json, os, resource, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from fastai.vision.all import set_seed
-from onnx import TensorProto, helper
 from PIL import Image
+
+onnx = pytest.importorskip('onnx', reason='the extra export is not installed')
+ort = pytest.importorskip('onnxruntime', reason='the extra export is not installed')
+from onnx import TensorProto, helper
 
 from cifar_fastai import export
 from cifar_fastai.cli import cifar_export, cifar_predict
