@@ -39,6 +39,7 @@ def serve(tmp_path_factory):
         port = free_port()
         log = open(tmp_path_factory.mktemp('app')/'stderr', 'w+')
         process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'app', '--port', str(port), *map(str, args)], stdout=subprocess.PIPE, stderr=log, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), # a shell ignores it in what it runs in the background
                                    env=os.environ | dict(GRADIO_TEMP_DIR=str(tmp_path_factory.mktemp('uploads'))))
         processes.append((process, log))
         process.first_line = process.stdout.readline()
