@@ -116,7 +116,7 @@ def test_the_projects_figures_are_those_of_the_epochs_they_logged():
 def test_the_page_of_the_projects_has_a_row_for_each_with_both_figures():
     shown = '\n'.join(''.join(output['data'].get('text/markdown', '')) for cell in cells(root/'nbs/tutorials/from_the_seeds.ipynb', 'code') for output in cell['outputs'] if 'data' in output)
     ours = [f"{100*read_json(root/'benchmarks/runs'/name/'summary.json')['accuracy']:.2f}" for name in ('24-epochs', 'best')]
-    rows = {re.search(r'\d{3}', row)[0]: [part.strip() for part in row.strip('|').split('|')] for row in shown.splitlines()[2:]}
+    rows = {re.search(r'\d{3}', row)[0]: [part.strip() for part in row.strip('|').split('|')] for row in shown.strip().splitlines()[2:]}
     projects = json.loads((root/'benchmarks/projects.json').read_text(encoding='utf8'))
     assert rows.keys() == {project['project'] for project in projects}
     for project in projects: assert rows[project['project']][2:] == [f"{project['accuracy']:.2f}", *ours] and '](' in rows[project['project']][1]
