@@ -13,3 +13,4 @@ from .repeat import *
 from .report import *
 from .app import *
 from .export import *
+from .distributed import *

@@ -9,6 +9,7 @@ __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'Int
 
 # %% ../nbs/20_cli.ipynb #0c38264d
 import os, sys, warnings
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial, wraps
@@ -29,12 +30,14 @@ def _command(f):
         checked = f.__annotations__['settings']
         unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None, '__module__': checked.__module__}) # tyro would put a box round what is refused
         parse = partial(tyro.cli, unchecked, prog=f.__name__, description=f.__doc__, args=args)
-        with warnings.catch_warnings():
+        rank, n = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1))) # as a launcher of several processes sets them
+        with warnings.catch_warnings(), _silence(rank > 0):
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
             warnings.showwarning = lambda message, *where, **how: print(f'{f.__name__}: {message}', file=sys.stderr, flush=True)
             try:
                 given = parse()
-                if hasattr(given, 'recorded') and (recorded := given.recorded()):
+                if n > 1 and f.__name__ != 'cifar_train': raise ValueError(f'started as {n} processes, and only cifar_train is for several: start it once')
+                if hasattr(given, 'recorded') and not rank and (recorded := given.recorded()):
                     given = parse(default=recorded)
                     given.agree_with(recorded)
                 f(checked(**{field.name: getattr(given, field.name) for field in fields(checked)}))
@@ -42,8 +45,16 @@ def _command(f):
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is left to be written has no reader either
                 sys.exit(141)
-            except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as e: sys.exit(f'{f.__name__}: {" ".join(str(e).split())}')
+            except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as e:
+                said = f'{f.__name__}: {" ".join(str(e).split())}'
+                if rank and isinstance(e, ConnectionError): print(said, file=sys.__stderr__) # the first process may be the one that is gone
+                sys.exit(said)
     return command
+
+@contextmanager
+def _silence(on):
+    "Of several processes the first one speaks"
+    with open(os.devnull, 'w') if on else nullcontext() as nowhere, redirect_stdout(nowhere) if on else nullcontext(), redirect_stderr(nowhere) if on else nullcontext(): yield
 
 @dataclass(frozen=True)
 class RunSettings(TrainSettings):
@@ -64,16 +75,21 @@ class RunSettings(TrainSettings):
 @_command
 def cifar_train(settings:RunSettings):
     "Train the network and write a run folder: settings, history, weights, checkpoints, summary, plots and a report."
+    from cifar_fastai.distributed import launched_processes
     from cifar_fastai.report import write_report
     from cifar_fastai.training import new_run_folder, resume, train
     run = TrainSettings(**{f.name: getattr(settings, f.name) for f in fields(TrainSettings)})
-    if settings.resume is not None:
-        folder = settings.resume
-        resume(folder, asdict(run), force=settings.force)
-    elif settings.force: raise ValueError('force is True: give it with resume')
-    else:
-        folder = new_run_folder(run.out)
-        train(replace(run, out=str(folder)))
+    processes = launched_processes(run.device)
+    try:
+        if settings.resume is not None:
+            folder = settings.resume
+            resume(folder, asdict(run), force=settings.force, processes=processes)
+        elif settings.force: raise ValueError('force is True: give it with resume')
+        else:
+            folder = processes.from_first(lambda: new_run_folder(run.out))
+            train(replace(run, out=str(folder)), processes=processes)
+    finally: processes.end()
+    if processes.rank: return
     try: print(f'report {write_report(folder)}')
     except (OSError, ValueError) as e: print(f'cifar_train: the run is finished, but its report is not written: {e}; cifar_report {folder} makes it', file=sys.stderr)
 

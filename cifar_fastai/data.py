@@ -25,6 +25,7 @@ import torch
 from fastai.data.external import URLs, fastai_cfg
 from fastai.vision.all import (Categorize, CategoryBlock, DataBlock, Datasets, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, Normalize, Pipeline, TensorCategory,
                                TensorImage, TfmdDL, ToTensor, default_device, to_detach)
+from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -373,6 +374,7 @@ class SeededDL(TfmdDL):
     def __init__(self, dataset, seed:int=0, **kwargs):
         self.seed, self.epoch, self.drawing, self.augments = seed, 0, 0, []
         self.start = self.first = 0 # batches to leave out of the next pass, and of this one: for a run that is continued
+        self.share = 0, 1 # which part of each batch is made here, and of how many: for processes that train together
         super().__init__(dataset, **kwargs)
         self.fake_l.generator = torch.Generator() # of the seeds of worker processes; else each pass would draw from the global one
 
@@ -393,6 +395,18 @@ class SeededDL(TfmdDL):
         self.augments = [f for f in self.after_item.fs if hasattr(f, 'reseed')]
 
     def get_idxs(self): return super().get_idxs()[self.first*self.bs:]
+
+    def of_batch(self, n:int): # -> slice
+        "Which of the `n` images of a batch are made here: shares are whole, disjoint, and of one size or two"
+        part, parts = self.share
+        return slice(n*part//parts, n*(part + 1)//parts)
+
+    def create_batches(self, samps):
+        if self.share[1] == 1: yield from super().create_batches(samps)
+        else:
+            for batch in chunked(samps, self.bs, self.drop_last):
+                items = [item for s in batch[self.of_batch(len(batch))] if (item := self.do_item(s)) is not None]
+                if items: yield self.do_batch(items)
 
     def after_iter(self): self.first = 0
 
@@ -514,7 +528,9 @@ class BatchDL(SeededDL):
             draws = draw(aug.aug, n, (self.seed, self.drawing, 1), pixels.shape[1], flips).to(pixels.device)
             fill = pack_colour(aug.mean, pixels.device)
         for start in range(self.first*self.bs, n, self.bs):
-            part = slice(start, min(start + self.bs, n))
+            own = self.of_batch(min(self.bs, n - start))
+            part = slice(start + own.start, start + own.stop)
+            if own.start == own.stop: continue
             batch = pixels.index_select(0, order[part]) if aug is None else augment_batch(pixels, order[part], draws.of(part), aug.aug, fill)
             y = None if labels is None else labels.index_select(0, order[part])
             if self.device is not None and batch.device.type != self.device.type: batch, y = (t if t is None else sent(t, self.device) for t in (batch, y))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FusedAdam', 'CPUAutocast', 'best_precision', 'precision_callbacks', 'precision_of', 'keep_memory', 'DeviceSmoothLoss',
-           'EpochRecorder', 'EpochProgress', 'SetEpoch', 'bars_for_people', 'first_images', 'cifar_learner',
-           'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint',
-           'check_finite', 'FiniteLoss', 'Checkpoints']
+           'EpochRecorder', 'EpochProgress', 'Processes', 'CifarLearner', 'SetEpoch', 'bars_for_people', 'first_images',
+           'cifar_learner', 'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint',
+           'newest_checkpoint', 'check_finite', 'FiniteLoss', 'Checkpoints']
 
 # %% ../nbs/05_learner.ipynb #e8ff9678
 import ctypes, hashlib, json, math, random, sys, time, warnings
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -233,6 +234,40 @@ class EpochProgress(ProgressCallback):
         self.pbar.comment = ', '.join([f'loss {loss:.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
 
 # %% ../nbs/05_learner.ipynb #e0405139
+class Processes:
+    "The processes that train together: here, this one alone. `LaunchedProcesses` has several"
+    rank, n = 0, 1 # which one this is, and of how many
+
+    def gather(self, value): # -> list, one of each process
+        "What each process gives, in every process"
+        return [value]
+
+    def from_first(self, f): # -> what `f()` gives in the first process, in every process
+        "Have the first process alone do something. What it raises is raised in every process"
+        return f()
+
+    def in_turn(self, f): # -> what `f()` gives here
+        "Have every process do something, the first one before the others. What one raises is raised in every process"
+        return f()
+
+    def check(self, dls):
+        "Raise `ValueError` when they cannot share its batches"
+
+    def train(self, learn:Learner): # -> context
+        "In it, `learn.fit` is a part of theirs"
+        return nullcontext(learn)
+
+    def end(self):
+        "Part with the others"
+
+    def any(self, what:str, flag:bool, wait:bool=False): # -> bool, the same in every process
+        "Has one of them said so of `what`? Unless it is waited for, what they say is known at the next call"
+        return flag
+
+class CifarLearner(Learner):
+    "A fastai `Learner` that knows the processes it trains with"
+    processes = Processes()
+
 class SetEpoch(Callback):
     "Make the order and augmentation of each epoch of a fit a function of seed and epoch alone"
     order = -10 # before the `DataLoader` is asked for its first batch
@@ -264,7 +299,7 @@ def cifar_learner(
     recipe:Literal['best', 'seed']='best', # what `model`, `wd` and `label_smoothing` are when they are `None`
     label_smoothing:float=None, # of the loss, which is that of both sets; `None` is the recipe's
     **kwargs, # further arguments of fastai's `Learner`
-): # -> fastai `Learner`
+): # -> `CifarLearner`, a fastai `Learner`
     "Adam, cross-entropy and accuracy on both sets around `model`. On a processor it calls `keep_memory`, which lasts as long as the process"
     if recipe not in recipes: raise ValueError(f"recipe is {recipe!r}: give {' or '.join(map(repr, recipes))}")
     if wd is None: wd = recipes[recipe]['wd']
@@ -275,7 +310,7 @@ def cifar_learner(
     kwargs = dict(loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), metrics=accuracy, opt_func=partial(FusedAdam, betas=betas, eps=eps, wd=wd)) | kwargs
     if compile: model.compile()
     if torch.device(dls.device).type == 'cpu': keep_memory()
-    learn = Learner(dls, model, cbs=[SetEpoch(), *precision_callbacks(precision, torch.device(dls.device)), *L(cbs)], **kwargs)
+    learn = CifarLearner(dls, model, cbs=[SetEpoch(), *precision_callbacks(precision, torch.device(dls.device)), *L(cbs)], **kwargs)
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.add_cbs([EpochRecorder(), EpochProgress()])
     learn.logger = learn.recorder.print_row
@@ -357,7 +392,7 @@ class FiniteLoss(Callback):
         self.every, self.last = every, 0
 
     def after_batch(self):
-        if not self.training or time.monotonic() - self.last < self.every: return
+        if not self.training or not self.processes.any('look', time.monotonic() - self.last >= self.every): return
         check_finite(self.learn)
         self.last = time.monotonic()
 
@@ -391,9 +426,28 @@ class Checkpoints(Callback):
     def _others(self): # a callback finds what it lacks in the learner, and that in the model: so its class is asked
         return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
 
+    def _of_this_process(self, tensors, facts): # -> (tensors, facts) with its own random states and sums in place of the first one's
+        kept, rank, n = [facts, *facts.get('others', [])], self.processes.rank, self.processes.n
+        self.written_by = len(kept)
+        if len(kept) != n: # the first one takes what all have summed
+            add = lambda of_each, i: sum(s[i] for s in of_each) if rank == 0 else 0
+            recorders = [k['callbacks']['recorder'] for k in kept]
+            sums = [s[0] and [add(s, 0), add(s, 1), s[0][2]] for s in zip(*(recorder['sums'] for recorder in recorders))]
+            return tensors, facts | dict(callbacks=facts['callbacks'] | dict(recorder=recorders[0] | dict(sums=sums)))
+        if rank == 0: return tensors, facts
+        prefix = f'other.{rank}.'
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        return {name: t for name, t in tensors.items() if not name.startswith('random.')} | own, facts | kept[rank]
+
+    @contextmanager
+    def _refused(self):
+        try: yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as e:
+            raise ValueError(f'{self.folder} has checkpoints of another fit: {" ".join(str(e).split())[:200]}') from None
+
     def _load(self):
         tensors, facts = self.state
-        try:
+        with self._refused():
             if facts['fit'] != [self.n_epoch, len(self.dls.train)]: raise ValueError('theirs was {} epochs of {} batches'.format(*facts['fit']))
             if not all(type(facts[k]) is int and 0 <= facts[k] <= most for k, most in zip(('epoch', 'batches', 'train_iter'), [*facts['fit'], math.prod(facts['fit'])])): raise ValueError('its place is none')
             self.model.load_state_dict({k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')})
@@ -407,19 +461,21 @@ class Checkpoints(Callback):
                 if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
             if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
             _set_random_states(facts['random'], tensors) # now to see whether they are whole, and again when training begins
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as e:
-            raise ValueError(f'{self.folder} has checkpoints of another fit: {" ".join(str(e).split())[:200]}') from None
 
     def before_fit(self):
         if not isinstance(self.opt, OptimWrapper) or not isinstance(self.recorder, EpochRecorder): raise ValueError('Checkpoints need a learner of cifar_learner with an optimizer of torch')
         self.last, self.position, self.state = time.monotonic(), (0, 0), None
-        if not self.resume and checkpoints_in(self.folder): raise FileExistsError(f'{self.folder} holds checkpoints: give resume=True to go on from them, or another folder')
-        if self.resume and (newest := newest_checkpoint(self.folder)): self.state = newest[1:]
-        if not self.state: return
+        if not (newest := self.processes.from_first(self._newest)): return
+        with self._refused(): self.state = self._of_this_process(*newest[1:])
         self._load()
         epoch, batches = self.position = tuple(self.state[1][k] for k in ('epoch', 'batches'))
         step = f'epoch {epoch + 1}, step {batches + 1}' if batches < len(self.dls.train) else f'epoch {epoch + 1}, its validation'
-        print(f'resuming at {step}' if epoch < self.n_epoch else 'resuming after the last epoch', flush=True)
+        moved = f', as {_processes(self.processes.n)} what {_processes(self.written_by)} began: the weights may differ in their last bits' if self.written_by != self.processes.n else ''
+        if self.processes.rank == 0: print((f'resuming at {step}' if epoch < self.n_epoch else 'resuming after the last epoch') + moved, flush=True)
+
+    def _newest(self):
+        if self.resume: return newest_checkpoint(self.folder)
+        if checkpoints_in(self.folder): raise FileExistsError(f'{self.folder} holds checkpoints: give resume=True to go on from them, or another folder')
 
     def before_epoch(self):
         if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # it is done already
@@ -439,7 +495,8 @@ class Checkpoints(Callback):
         if not self.training: return
         epoch, batches = self.position
         self.position = epoch, batches + 1
-        if self.within and batches + 1 < len(self.dls.train) and time.monotonic() - self.last >= 60*self.minutes: self.save()
+        due = self.processes.any('save', self.within and time.monotonic() - self.last >= 60*self.minutes)
+        if due and batches + 1 < len(self.dls.train): self.save()
 
     @property
     def within(self): # an epoch may be left in its middle when its order is known and its sums can be kept
@@ -451,16 +508,25 @@ class Checkpoints(Callback):
         self.save()
 
     def save(self): # -> `Path`
-        "A checkpoint of where the fit is; call it between steps only"
+        "A checkpoint of where the fit is; call it between steps only, in every process"
         check_finite(self.learn)
         facts, tensors = _random_states()
+        own = dict(random=facts, callbacks={name: cb.state_dict() for name, cb in self._others().items()})
+        kept = self.processes.gather((own, tensors))
+        path = self.processes.from_first(lambda: self._write(kept))
+        self.last = time.monotonic()
+        return path
+
+    def _write(self, kept): # what is each process's own
+        (own, tensors), *others = kept
         state, scaler, (epoch, batches) = self.opt.opt.state_dict(), getattr(self.learn, 'scaler', None), self.position
+        for i, (_, theirs) in enumerate(others, 1): tensors |= {f'other.{i}.{k}': v for k, v in theirs.items()}
         tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
         tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
         if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
             raise FloatingPointError(f'weights or moments are no longer finite after epoch {epoch + (batches > 0)}, step {batches or len(self.dls.train)}, though the loss was: give a lower lr_max, or another seed; the last checkpoint is from before')
-        path = write_checkpoint(self.folder, tensors, dict(
-            epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train, random=facts,
-            param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, callbacks={name: cb.state_dict() for name, cb in self._others().items()}))
-        self.last = time.monotonic()
-        return path
+        return write_checkpoint(self.folder, tensors, dict(
+            epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train,
+            param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, **own, **(dict(others=[theirs for theirs, _ in others]) if others else {})))
+
+def _processes(n): return f'{n} process' + 'es'*(n > 1)

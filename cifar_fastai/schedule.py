@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.callback.schedule import ParamScheduler
-from fastai.vision.all import Callback, Learner
+from fastai.vision.all import Callback, Learner, noop
 
 # %% ../nbs/04_schedule.ipynb #24bb0546
 def one_cycle_lr(
@@ -76,8 +76,10 @@ def _as_it_was(learn):
     try:
         with TemporaryDirectory() as folder:
             learn.opt, learn.model_dir = None, folder
+            learn.save = noop # `lr_find` would keep the weights in a file, and only in the first of several processes
             yield
     finally:
+        learn.__dict__.pop('save', None)
         learn.model.load_state_dict(weights)
         for m, mode in modes: m.training = mode
         for name, value in kept_attrs.items(): setattr(learn, name, value)

@@ -13,6 +13,7 @@ import hashlib, shutil, signal, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 
@@ -28,7 +29,7 @@ from .augment import CropFlipCutout, plot_augmented
 from .core import TrainSettings, environment, peak_memory, read_json, require_extra, settings_from, write_json, write_whole
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
-from .learner import Checkpoints, FiniteLoss, bars_for_people, checkpoints_in, cifar_learner, first_images, precision_callbacks, precision_of, save_weights
+from .learner import Checkpoints, FiniteLoss, Processes, bars_for_people, checkpoints_in, cifar_learner, first_images, precision_callbacks, precision_of, save_weights
 from .models import CustomResNet, whiten_first_layer
 from .schedule import LRBounds, OneCycle, bounds_from, plot_range_test, range_test
 
@@ -55,7 +56,8 @@ def run_config(
 def run_environment(learn:Learner): # -> dict
     "`environment()`, and where and how `learn` trains: what the last bits of the weights depend on"
     device = torch.device(learn.dls.device)
-    return environment() | dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, precision=precision_of(learn), threads=torch.get_num_threads())
+    return environment() | dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, precision=precision_of(learn), threads=torch.get_num_threads(),
+                                processes=learn.processes.n)
 
 # %% ../nbs/07_training.ipynb #0efad4a2
 def read_history(run): # -> `DataFrame` of a run folder's `history.csv`
@@ -84,9 +86,11 @@ class SaveRun(TrackerCallback):
         config:dict, # from `run_config`
         tested=None, # (learning rates, losses, bounds) of the range test, when there was one
         resume:bool=False, # the folder is there, and the run in it is continued
+        processes:Processes=Processes(), # that train together; the first one writes
     ):
         super().__init__(monitor='accuracy')
-        self.path, self.config, self.tested, self.resume, self.best_epoch = Path(run) if resume else new_run_folder(run), config, tested, resume, None
+        self.path = processes.from_first(lambda: Path(run) if resume else new_run_folder(run))
+        self.config, self.tested, self.resume, self.best_epoch, self.together = config, tested, resume, None, processes
         self.lock, self.begun, self.trained = FileLock(self.path/'.lock', is_singleton=True), False, False # a singleton: in one process, who is stopped may be resumed
 
     def before_fit(self):
@@ -94,20 +98,22 @@ class SaveRun(TrackerCallback):
         if not self.run: return
         if self.trained: raise FileExistsError(f'{self.path} holds a run already: give another run folder')
         self.begin()
-        if self.tested is not None: write_range_test(self.path, *self.tested[:2])
+        if self.tested is not None: self.together.from_first(lambda: write_range_test(self.path, *self.tested[:2]))
         self.trained = True
 
     def begin(self):
-        "Make the folder, unless it is there to be continued, and keep other processes from it until `end`. Raises `FileExistsError` or `BlockingIOError`"
-        if self.begun: return
+        "Make the folder, unless it is there to be continued, and keep other runs from it until `end`. Raises `FileExistsError` or `BlockingIOError`"
+        if not self.begun: self.together.from_first(self._begin)
+        self.begun = True
+
+    def _begin(self):
         if not self.resume: self.path.mkdir(parents=True)
         try: self.lock.acquire(timeout=0)
         except Timeout: raise BlockingIOError(f'{self.path} is being written to by another process: wait for its end, or give another run folder') from None
         if not self.resume: write_json(self.path/'config.json', self.config)
-        self.begun = True
 
     def end(self):
-        if self.begun: self.lock.release()
+        if self.begun and self.together.rank == 0: self.lock.release()
         self.begun = False
 
     def after_epoch(self):
@@ -115,11 +121,14 @@ class SaveRun(TrackerCallback):
         super().after_epoch()
         self.save_last()
         if self.new_best:
-            save_weights(self.model, self.path/'best.safetensors')
+            self.together.from_first(lambda: save_weights(self.model, self.path/'best.safetensors'))
             self.best_epoch = self.epoch + 1
 
     def save_last(self):
         "History and weights as they are now"
+        self.together.from_first(self._save)
+
+    def _save(self):
         write_whole(self.path/'history.csv', pd.DataFrame(self.recorder.history, columns=history_columns).to_csv(index=False).encode())
         save_weights(self.model, self.path/'model.safetensors')
 
@@ -262,12 +271,15 @@ class StopAfterStep(Callback):
 
     def _stop(self, number): raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    def after_batch(self):
-        if not self.pressed: return
+    def _stop_when_pressed(self, wait=False):
+        if not self.processes.any('stop', bool(self.pressed), wait): return
         self.between_steps = True
-        self._stop(self.pressed)
+        self._stop(self.pressed or signal.SIGTERM) # all of them at the same step
 
-    def after_fit(self): self.after_batch() # pressed behind the last step
+    def after_batch(self):
+        if self.training or self.processes.n == 1: self._stop_when_pressed() # several need not have as many batches to validate on
+
+    def after_fit(self): self._stop_when_pressed(wait=True) # pressed behind the last step
 
 # %% ../nbs/07_training.ipynb #dfb81c9b
 def settle_bounds(
@@ -287,17 +299,20 @@ def settle_bounds(
 def settings_learner(
     settings:TrainSettings,
     data:CIFAR10Data=None, # images in place of those that `settings` name
+    processes:Processes=Processes(), # that train together
 ): # -> (`Learner`, `CIFAR10Data`)
     "A fresh learner as `settings` describe it, with every random state seeded"
     device = find_device(settings.device)
     precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
-    data = load_cifar10(settings.data if data is None else data)
+    data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data))
     set_seed(settings.seed, reproducible=True) # on a GPU, too
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip), num_workers=settings.num_workers, device=device)
+    processes.check(dls)
     model = CustomResNet(dls.c, **settings.network)
     if settings.whiten: whiten_first_layer(model, first_images(dls).cpu())
     learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
+    learn.processes = processes
     return bars_for_people(learn), data
 
 # %% ../nbs/07_training.ipynb #f69efd88
@@ -320,37 +335,44 @@ def finish_run(
 def train(
     settings:TrainSettings,
     data:CIFAR10Data=None, # images in place of those that `settings` name
-): # -> dict: what `summary.json` holds
+    processes:Processes=Processes(), # that train together
+): # -> dict: what `summary.json` holds, in each of them
     "One run. Ctrl-C and SIGTERM keep a checkpoint, its history and its last model, and are raised again"
-    run = new_run_folder(settings.out)
-    learn, data = settings_learner(settings, data)
+    run = processes.from_first(lambda: new_run_folder(settings.out))
+    learn, data = settings_learner(settings, data, processes)
     print(f'{data}, {data.origin}')
-    return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn)))
+    return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
 
 def _run(settings, learn, data, saved):
     "The range test, unless it is made, the fit and what comes behind it"
     saved.begin()
-    logs = [tensorboard_log(saved)] if settings.log == 'tensorboard' else []
+    first = learn.processes.from_first
+    logs = [tensorboard_log(saved)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
     try:
-        with StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
+        with learn.processes.train(learn), StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
             if saved.config['bounds'] is None:
                 try: bounds, tested = settle_bounds(settings, learn)
                 except BaseException: # what is refused or stopped before its first step leaves no folder
-                    if not saved.resume: shutil.rmtree(saved.path)
+                    if not saved.resume and learn.processes.rank == 0: shutil.rmtree(saved.path)
                     raise
-                if tested: write_range_test(saved.path, *tested[:2])
                 saved.config['bounds'] = bounds._asdict()
-                write_json(saved.path/'config.json', saved.config)
-            else:
-                bounds = LRBounds(**saved.config['bounds'])
-                try: tested = (*read_range_test(saved.path), bounds)
-                except (FileNotFoundError, ValueError): tested = None # the rates were given
+                first(partial(_write_bounds, saved, tested))
+            else: bounds, tested = first(partial(_read_bounds, saved))
             print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
             _fit(settings, learn, bounds, saved, stop, logs)
-        return _finish(settings, learn, data, tested, saved, logs)
+        return first(partial(_finish, settings, learn, data, tested, saved, logs))
     finally:
         for log in logs: log.close()
         saved.end()
+
+def _write_bounds(saved, tested):
+    if tested: write_range_test(saved.path, *tested[:2])
+    write_json(saved.path/'config.json', saved.config)
+
+def _read_bounds(saved): # -> (`LRBounds`, what `plot_range_test` takes, or `None` when the rates were given)
+    bounds = LRBounds(**saved.config['bounds'])
+    try: return bounds, (*read_range_test(saved.path), bounds)
+    except (FileNotFoundError, ValueError): return bounds, None
 
 def _fit(settings, learn, bounds, saved, stop, logs):
     "From the first step, or from where the newest checkpoint was taken, to the last"
@@ -363,7 +385,7 @@ def _fit(settings, learn, bounds, saved, stop, logs):
             with learn.added_cbs([saved, checkpoints, *logs]):
                 checkpoints.save()
                 saved.save_last()
-                write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True))
+                learn.processes.from_first(lambda: write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True)))
             print(f'\ninterrupted: checkpoint, history and last model are in {saved.path}; cifar_train --resume {saved.path} goes on from here', flush=True)
         raise
 
@@ -411,9 +433,25 @@ def resume(
     changes:dict=None, # settings that have no part in the result, such as `num_workers`; others are refused
     data:CIFAR10Data=None, # images in place of those that the settings name
     force:bool=False, # go on although versions of libraries are others
+    processes:Processes=Processes(), # that train together; they may be more or fewer than before
 ): # -> dict: what `summary.json` holds
     "Go on with a run that was stopped. Raises `FileNotFoundError`, `BlockingIOError` or `ValueError` with one sentence; another machine is warned of"
-    run, changes = Path(run), changes or {}
+    run = Path(run)
+    config, settings, fingerprint = processes.from_first(lambda: _recorded(run, changes or {}))
+    saved = SaveRun(run, config, resume=True, processes=processes)
+    saved.begin()
+    try:
+        if summary := processes.from_first(lambda: _finished(run)): return summary
+        learn, data = settings_learner(settings, data, processes)
+        if list(data.fingerprint) != fingerprint: raise ValueError(f'the images are not those of the run: {data}, {data.origin}')
+        versions, machine = other_surroundings(config, learn)
+        if versions and not force: raise ValueError(f'{"; ".join(versions)}: go on with those of the run, or give --force, and the weights may differ in their last bits')
+        if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an undisturbed run', stacklevel=2)
+        if not processes.from_first(lambda: checkpoints_in(run/'checkpoint')): print('no checkpoint yet: starting over from the recorded settings', flush=True)
+        return _run(settings, learn, data, saved)
+    finally: saved.end()
+
+def _recorded(run, changes): # -> (config, `TrainSettings`, fingerprint of the images)
     if not (run/'config.json').exists(): raise FileNotFoundError(f'{run} is no run folder: give one that cifar_train has written')
     config = read_json(run/'config.json')
     try:
@@ -423,20 +461,12 @@ def resume(
         if bounds and not 0 < bounds.lr_min < bounds.lr_max < float('inf'): raise TypeError(f'its bounds are {bounds}')
         config['environment']['packages'].get
     except (AttributeError, KeyError, TypeError) as e: raise ValueError(f'{run}/config.json is not complete ({e}): was it written by another version?') from None
-    saved = SaveRun(run, config, resume=True)
-    saved.begin()
-    try:
-        for part in run.rglob('*.part'): part.unlink() # what was being written when the run was killed
-        try: summary = read_json(run/'summary.json')
-        except (FileNotFoundError, ValueError): summary = dict(interrupted=True) # not written yet, or not to its end
-        if not summary.get('interrupted'):
-            print(f"{run} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
-            return summary
-        learn, data = settings_learner(settings, data)
-        if list(data.fingerprint) != fingerprint: raise ValueError(f'the images are not those of the run: {data}, {data.origin}')
-        versions, machine = other_surroundings(config, learn)
-        if versions and not force: raise ValueError(f'{"; ".join(versions)}: go on with those of the run, or give --force, and the weights may differ in their last bits')
-        if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an undisturbed run', stacklevel=2)
-        if not checkpoints_in(run/'checkpoint'): print('no checkpoint yet: starting over from the recorded settings', flush=True)
-        return _run(settings, learn, data, saved)
-    finally: saved.end()
+    return config, settings, fingerprint
+
+def _finished(run): # -> the summary of a run that is, or `None`
+    for part in run.rglob('*.part'): part.unlink() # what was being written when the run was killed
+    try: summary = read_json(run/'summary.json')
+    except (FileNotFoundError, ValueError): summary = dict(interrupted=True) # not written yet, or not to its end
+    if not summary.get('interrupted'):
+        print(f"{run} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
+        return summary
