@@ -385,8 +385,8 @@ class SeededDL(TfmdDL):
         return res
 
     def to_detach(self, b, cpu=True, gather=True): # asked by `Learner.to_detach`
-        "Single numbers (losses, metrics) stay where they are: to copy them is to wait for them"
-        return to_detach(b, cpu and getattr(b, 'ndim', 1) > 0, gather)
+        "Single numbers (losses, metrics) stay where they are: to copy them is to wait for them. Nothing is gathered from other processes, which have shares of their own"
+        return to_detach(b, cpu and getattr(b, 'ndim', 1) > 0, gather=False)
 
     def before_iter(self): # in the main process: workers are forked after it
         super().before_iter()

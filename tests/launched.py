@@ -1,0 +1,61 @@
+"""What several processes do in test_distributed.py: `launched.py WHAT FOLDER SOURCE OPTIONS`. Each leaves `rank<r>.json` in FOLDER."""
+import hashlib, json, os, sys
+from pathlib import Path
+
+import torch
+from fastai.vision.all import Callback, set_seed
+
+from cifar_fastai.augment import CropFlipCutout
+from cifar_fastai.data import cifar_dls, load_cifar10
+from cifar_fastai.distributed import launched_processes
+from cifar_fastai.learner import Checkpoints, cifar_learner
+from cifar_fastai.models import CustomResNet
+from cifar_fastai.schedule import OneCycle
+
+rank = int(os.environ.get('RANK', 0))
+
+def digest(model): return hashlib.sha256(b''.join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+
+class Seen(Callback):
+    "Which images came, by what they look like, and the model after each epoch"
+    order = 2000
+    def before_fit(self): self.train_images, self.valid_images, self.digests, self.models = [], [], [], []
+    def before_batch(self): (self.train_images if self.training else self.valid_images).append([hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in self.x.contiguous()])
+    def after_epoch(self): self.digests.append(digest(self.model))
+
+def fit(folder, source, n=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, lr_max=2e-3):
+    data = load_cifar10(source)
+    if n: data = data.first(n, n//4)
+    aug = CropFlipCutout(flip='alternate') if augmented else CropFlipCutout(pad=0, flip_p=0, cutout=0)
+    dls = cifar_dls(data, bs, pipeline, seed=seed, aug=aug, num_workers=num_workers, device='cpu')
+    set_seed(seed)
+    learn, seen = cifar_learner(dls, CustomResNet(norm=norm, ghost=ghost, dropout=dropout), 'fp32', recipe='seed'), Seen()
+    cbs = [OneCycle(lr_max/20, lr_max), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
+    with learn.distrib_ctx(sync_bn=sync_bn): learn.fit(epochs, cbs=cbs)
+    return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, losses=learn.recorder.losses, history=learn.recorder.history,
+                after=[learn.validate()[1], type(learn.model).__name__, len(learn.dls.train.one_batch()[0])])
+
+def turns(folder, source): # who does what when
+    def note():
+        with open(folder/'turns', 'a') as f: f.write(f'{rank}\n')
+        return rank
+    return launched_processes('cpu').in_turn(note)
+
+def blind(folder, source): # all but the first one look elsewhere
+    return len(launched_processes('cpu').in_turn(lambda: load_cifar10(source if rank == 0 else '/not/here')).train_y)
+
+def said(folder, source): # a flag of one process is known to all, at the same step
+    processes = launched_processes('cpu')
+    late = [processes.any('stop', rank == 1 and step == 2) for step in range(6)]
+    return dict(late=late, now=[processes.any('save', rank == step, wait=True) for step in range(3)], all=processes.gather(rank), sum=processes.sum([rank, 1]))
+
+def fails(folder, source): # what the first one raises is raised everywhere
+    try: launched_processes('cpu').from_first(lambda: Path('/not/here').read_text())
+    except FileNotFoundError: return True
+
+if __name__ == '__main__':
+    what, folder, source, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+    torch.set_num_threads(1)
+    result = globals()[what](folder, source, **options)
+    (folder/f'rank{rank}.json').write_text(json.dumps(result))
+    launched_processes('cpu').end()
