@@ -8,7 +8,7 @@ __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'Int
            'AppSettings', 'cifar_app', 'ExportSettings', 'cifar_export', 'main']
 
 # %% ../nbs/20_cli.ipynb #0c38264d
-import os, sys, warnings
+import os, signal, sys, warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -48,7 +48,7 @@ def _command(f):
             except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as e:
                 said = f'{f.__name__}: {" ".join(str(e).split())}'
                 if rank and isinstance(e, ConnectionError): print(said, file=sys.__stderr__) # the first process may be the one that is gone
-                sys.exit(said)
+                sys.exit(1 if rank else said)
     return command
 
 @contextmanager
@@ -80,6 +80,7 @@ def cifar_train(settings:RunSettings):
     from cifar_fastai.training import new_run_folder, resume, train
     run = TrainSettings(**{f.name: getattr(settings, f.name) for f in fields(TrainSettings)})
     processes = launched_processes(run.device)
+    if processes.n > 1: signal.signal(signal.SIGTERM, lambda *_: None if processes.lost else sys.exit(143)) # the launcher ends the others when one is gone: they are about to say so
     try:
         if settings.resume is not None:
             folder = settings.resume

@@ -113,6 +113,7 @@ def lost_in_words(processes):
     try: yield
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'NCCL', 'gloo')): raise
+        processes.lost = True
         raise ConnectionError(f'process {processes.rank + 1} of {processes.n} stops, since another one is gone: '
                               'the last checkpoint is whole, and cifar_train --resume goes on from it, with as many processes or fewer') from None
 

@@ -237,6 +237,7 @@ class EpochProgress(ProgressCallback):
 class Processes:
     "The processes that train together: here, this one alone. `LaunchedProcesses` has several"
     rank, n = 0, 1 # which one this is, and of how many
+    lost = False # has another one gone?
 
     def gather(self, value): # -> list, one of each process
         "What each process gives, in every process"
@@ -430,9 +431,9 @@ class Checkpoints(Callback):
         kept, rank, n = [facts, *facts.get('others', [])], self.processes.rank, self.processes.n
         self.written_by = len(kept)
         if len(kept) != n: # the first one takes what all have summed
-            add = lambda of_each, i: sum(s[i] for s in of_each) if rank == 0 else 0
+            add = lambda numbers: sum(numbers) if rank == 0 else 0*numbers[0] # a float stays one
             recorders = [k['callbacks']['recorder'] for k in kept]
-            sums = [s[0] and [add(s, 0), add(s, 1), s[0][2]] for s in zip(*(recorder['sums'] for recorder in recorders))]
+            sums = [s[0] and [add([total for total, *_ in s]), add([count for _, count, _ in s]), s[0][2]] for s in zip(*(recorder['sums'] for recorder in recorders))]
             return tensors, facts | dict(callbacks=facts['callbacks'] | dict(recorder=recorders[0] | dict(sums=sums)))
         if rank == 0: return tensors, facts
         prefix = f'other.{rank}.'

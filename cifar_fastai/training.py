@@ -349,7 +349,7 @@ def _run(settings, learn, data, saved):
     first = learn.processes.from_first
     logs = [tensorboard_log(saved)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
     try:
-        with learn.processes.train(learn), StopAfterStep() as stop, learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
+        with StopAfterStep() as stop, learn.processes.train(learn), learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
             if saved.config['bounds'] is None:
                 try: bounds, tested = settle_bounds(settings, learn)
                 except BaseException: # what is refused or stopped before its first step leaves no folder

@@ -19,20 +19,23 @@ def digest(model): return hashlib.sha256(b''.join(t.detach().contiguous().numpy(
 class Seen(Callback):
     "Which images came, by what they look like, and the model after each epoch"
     order = 2000
-    def before_fit(self): self.train_images, self.valid_images, self.digests, self.models = [], [], [], []
+    def before_fit(self): self.train_images, self.valid_images, self.digests, self.losses, self.gradient = [], [], [], [], None
     def before_batch(self): (self.train_images if self.training else self.valid_images).append([hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in self.x.contiguous()])
+    def before_step(self): self.gradient = self.gradient or [p.grad.norm().item() for p in self.model.parameters()] # of the first step
+    def after_batch(self):
+        if self.training: self.losses.append(self.loss.item())
     def after_epoch(self): self.digests.append(digest(self.model))
 
-def fit(folder, source, n=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, lr_max=2e-3):
+def fit(folder, source, n=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None):
     data = load_cifar10(source)
     if n: data = data.first(n, n//4)
     aug = CropFlipCutout(flip='alternate') if augmented else CropFlipCutout(pad=0, flip_p=0, cutout=0)
     dls = cifar_dls(data, bs, pipeline, seed=seed, aug=aug, num_workers=num_workers, device='cpu')
     set_seed(seed)
     learn, seen = cifar_learner(dls, CustomResNet(norm=norm, ghost=ghost, dropout=dropout), 'fp32', recipe='seed'), Seen()
-    cbs = [OneCycle(lr_max/20, lr_max), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
+    cbs = [OneCycle(1e-4, 2e-3), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
     with learn.distrib_ctx(sync_bn=sync_bn): learn.fit(epochs, cbs=cbs)
-    return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, losses=learn.recorder.losses, history=learn.recorder.history,
+    return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, gradient=seen.gradient, losses=seen.losses, history=learn.recorder.history,
                 after=[learn.validate()[1], type(learn.model).__name__, len(learn.dls.train.one_batch()[0])])
 
 def turns(folder, source): # who does what when
