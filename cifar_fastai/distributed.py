@@ -114,8 +114,7 @@ def lost_in_words(processes):
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'NCCL', 'gloo')): raise
         processes.lost = True
-        raise ConnectionError(f'process {processes.rank + 1} of {processes.n} stops, since another one is gone: '
-                              'the last checkpoint is whole, and cifar_train --resume goes on from it, with as many processes or fewer') from None
+        raise ConnectionError(f'process {processes.rank + 1} of {processes.n} stops, since another one is gone; cifar_train --resume goes on with the run from its last checkpoint, which is whole') from None
 
 # %% ../nbs/15_distributed.ipynb #15d10009
 def _with_sync_bn(model): # -> a copy with the same parameters and buffers, whose batch norms take the statistics of all processes
@@ -145,7 +144,7 @@ class ShareBatches(DistributedTrainer):
         self.ddp = self.accelerator.prepare_model(_with_sync_bn(self.plain) if self.sync_bn else self.plain)
         self.ddp.train()
         self.averaged = [] if self.sync_bn else [b for b in self.plain.buffers() if b.is_floating_point()]
-        torch.manual_seed(torch.initial_seed() + self.together.rank) # the others drop out other activations
+        if self.together.rank: torch.manual_seed(int(torch.randint(2**31, ())) + self.together.rank) # the others drop out other activations
 
     def before_batch(self):
         if self.training: self.learn.model = self.ddp

@@ -1,6 +1,6 @@
 """Several processes train one network: the same images in the same order, the same losses, one voice, and an end in good order when one is killed."""
-import json, os, re, shutil, signal, subprocess, sys, time
-from itertools import chain, zip_longest
+import json, os, shutil, signal, socket, subprocess, sys, time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +9,15 @@ import torch
 from hypothesis import given, settings as examples, strategies as st
 
 from cifar_fastai.core import read_json
-from cifar_fastai.data import cifar_dls
 from cifar_fastai.distributed import launched_processes
 from cifar_fastai.learner import CifarLearner, Processes, checkpoints_in, read_checkpoint
-from cifar_fastai.training import read_history, resume
+from cifar_fastai.training import read_history
 
 try: import accelerate
 except ModuleNotFoundError: accelerate = None
 needs_accelerate = pytest.mark.skipif(accelerate is None, reason='accelerate is not installed')
 
 # ---- shares of a batch, in one process
-
-class AnyDL: pass
 
 @examples(deadline=None)
 @given(n=st.integers(0, 600), parts=st.integers(1, 40))
@@ -140,6 +137,7 @@ def test_shares_of_two_sizes_count_as_much_as_they_have_images(launched):
         assert answer['history'][0]['train_loss'] == pytest.approx(np.mean(answer['losses']), rel=1e-6)
 
 @needs_accelerate
+@pytest.mark.slow
 def test_groups_of_batch_statistics_are_those_of_one_process(launched):
     "Groups of 4 images lie wholly in a share of 8"
     options = dict(ghost=4, epochs=1, augmented=True)
@@ -151,15 +149,25 @@ def test_groups_of_batch_statistics_are_those_of_one_process(launched):
 
 @needs_accelerate
 @pytest.mark.slow
+def test_in_fp64_the_losses_of_several_stay_those_of_one(launched):
+    "Where rounding has no part, no difference grows: 16 steps of three processes with shares of 6 and 7 images, at rates at which it does in fp32"
+    options = dict(norm='layer', bs=20, epochs=4, augmented=True, fp64=True)
+    one, = launched(1, 'fit', **options)
+    for answer in launched(3, 'fit', **options): np.testing.assert_allclose(answer['losses'], one['losses'], rtol=1e-6) # the digits of an fp32 loss
+
+@needs_accelerate
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['digits', 'cifar10'])
 def test_full_size(launched, request, source):
-    "1,438 digits; 2,000 images of CIFAR-10"
+    "1,438 digits; 2,000 images of CIFAR-10. In fp32 a difference of the last digit grows with each of the first, violent steps"
     source, n, bs = (source, None, 64) if source == 'digits' else (request.getfixturevalue('real_source'), 2000, 100)
-    options = dict(source=source, n=n, bs=bs, epochs=1, norm='layer', augmented=True)
+    options = dict(source=source, images=n, bs=bs, epochs=1, norm='layer', augmented=True)
     one, = launched(1, 'fit', **options)
     both = launched(2, 'fit', **options)
-    print('largest difference of the first 20 losses', np.abs(np.subtract(both[0]['losses'][:20], one['losses'][:20])).max())
-    np.testing.assert_allclose(both[0]['losses'][:20], one['losses'][:20], atol=1e-4, rtol=0)
+    differences = np.abs(np.subtract(both[0]['losses'][:20], one['losses'][:20]))
+    print(f'{source}: the first 20 losses differ by', ' '.join(f'{d:.1e}' for d in differences))
+    assert len(differences) == 20 and differences[:3].max() < 1e-4 and differences.max() < 1e-2
+    np.testing.assert_allclose(both[0]['gradient'], one['gradient'], rtol=1e-4)
     assert both[0]['digests'] == both[1]['digests']
     n_train, n_valid = (n, n//4) if n else (1438, 359)
     both = launched(2, 'fit', **options | dict(augmented=False))
@@ -196,7 +204,7 @@ def test_a_run_of_two_that_is_stopped_or_loses_one_goes_on_to_the_same_weights(o
     rc, said = finish(command(2, *options, '--out', tmp_path/'whole'))
     assert rc == 0, said
     whole = read_json(tmp_path/'whole/summary.json')
-    assert whole['environment']['processes'] == 2 if 'processes' in whole['environment'] else read_json(tmp_path/'whole/config.json')['environment']['processes'] == 2
+    assert read_json(tmp_path/'whole/config.json')['environment']['processes'] == 2
     assert said.count('epoch 1 of 4') == said.count('learning rates from') == said.count('wrong; averaged with') == said.count('report ') == 1 # one voice
 
     process = command(2, *options, '--out', tmp_path/'killed')
@@ -230,7 +238,8 @@ def test_a_run_of_two_that_is_stopped_or_loses_one_goes_on_to_the_same_weights(o
     assert rc == 0 and read_json(tmp_path/'stopped/summary.json')['weights_sha256'] == whole['weights_sha256'], said
 
 @needs_accelerate
-def test_a_run_of_one_goes_on_with_two(settings, options, tmp_path):
+@pytest.mark.slow
+def test_a_run_of_one_goes_on_with_two(options, tmp_path):
     "Stopped in the middle of an epoch, whose sums the first one takes"
     process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', *map(str, options), '--checkpoint_minutes', '0', '--out', str(tmp_path/'run')], env=own_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_epoch(tmp_path/'run', process)
@@ -244,7 +253,6 @@ def test_a_run_of_one_goes_on_with_two(settings, options, tmp_path):
 @needs_accelerate
 def test_two_machines_of_one_process(options, tmp_path):
     "Over loopback, each with a launcher of its own"
-    import socket
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
