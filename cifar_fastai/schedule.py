@@ -9,6 +9,7 @@ __all__ = ['one_cycle_lr', 'OneCycle', 'range_test', 'LRBounds', 'find_edge', 'b
 import math, random
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
@@ -76,10 +77,11 @@ def _as_it_was(learn):
     try:
         with TemporaryDirectory() as folder:
             learn.opt, learn.model_dir = None, folder
-            learn.save = noop # `lr_find` would keep the weights in a file, and only in the first of several processes
+            # `lr_find` would keep the weights in a file, of several processes only the first one's, and then wait for the others
+            learn.save, learn.load = lambda name, **kwargs: Path(folder, f'{name}.pth').touch(), noop
             yield
     finally:
-        learn.__dict__.pop('save', None)
+        for name in ('save', 'load'): learn.__dict__.pop(name, None)
         learn.model.load_state_dict(weights)
         for m, mode in modes: m.training = mode
         for name, value in kept_attrs.items(): setattr(learn, name, value)

@@ -75,6 +75,14 @@ def command():
     return run
 
 @pytest.fixture(scope='session')
+def start_processes():
+    "Start `n` processes by `accelerate launch`, as users do, with a thread each; one without it. Both streams are one"
+    def start(n, *args, how=('--multi_gpu', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0'), env=None):
+        launcher = ['-m', 'accelerate.commands.launch', *how, '--num_processes', str(n)] if n > 1 else []
+        return subprocess.Popen([sys.executable, *launcher, *map(str, args)], env=os.environ | dict(OMP_NUM_THREADS='1') | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return start
+
+@pytest.fixture(scope='session')
 def browser():
     "Chromium without a window; tests that need it are skipped where it is not installed"
     playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')

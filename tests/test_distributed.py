@@ -1,5 +1,6 @@
-"""Several processes train one network: the same images in the same order, the same losses, one voice, and an end in good order when one is killed."""
-import json, os, shutil, signal, socket, subprocess, sys, time
+"""Several processes train one network: the same images in the same order, the same losses, the same parameters."""
+import json, os, subprocess, sys
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -8,14 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings as examples, strategies as st
 
-from cifar_fastai.core import read_json
 from cifar_fastai.distributed import launched_processes
-from cifar_fastai.learner import CifarLearner, Processes, checkpoints_in, read_checkpoint
-from cifar_fastai.training import read_history
+from cifar_fastai.learner import CifarLearner, Processes
 
-try: import accelerate
-except ModuleNotFoundError: accelerate = None
-needs_accelerate = pytest.mark.skipif(accelerate is None, reason='accelerate is not installed')
+needs_accelerate = pytest.mark.skipif(find_spec('accelerate') is None, reason='accelerate is not installed')
 
 # ---- shares of a batch, in one process
 
@@ -57,7 +54,7 @@ def test_one_process_is_as_without(tiny_learner):
     assert isinstance(learn, CifarLearner) and type(launched_processes('cpu')) is Processes and not launched_processes('cpu').rank
     with learn.distrib_ctx() as same: assert same is learn and not hasattr(learn, 'distributed_trainer')
 
-@pytest.mark.skipif(accelerate is not None, reason='accelerate is installed')
+@pytest.mark.skipif(find_spec('accelerate') is not None, reason='accelerate is installed')
 def test_without_accelerate_it_is_said_what_to_install(small_archive):
     env = os.environ | dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')
     done = subprocess.run([sys.executable, '-m', 'cifar_fastai.cli', 'train', '--data', str(small_archive), '--device', 'cpu'], env=env, capture_output=True, text=True, timeout=120)
@@ -65,22 +62,15 @@ def test_without_accelerate_it_is_said_what_to_install(small_archive):
 
 # ---- launched
 
-def launcher(n, *more): # `accelerate launch`, as users give it
-    return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-            '--main_process_port', '0', *more]
-
-def own_environment(): return os.environ | dict(OMP_NUM_THREADS='1')
-
 @pytest.fixture
-def launched(tmp_path, small_archive):
+def launched(tmp_path, small_archive, start_processes):
     "What each of `n` processes returns from a function of launched.py"
     def run(n, what, source=small_archive, folder=None, **options):
         folder = folder or tmp_path/f'{what}-{n}-{len(list(tmp_path.iterdir()))}'
         folder.mkdir(exist_ok=True)
-        start = launcher(n) if n > 1 else [sys.executable]
-        done = subprocess.run([*start, str(Path(__file__).with_name('launched.py')), what, str(folder), str(source), json.dumps(options)], env=own_environment(), capture_output=True, text=True, timeout=300)
-        run.said = done.stdout + done.stderr
-        assert done.returncode == 0, run.said[-3000:]
+        process = start_processes(n, Path(__file__).with_name('launched.py'), what, folder, source, json.dumps(options))
+        run.said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, run.said[-3000:]
         return [json.loads((folder/f'rank{r}.json').read_text()) for r in range(n)]
     return run
 
@@ -112,6 +102,11 @@ def test_every_image_is_seen_once_and_all_have_the_same_parameters_after_each_ep
     assert both[0]['after'] == [pytest.approx(both[1]['after'][0]), 'CustomResNet', 16] # behind it, each has whole batches and the plain model
     assert both[0]['after'][0] == pytest.approx(both[0]['history'][-1]['accuracy'], abs=1e-6) # exactly the test images
     assert 'batch statistics are of a share of each batch, 8 images or so: processors cannot share them' in launched.said
+
+@needs_accelerate
+def test_a_function_of_a_notebook_is_launched_as_well(launched):
+    [first, second], = launched(1, 'notebook')
+    assert first == second and len(first) == 1
 
 def _numbers(history): return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
 
@@ -173,122 +168,9 @@ def test_full_size(launched, request, source):
     both = launched(2, 'fit', **options | dict(augmented=False))
     assert disjoint(both, 'train', n_train) and disjoint(both, 'valid', n_valid) and both[0]['digests'] == both[1]['digests']
 
-# ---- runs: one is killed, all are stopped, and they go on
-
-def command(n, *args, env=None, more=()):
-    return subprocess.Popen([*launcher(n, *more), '-m', 'cifar_fastai.cli', 'train', *map(str, args)], env=own_environment() | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-def finish(process, timeout=240):
-    said, _ = process.communicate(timeout=timeout)
-    return process.returncode, said
-
-@pytest.fixture
-def options(small_archive): # of a run of 4 epochs of 5 steps
-    return ['--data', small_archive, '--device', 'cpu', '--epochs', 4, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 2e-3, '--precision', 'fp32', '--dropout', .1, '--ghost', 4]
-
-def process_of(rank, run): # -> id of the process of that rank
-    for proc in Path('/proc').glob('[0-9]*'):
-        try: words, environ = (proc/'cmdline').read_bytes().split(b'\0'), (proc/'environ').read_bytes().split(b'\0')
-        except OSError: continue
-        if str(run).encode() in words and f'RANK={rank}'.encode() in environ: return int(proc.name)
-
-def wait_for_epoch(run, process, epoch=1):
-    end = time.monotonic() + 200
-    while not checkpoints_in(run/'checkpoint') or int(checkpoints_in(run/'checkpoint')[0].name[:5]) < epoch:
-        assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
-        time.sleep(.05)
-
-@needs_accelerate
-@pytest.mark.skipif(not Path('/proc').exists(), reason='processes are found in /proc')
-def test_a_run_of_two_that_is_stopped_or_loses_one_goes_on_to_the_same_weights(options, tmp_path):
-    rc, said = finish(command(2, *options, '--out', tmp_path/'whole'))
-    assert rc == 0, said
-    whole = read_json(tmp_path/'whole/summary.json')
-    assert read_json(tmp_path/'whole/config.json')['environment']['processes'] == 2
-    assert said.count('epoch 1 of 4') == said.count('learning rates from') == said.count('wrong; averaged with') == said.count('report ') == 1 # one voice
-
-    process = command(2, *options, '--out', tmp_path/'killed')
-    wait_for_epoch(tmp_path/'killed', process)
-    began = time.monotonic()
-    os.kill(process_of(1, tmp_path/'killed'), signal.SIGKILL)
-    rc, said = finish(process)
-    seconds = time.monotonic() - began
-    print(f'after a process was killed, the others ended in {seconds:.1f} s')
-    assert rc != 0 and seconds < 60 and 'cifar_train: process 1 of 2 stops, since another one is gone' in said
-    read_checkpoint(checkpoints_in(tmp_path/'killed/checkpoint')[0])
-    assert not (tmp_path/'killed/summary.json').exists()
-    shutil.copytree(tmp_path/'killed', tmp_path/'alone')
-
-    rc, said = finish(command(2, '--resume', tmp_path/'killed'))
-    assert rc == 0 and 'resuming at epoch' in said and said.count('resuming') == 1 and 'began' not in said, said
-    assert read_json(tmp_path/'killed/summary.json')['weights_sha256'] == whole['weights_sha256']
-    assert _numbers(read_history(tmp_path/'killed').to_dict('records')) == _numbers(read_history(tmp_path/'whole').to_dict('records'))
-
-    alone = subprocess.run([sys.executable, '-m', 'cifar_fastai.cli', 'train', '--resume', str(tmp_path/'alone')], env=own_environment(), capture_output=True, text=True, timeout=200)
-    assert alone.returncode == 0 and 'as 1 process what 2 processes began: the weights may differ in their last bits' in alone.stdout, alone.stdout + alone.stderr
-    assert len(read_history(tmp_path/'alone')) == 4
-
-    process = command(2, *options, '--checkpoint_minutes', 0, '--out', tmp_path/'stopped') # in the middle of an epoch
-    wait_for_epoch(tmp_path/'stopped', process, 2)
-    process.send_signal(signal.SIGTERM)
-    rc, said = finish(process)
-    assert rc != 0 and said.count('interrupted: checkpoint, history and last model are in') == 1, said
-    assert read_json(tmp_path/'stopped/summary.json')['interrupted']
-    rc, said = finish(command(2, '--resume', tmp_path/'stopped'))
-    assert rc == 0 and read_json(tmp_path/'stopped/summary.json')['weights_sha256'] == whole['weights_sha256'], said
-
-@needs_accelerate
-@pytest.mark.slow
-def test_a_run_of_one_goes_on_with_two(options, tmp_path):
-    "Stopped in the middle of an epoch, whose sums the first one takes"
-    process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', *map(str, options), '--checkpoint_minutes', '0', '--out', str(tmp_path/'run')], env=own_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_epoch(tmp_path/'run', process)
-    process.terminate()
-    finish(process)
-    rc, said = finish(command(2, '--resume', tmp_path/'run'))
-    assert rc == 0 and 'as 2 processes what 1 process began' in said, said
-    history = read_history(tmp_path/'run')
-    assert len(history) == 4 and history['train_accuracy'].between(0, 1).all()
-
-@needs_accelerate
-def test_two_machines_of_one_process(options, tmp_path):
-    "Over loopback, each with a launcher of its own"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    example = Path(__file__).parent.parent/'examples/two_machines.yaml'
-    start = lambda rank: subprocess.Popen([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(example), '--machine_rank', str(rank), '--num_processes', '2', '--main_process_ip', '127.0.0.1', '--main_process_port', str(port),
-                                           '-m', 'cifar_fastai.cli', 'train', *map(str, options), '--out', str(tmp_path/'run')],
-                                          env=own_environment() | dict(GLOO_SOCKET_IFNAME='lo'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    machines = [start(0), start(1)]
-    (rc0, said0), (rc1, said1) = [finish(m) for m in machines]
-    assert rc0 == rc1 == 0, said0 + said1
-    assert 'epoch 4 of 4' in said0 and said1 == '' and len(read_history(tmp_path/'run')) == 4
-
-# ---- what is refused, in one sentence of the first process
-
-def sentences(said): return [line for line in said.splitlines() if line.startswith('cifar_train:')]
-
-@needs_accelerate
-@pytest.mark.parametrize('n, changes, sentence', [
-    (3, ['--bs', 2], 'cifar_train: bs is 2, and 3 processes share each batch: give 3 or more images, or start fewer'),
-    (2, ['--bs', 79], 'cifar_train: the last batch of an epoch has 1 image for 2 processes: give another bs than 79, or start fewer'),
-    (2, ['--data', '/not/here'], "cifar_train: /not/here does not exist: give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"),
-    (2, ['--epochs', 0], 'cifar_train: epochs is 0: give 1 or more'),
-    (2, ['--device', 'cuda:1'], "cifar_train: device is 'cuda:1', and each of several processes has one of its own: give 'auto', 'cuda' or 'cpu'")])
-def test_it_is_refused_in_one_sentence_and_leaves_no_folder(options, tmp_path, n, changes, sentence):
-    rc, said = finish(command(n, *options, *changes, '--out', tmp_path/'run'))
-    assert rc != 0 and sentences(said) == [sentence], said
-    assert not (tmp_path/'run').exists()
-
 @needs_accelerate
 def test_a_process_that_cannot_see_the_data_is_named_by_the_first(launched):
     with pytest.raises(AssertionError, match='process 2 of 2, on .*: /not/here does not exist'): launched(2, 'blind')
-
-@needs_accelerate
-def test_other_commands_are_for_one(tmp_path):
-    done = subprocess.run([*launcher(2), '-m', 'cifar_fastai.cli', 'bench', '--data', 'digits'], env=own_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and [l for l in done.stderr.splitlines() if l.startswith('cifar_bench')] == ['cifar_bench: started as 2 processes, and only cifar_train is for several: start it once']
 
 @needs_accelerate
 def test_batch_norm_that_is_shared_needs_gpus(launched):

@@ -1,0 +1,130 @@
+"""Runs of several processes: one voice, one is killed, all are stopped, another number goes on; and what is refused."""
+import os, shutil, signal, socket, time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from cifar_fastai.core import read_json
+from cifar_fastai.learner import checkpoints_in, read_checkpoint
+from cifar_fastai.training import read_history
+
+needs_accelerate = pytest.mark.skipif(find_spec('accelerate') is None, reason='accelerate is not installed')
+
+train_command = '-m', 'cifar_fastai.cli', 'train'
+
+@pytest.fixture
+def start_run(start_processes): return lambda n, *args, **kwargs: start_processes(n, *train_command, *args, **kwargs)
+
+def finish(process, timeout=240):
+    said, _ = process.communicate(timeout=timeout)
+    return process.returncode, said
+
+def options_of(data): # of a run of 4 epochs of 5 steps
+    return ['--data', data, '--device', 'cpu', '--epochs', 4, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 2e-3, '--precision', 'fp32', '--dropout', .1, '--ghost', 4]
+
+@pytest.fixture
+def options(small_archive): return options_of(small_archive)
+
+def process_of(rank, run): # -> id of the process of that rank
+    for proc in Path('/proc').glob('[0-9]*'):
+        try: words, environ = (proc/'cmdline').read_bytes().split(b'\0'), (proc/'environ').read_bytes().split(b'\0')
+        except OSError: continue
+        if str(run).encode() in words and f'RANK={rank}'.encode() in environ: return int(proc.name)
+
+def wait_for_epoch(run, process, epoch=1):
+    end = time.monotonic() + 200
+    while not checkpoints_in(run/'checkpoint') or int(checkpoints_in(run/'checkpoint')[0].name[:5]) < epoch:
+        assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
+        time.sleep(.05)
+
+@pytest.fixture(scope='module')
+def undisturbed(start_processes, small_archive, tmp_path_factory): # the run of two that nothing happens to
+    run = tmp_path_factory.mktemp('runs')/'undisturbed'
+    rc, said = finish(start_processes(2, *train_command, *options_of(small_archive), '--out', run))
+    assert rc == 0, said
+    assert read_json(run/'config.json')['environment']['processes'] == 2
+    assert said.count('epoch 1 of 4') == said.count('learning rates from') == said.count('wrong; averaged with') == said.count('report ') == 1 # one voice
+    return run
+
+@needs_accelerate
+@pytest.mark.skipif(not Path('/proc').exists(), reason='processes are found in /proc')
+def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
+    "With two; with one, nearly"
+    process = start_run(2, *options, '--out', tmp_path/'killed')
+    wait_for_epoch(tmp_path/'killed', process)
+    began = time.monotonic()
+    os.kill(process_of(1, tmp_path/'killed'), signal.SIGKILL)
+    rc, said = finish(process)
+    seconds = time.monotonic() - began
+    print(f'after a process was killed, the others ended in {seconds:.1f} s')
+    assert rc != 0 and seconds < 60 and 'cifar_train: process 1 of 2 stops, since another one is gone' in said
+    read_checkpoint(checkpoints_in(tmp_path/'killed/checkpoint')[0])
+    assert not (tmp_path/'killed/summary.json').exists()
+    shutil.copytree(tmp_path/'killed', tmp_path/'alone')
+
+    rc, said = finish(start_run(2, '--resume', tmp_path/'killed'))
+    assert rc == 0 and 'resuming at epoch' in said and said.count('resuming') == 1 and 'began' not in said, said
+    assert read_json(tmp_path/'killed/summary.json')['weights_sha256'] == read_json(undisturbed/'summary.json')['weights_sha256']
+    assert read_history(tmp_path/'killed').drop(columns='seconds').equals(read_history(undisturbed).drop(columns='seconds'))
+
+    rc, said = finish(start_run(1, '--resume', tmp_path/'alone'))
+    assert rc == 0 and 'as 1 process what 2 processes began: the weights may differ in their last bits' in said, said
+    assert len(read_history(tmp_path/'alone')) == 4
+
+@needs_accelerate
+def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
+    process = start_run(2, *options, '--checkpoint_minutes', 0, '--out', tmp_path/'stopped')
+    wait_for_epoch(tmp_path/'stopped', process, 2)
+    process.send_signal(signal.SIGTERM)
+    rc, said = finish(process)
+    assert rc != 0 and said.count('interrupted: checkpoint, history and last model are in') == 1, said
+    assert read_json(tmp_path/'stopped/summary.json')['interrupted']
+    rc, said = finish(start_run(2, '--resume', tmp_path/'stopped'))
+    assert rc == 0 and read_json(tmp_path/'stopped/summary.json')['weights_sha256'] == read_json(undisturbed/'summary.json')['weights_sha256'], said
+
+@needs_accelerate
+@pytest.mark.slow
+def test_a_run_of_one_goes_on_with_two(start_run, options, tmp_path):
+    "Stopped in the middle of an epoch, whose sums the first one takes"
+    process = start_run(1, *options, '--checkpoint_minutes', 0, '--out', tmp_path/'run')
+    wait_for_epoch(tmp_path/'run', process)
+    process.terminate()
+    finish(process)
+    rc, said = finish(start_run(2, '--resume', tmp_path/'run'))
+    assert rc == 0 and 'as 2 processes what 1 process began' in said, said
+    history = read_history(tmp_path/'run')
+    assert len(history) == 4 and history['train_accuracy'].between(0, 1).all()
+
+@needs_accelerate
+def test_two_machines_of_one_process(start_run, options, tmp_path):
+    "Over loopback, each with a launcher of its own"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    how = lambda rank: ['--config_file', Path(__file__).parent.parent/'examples/two_machines.yaml', '--machine_rank', rank, '--main_process_ip', '127.0.0.1', '--main_process_port', port]
+    machines = [start_run(2, *options, '--out', tmp_path/'run', how=map(str, how(rank)), env=dict(GLOO_SOCKET_IFNAME='lo')) for rank in range(2)]
+    (rc0, said0), (rc1, said1) = [finish(m) for m in machines]
+    assert rc0 == rc1 == 0, said0 + said1
+    assert 'epoch 4 of 4' in said0 and said1 == '' and len(read_history(tmp_path/'run')) == 4
+
+# ---- what is refused, in one sentence of the first process
+
+def sentences(said): return [line for line in said.splitlines() if line.startswith('cifar_train:')]
+
+@needs_accelerate
+@pytest.mark.parametrize('n, changes, sentence', [
+    (3, ['--bs', 2], 'cifar_train: bs is 2, and 3 processes share each batch: give 3 or more images, or start fewer'),
+    (2, ['--bs', 79], 'cifar_train: the last batch of an epoch has 1 image for 2 processes: give another bs than 79, or start fewer'),
+    (2, ['--data', '/not/here'], "cifar_train: /not/here does not exist: give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"),
+    (2, ['--epochs', 0], 'cifar_train: epochs is 0: give 1 or more'),
+    (2, ['--device', 'cuda:1'], "cifar_train: device is 'cuda:1', and each of several processes has one of its own: give 'auto', 'cuda' or 'cpu'")])
+def test_it_is_refused_in_one_sentence_and_leaves_no_folder(start_run, options, tmp_path, n, changes, sentence):
+    rc, said = finish(start_run(n, *options, *changes, '--out', tmp_path/'run'))
+    assert rc != 0 and sentences(said) == [sentence], said
+    assert not (tmp_path/'run').exists()
+
+@needs_accelerate
+def test_other_commands_are_for_one(start_processes):
+    rc, said = finish(start_processes(2, '-m', 'cifar_fastai.cli', 'bench', '--data', 'digits'))
+    assert rc != 0 and [line for line in said.splitlines() if line.startswith('cifar_bench')] == ['cifar_bench: started as 2 processes, and only cifar_train is for several: start it once'], said
