@@ -340,8 +340,14 @@ def train(
     "One run. Ctrl-C and SIGTERM keep a checkpoint, its history and its last model, and are raised again"
     run = processes.from_first(lambda: new_run_folder(settings.out))
     learn, data = settings_learner(settings, data, processes)
+    if processes.n > 1: _same_images(processes, data)
     print(f'{data}, {data.origin}')
     return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
+
+def _same_images(processes, data, fingerprint=None): # `None`: that of the first process
+    found = processes.gather((list(data.fingerprint), f'{data}, {data.origin}'))
+    for i, (theirs, what) in enumerate(found):
+        if theirs != (fingerprint or found[0][0]): raise ValueError(f"the images{f' of process {i + 1}' if processes.n > 1 else ''} are not those of the run: {what}")
 
 def _run(settings, learn, data, saved):
     "The range test, unless it is made, the fit and what comes behind it"
@@ -443,13 +449,17 @@ def resume(
     try:
         if summary := processes.from_first(lambda: _finished(run)): return summary
         learn, data = settings_learner(settings, data, processes)
-        if list(data.fingerprint) != fingerprint: raise ValueError(f'the images are not those of the run: {data}, {data.origin}')
-        versions, machine = other_surroundings(config, learn)
-        if versions and not force: raise ValueError(f'{"; ".join(versions)}: go on with those of the run, or give --force, and the weights may differ in their last bits')
+        _same_images(processes, data, fingerprint)
+        machine = processes.in_turn(lambda: _same_versions(config, learn, force))
         if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an undisturbed run', stacklevel=2)
         if not processes.from_first(lambda: checkpoints_in(run/'checkpoint')): print('no checkpoint yet: starting over from the recorded settings', flush=True)
         return _run(settings, learn, data, saved)
     finally: saved.end()
+
+def _same_versions(config, learn, force): # -> what of the machine is another
+    versions, machine = other_surroundings(config, learn)
+    if versions and not force: raise ValueError(f'{"; ".join(versions)}: go on with those of the run, or give --force, and the weights may differ in their last bits')
+    return machine
 
 def _recorded(run, changes): # -> (config, `TrainSettings`, fingerprint of the images)
     if not (run/'config.json').exists(): raise FileNotFoundError(f'{run} is no run folder: give one that cifar_train has written')

@@ -6,11 +6,13 @@ import torch
 from fastai.vision.all import Callback, set_seed
 
 from cifar_fastai.augment import CropFlipCutout
+from cifar_fastai.core import TrainSettings
 from cifar_fastai.data import cifar_dls, load_cifar10
 from cifar_fastai.distributed import launched_processes
 from cifar_fastai.learner import Checkpoints, cifar_learner
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.schedule import OneCycle
+from cifar_fastai.training import train
 
 rank = int(os.environ.get('RANK', 0))
 
@@ -59,6 +61,11 @@ def turns(folder, source): # who does what when
 
 def blind(folder, source): # all but the first one look elsewhere
     return len(launched_processes('cpu').in_turn(lambda: load_cifar10(source if rank == 0 else '/not/here')).train_y)
+
+def other_images(folder, source): # one of them has one that differs
+    data, processes = load_cifar10(source), launched_processes('cpu')
+    if rank == 1: data = data._replace(train_x=255 - data.train_x)
+    train(TrainSettings(data=str(source), bs=16, epochs=2, lr_min=1e-4, lr_max=1e-3, device='cpu', out=str(folder/'run')), data, processes)
 
 def said(folder, source): # a flag of one process is known to all, at the same step
     processes = launched_processes('cpu')

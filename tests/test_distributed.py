@@ -173,5 +173,9 @@ def test_a_process_that_cannot_see_the_data_is_named_by_the_first(launched):
     with pytest.raises(AssertionError, match='process 2 of 2, on .*: /not/here does not exist'): launched(2, 'blind')
 
 @needs_accelerate
+def test_processes_with_other_images_are_refused(launched):
+    with pytest.raises(AssertionError, match='the images of process 2 are not those of the run'): launched(2, 'other_images')
+
+@needs_accelerate
 def test_batch_norm_that_is_shared_needs_gpus(launched):
     with pytest.raises(AssertionError, match='sync_bn is True, which needs GPUs: leave it away'): launched(2, 'fit', sync_bn=True)
