@@ -31,7 +31,7 @@ def _command(f):
         unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None, '__module__': checked.__module__}) # tyro would put a box round what is refused
         parse = partial(tyro.cli, unchecked, prog=f.__name__, description=f.__doc__, args=args)
         rank, n = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1))) # as a launcher of several processes sets them
-        with warnings.catch_warnings(), _silence(rank > 0):
+        with warnings.catch_warnings(), _silence() if rank else nullcontext(): # of several processes the first one speaks
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
             warnings.showwarning = lambda message, *where, **how: print(f'{f.__name__}: {message}', file=sys.stderr, flush=True)
             try:
@@ -52,10 +52,10 @@ def _command(f):
     return command
 
 @contextmanager
-def _silence(on):
-    "Of several processes the first one speaks"
-    with open(os.devnull, 'w') if on else nullcontext() as nowhere, redirect_stdout(nowhere) if on else nullcontext(), redirect_stderr(nowhere) if on else nullcontext(): yield
+def _silence():
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
 
+# %% ../nbs/20_cli.ipynb #c2313399
 @dataclass(frozen=True)
 class RunSettings(TrainSettings):
     "The settings of a run, new or continued."

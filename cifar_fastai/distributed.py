@@ -182,7 +182,6 @@ class ShareBatches(DistributedTrainer):
     def _sum_up(self): # losses and metrics, before the recorder reads them
         self.learn.dl.share = 0, 1
         for m in L(self.recorder.loss) + self.recorder.metrics:
-            if not hasattr(m, 'total'): raise ValueError(f'the metric {m.name} is no mean over images, and {self.together.n} processes have seen a share each: leave it away')
             total, m.count = self.together.sum([float(m.total), m.count])
             m.total = torch.tensor(total, device=self.dls.device) if isinstance(m.total, torch.Tensor) else total
 
@@ -217,6 +216,9 @@ def distrib_ctx(self:CifarLearner,
         yield self
         return
     processes.check(self.dls)
+    for m in self.metrics:
+        m.reset() # as an epoch begins
+        if not hasattr(m, 'total'): raise ValueError(f'the metric {m.name} is no mean over images, and {processes.n} processes see a share each: leave it away')
     norms = {type(m) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)}
     shared = processes.device.type == 'cuda' and nn.BatchNorm2d in norms if sync_bn is None else sync_bn
     if shared and processes.device.type == 'cpu': raise ValueError('sync_bn is True, which needs GPUs: leave it away')

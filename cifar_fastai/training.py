@@ -345,9 +345,10 @@ def train(
     return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
 
 def _same_images(processes, data, fingerprint=None): # `None`: that of the first process
-    found = processes.gather((list(data.fingerprint), f'{data}, {data.origin}'))
-    for i, (theirs, what) in enumerate(found):
-        if theirs != (fingerprint or found[0][0]): raise ValueError(f"the images{f' of process {i + 1}' if processes.n > 1 else ''} are not those of the run: {what}")
+    found = processes.gather(list(data.fingerprint))
+    for i, theirs in enumerate(found):
+        if theirs == (fingerprint or found[0]): continue
+        raise ValueError(f'the images are not those of the run: {data}, {data.origin}' if processes.n == 1 else f'the images of process {i + 1} are not those of the run')
 
 def _run(settings, learn, data, saved):
     "The range test, unless it is made, the fit and what comes behind it"

@@ -177,5 +177,9 @@ def test_processes_with_other_images_are_refused(launched):
     with pytest.raises(AssertionError, match='the images of process 2 are not those of the run'): launched(2, 'other_images')
 
 @needs_accelerate
+def test_a_metric_that_cannot_be_summed_is_refused_before_an_epoch(launched):
+    with pytest.raises(AssertionError, match='the metric f1_score is no mean over images, and 2 processes see a share each: leave it away'): launched(2, 'fit', f1=True)
+
+@needs_accelerate
 def test_batch_norm_that_is_shared_needs_gpus(launched):
     with pytest.raises(AssertionError, match='sync_bn is True, which needs GPUs: leave it away'): launched(2, 'fit', sync_bn=True)

@@ -93,6 +93,7 @@ def test_reduce_lr_on_plateau_really_lowers_the_rate(tiny_learner):
     assert np.allclose(rates, [[.01, .01], [.01, .01], [.001, .001], [.0001, .0001]])
 
 @pytest.mark.filterwarnings('ignore:Loading only the model')
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning') # fastai's `load`, unless something has imported it before
 def test_a_checkpoint_brings_back_model_and_optimizer(tiny_learner):
     learn = tiny_learner()
     learn.fit(1, .01)
