@@ -6,7 +6,7 @@
 __all__ = ['LaunchedProcesses', 'lost_in_words', 'ShareBatches', 'launched_processes', 'ring_seconds', 'expected_efficiency']
 
 # %% ../nbs/15_distributed.ipynb #15d10003
-import os, platform
+import os, platform, sys
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
@@ -102,9 +102,15 @@ class LaunchedProcesses(Processes):
     def train(self, learn):
         with learn.distrib_ctx(): yield learn
 
+    def stop(self, *_):
+        "What SIGTERM does where nothing else waits for it: exit with one sentence, unless this process is about to say it anyway"
+        if self.lost: return
+        print(f'cifar_train: {_stops(self, "by SIGTERM, which a launcher also sends when another one is gone")}', file=sys.__stderr__, flush=True)
+        sys.exit(143)
+
     def end(self):
-        "Part with the others"
-        if dist.is_initialized(): dist.destroy_process_group()
+        "Part with the others, unless one of them is gone: that could wait for it"
+        if dist.is_initialized() and not self.lost: dist.destroy_process_group()
 
 # %% ../nbs/15_distributed.ipynb #15d10007
 @contextmanager
@@ -114,7 +120,9 @@ def lost_in_words(processes):
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'NCCL', 'gloo')): raise
         processes.lost = True
-        raise ConnectionError(f'process {processes.rank + 1} of {processes.n} stops, since another one is gone; cifar_train --resume goes on with the run from its last checkpoint, which is whole') from None
+        raise ConnectionError(_stops(processes, 'since another one is gone')) from None
+
+def _stops(processes, why): return f'process {processes.rank + 1} of {processes.n} stops, {why}; cifar_train --resume goes on with the run from its last checkpoint, which is whole'
 
 # %% ../nbs/15_distributed.ipynb #15d10009
 def _with_sync_bn(model): # -> a copy with the same parameters and buffers, whose batch norms take the statistics of all processes

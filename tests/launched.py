@@ -1,5 +1,5 @@
 """What several processes do in test_distributed.py: `launched.py WHAT FOLDER SOURCE OPTIONS`. Each leaves `rank<r>.json` in FOLDER."""
-import hashlib, json, os, sys
+import hashlib, json, os, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -66,6 +66,13 @@ def other_images(folder, source): # one of them has one that differs
     data, processes = load_cifar10(source), launched_processes('cpu')
     if rank == 1: data = data._replace(train_x=255 - data.train_x)
     train(TrainSettings(data=str(source), bs=16, epochs=2, lr_min=1e-4, lr_max=1e-3, device='cpu', out=str(folder/'run')), data, processes)
+
+def leaves(folder, source, gone): # one of them is killed, while the other waits for nobody, or for the first one
+    processes = launched_processes('cpu')
+    signal.signal(signal.SIGTERM, processes.stop)
+    processes.gather(rank) # both are there
+    if rank == gone: os.kill(os.getpid(), signal.SIGKILL)
+    processes.from_first(lambda: time.sleep(50))
 
 def said(folder, source): # a flag of one process is known to all, at the same step
     processes = launched_processes('cpu')

@@ -58,7 +58,7 @@ def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_
     rc, said = finish(process)
     seconds = time.monotonic() - began
     print(f'after a process was killed, the others ended in {seconds:.1f} s')
-    assert rc != 0 and seconds < 60 and 'cifar_train: process 1 of 2 stops, since another one is gone' in said
+    assert rc != 0 and seconds < 60 and 'cifar_train: process 1 of 2 stops, ' in said, said
     read_checkpoint(checkpoints_in(tmp_path/'killed/checkpoint')[0])
     assert not (tmp_path/'killed/summary.json').exists()
     shutil.copytree(tmp_path/'killed', tmp_path/'alone')
@@ -71,6 +71,14 @@ def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_
     rc, said = finish(start_run(1, '--resume', tmp_path/'alone'))
     assert rc == 0 and 'as 1 process what 2 processes began: the weights may differ in their last bits' in said, said
     assert len(read_history(tmp_path/'alone')) == 4
+
+@needs_accelerate
+@pytest.mark.parametrize('gone, why', [(1, 'by SIGTERM, which a launcher also sends when another one is gone'), (0, 'since another one is gone')], ids=['the one that is waited for', 'the first'])
+def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, small_archive, tmp_path, gone, why):
+    "As at the end of a run, when the first one alone writes"
+    process = start_processes(2, Path(__file__).with_name('launched.py'), 'leaves', tmp_path, small_archive, f'{{"gone": {gone}}}')
+    rc, said = finish(process, 60)
+    assert rc != 0 and f'process {2 - gone} of 2 stops, {why}; cifar_train --resume' in said, said
 
 @needs_accelerate
 def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
