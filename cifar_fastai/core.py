@@ -39,8 +39,8 @@ def source_defaults(source=None): # -> `epochs` and `bs` that suit this source
 
 # %% ../nbs/00_core.ipynb #555235dd
 recipes = dict(
-    seed=dict(wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
-    best=dict(wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True))
+    seed=dict(lr_min='find', wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
+    best=dict(lr_min=2.5e-5, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True))
 
 # %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainSettings:
     bs: int|None = None # images a batch; 512, or 64 for digits
     peak_epoch: float|None = None # the epoch whose last step runs at lr_max; epochs*5/24, which is 5 of 24
     lr_max: Literal['find']|float = 'find' # the highest learning rate; find: by a range test
-    lr_min: Literal['find']|float = 'find' # the lowest, at the first and at the last step; find: by a range test
+    lr_min: Literal['find']|float|None = None # the lowest, at the first and at the last step; find: by a range test; the recipe's
     anneal: Literal['linear', 'cos'] = 'linear' # shape of the cycle between lr_min and lr_max
     norm: Literal['batch', 'group', 'layer'] = 'batch' # normalisation in the network
     n_groups: int = 2 # groups of norm 'group'
@@ -144,7 +144,7 @@ class BenchSettings:
 class RepeatSettings(TrainSettings):
     "The settings of a run, repeated with other seeds."
     n: int = 5 # runs, with the seeds seed, seed + 1 and so on
-    without: tuple[Literal['wd', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten'], ...] = () # ingredients to take away: as the recipe seed has them
+    without: tuple[Literal['lr_min', 'wd', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten'], ...] = () # ingredients to take away: as the recipe seed has them
     ablate: bool = False # runs of the recipe, and as many without each of its ingredients
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 

@@ -19,7 +19,7 @@ def test_stats_are_those_of_the_training_images():
 def test_defaults_are_the_assignment():
     s = TrainSettings()
     assert (s.data, s.epochs, s.bs, s.peak_epoch) == ('cifar10', 24, 512, 5)
-    assert (s.lr_min, s.lr_max, s.anneal) == ('find', 'find', 'linear')
+    assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear') and TrainSettings(recipe='seed').lr_min == 'find'
     assert (s.norm, s.dropout, s.conv_bias, s.valid, s.precision) == ('batch', 0, False, 'test', 'auto')
 
 def test_digits_have_defaults_of_their_own():
@@ -93,6 +93,9 @@ def test_unknown_settings_are_refused_by_name():
 def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
     old = {k: v for k, v in asdict(TrainSettings(recipe='seed')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
     assert settings_from(old) == TrainSettings(recipe='seed')
+
+def test_a_run_of_best_from_before_it_had_an_end_of_its_own_keeps_the_one_that_was_found():
+    assert settings_from(asdict(TrainSettings()) | dict(lr_min='find')).lr_min == 'find' != TrainSettings().lr_min
 
 def test_a_run_of_before_the_scale_of_logits_and_the_whitening_has_neither():
     old = {k: v for k, v in asdict(TrainSettings(logit_scale=.125, whiten=True)).items() if k not in ('logit_scale', 'whiten')}

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 import cifar_fastai
-from cifar_fastai.core import read_json
+from cifar_fastai.core import read_json, recipes
 from cifar_fastai.schedule import bounds_from
 from cifar_fastai.training import read_history, read_range_test
 
@@ -123,21 +123,27 @@ def test_the_page_of_the_projects_has_a_row_for_each_with_both_figures():
 
 # ---- the recorded run
 
-recorded = pytest.mark.parametrize('run', [root/'benchmarks/runs'/name for name in ('24-epochs', '24-epochs-item')], ids=lambda run: run.name)
+def recorded(*names): return pytest.mark.parametrize('run', [root/'benchmarks/runs'/name for name in names], ids=lambda run: run.name)
 
-@recorded
+@recorded('24-epochs', '24-epochs-item', 'best', 'best-found-end', 'best-before')
 def test_a_recorded_run_is_of_one_piece(run):
     summary, history, kept = read_json(run/'summary.json'), read_history(run), load_file(run/'predictions.safetensors')
     assert summary['epochs'] == len(history) == 24 and summary['accuracy'] == history['accuracy'].iloc[-1]
     assert int((kept['probs'].argmax(1) != kept['targs']).sum()) == summary['n_wrong'] == round(10_000*(1 - summary['accuracy']))
-    assert bounds_from(*read_range_test(run))._asdict() == summary['bounds']
+    given, found = summary['settings'], bounds_from(*read_range_test(run))._asdict()
+    assert given['lr_max'] == 'find' and summary['bounds'] == {name: found[name] if given[name] == 'find' else given[name] for name in found}
+    assert history['lr'].iloc[-1] == pytest.approx(summary['bounds']['lr_min']) and history['lr'].max() == pytest.approx(summary['bounds']['lr_max'])
+
+def test_the_recorded_run_of_best_is_of_the_recipe_as_it_is():
+    settings = read_json(root/'benchmarks/runs/best/summary.json')['settings']
+    assert {name: settings[name] for name in recipes['best']} == recipes['best'] and settings['recipe'] == 'best' and settings['seed'] == 0
 
 def test_the_tutorial_shows_the_recorded_run():
     summary = read_json(root/'benchmarks/runs/24-epochs/summary.json')
     shown = '\n'.join(str(output) for cell in cells(root/'nbs/tutorials/train_cifar10.ipynb', 'code') for output in cell['outputs'])
     assert f"{summary['accuracy']:.2%} right, {summary['n_wrong']:,} of 10,000 wrong" in shown
 
-@recorded
+@recorded('24-epochs', '24-epochs-item')
 def test_a_recorded_run_reaches_what_the_assignment_asks_for(run):
     summary, history = read_json(run/'summary.json'), read_history(run)
     assert summary['data']['is_cifar10'] and summary['n_params'] == 6_573_130 and summary['settings']['bs'] == 512

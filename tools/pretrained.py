@@ -20,7 +20,7 @@ The weights that `load_pretrained()` and `cifar_predict` use, in half precision 
 | output | 10 logits, classes in the order of `cifar10_classes` |
 | data | the 50,000 training images of CIFAR-10 (Krizhevsky 2009), and no others |
 | recipe | `{recipe}`: {settings} |
-| learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g} of {epochs}; found by a range test |
+| learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g} of {epochs}; its height found by a range test, its ends those of the recipe |
 | trained on | {device}, {precision}, seed {seed} |
 | licence | Apache-2.0, as the package |
 
@@ -57,7 +57,7 @@ def main(run):
     summary, (model, config) = read_json(Path(run)/'summary.json'), load_run(run)
     settings = config['settings']
     data = load_cifar10(settings['data'])
-    expected = recipes['best'] | dict(recipe='best', valid='test', epochs=24, bs=512, lr_min='find', lr_max='find', norm='batch', dropout=0., conv_bias=False)
+    expected = recipes['best'] | dict(recipe='best', valid='test', epochs=24, bs=512, lr_max='find', norm='batch', dropout=0., conv_bias=False)
     if other := [f'{name} is {settings[name]}, not {value}' for name, value in expected.items() if settings[name] != value]: sys.exit(f'{run} is no run of the recipe best as the card describes it: {", ".join(other)}')
     if summary['interrupted'] or not config['data']['is_cifar10'] or list(data.fingerprint) != list(config['data']['fingerprint']): sys.exit(f'{run} is not finished, or the images are not those of CIFAR-10')
     weights.mkdir(exist_ok=True)

@@ -27,21 +27,21 @@ def machine(summary):
     return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `recipe='seed'`, `pipeline='item'`"), ('this package', '24-epochs', "bounds found; `recipe='seed'`, `pipeline='batch'`"),
-            ('**this package**', 'best', "bounds found; `recipe='best'`: label smoothing, flips that alternate, batch statistics of 32 images, logits × 1/8, whitened first layer")]
+own_runs = [('this package', '24-epochs-item', "bounds found; `recipe='seed'`, `pipeline='item'`", '24-epochs-item'), ('this package', '24-epochs', "bounds found; `recipe='seed'`, `pipeline='batch'`", '24-epochs'),
+            ('**this package**', 'best', "LRMAX found, LRMIN 2.5e-5; `recipe='best'`: label smoothing, flips that alternate, batch statistics of 32 images, logits × 1/8, whitened first layer", 'best-found-end')]
 
 
 def runs(root=root):
     "The projects that did the assignment by hand, and the recorded runs of this package"
     rows = [[f"[{p['project']}]({p['source']})" if p['source'] else p['project'], p['shows'], f"{p['parameters']:,}", p['epochs'], f"{p['accuracy']:.2f} %",
              p['over_90_from'] or 'not logged', p['time']] for p in json.loads((root/'benchmarks/projects.json').read_text(encoding='utf-8'))]
-    for name, folder, shows in own_runs:
-        folder = root/'benchmarks/runs'/folder
-        summary = json.loads((folder/'summary.json').read_text(encoding='utf-8'))
+    for name, folder, shows, timed in own_runs: # `timed`: the run of as many steps whose seconds are shown, where this one was paused
+        summary, clock = (json.loads((root/'benchmarks/runs'/run/'summary.json').read_text(encoding='utf-8')) for run in (folder, timed))
         accuracy, flipped = f"**{summary['accuracy']:.2%}**", summary.get('flip_averaged_accuracy')
         if flipped: accuracy += f'; {flipped:.2%} averaged with mirror images'
         rows.append([name, shows, f"{summary['n_params']:,}", summary['epochs'], accuracy.replace('%', ' %'),
-                     stays_over(curve(folder/'history.csv', scale=100)), f"{summary['seconds']:,.0f} s with a validation each epoch; {machine(summary)}, {summary['precision']}"])
+                     stays_over(curve(root/'benchmarks/runs'/folder/'history.csv', scale=100)),
+                     f"{clock['seconds']:,.0f} s with a validation each epoch{', by another run of as many steps' if timed != folder else ''}; {machine(clock)}, {clock['precision']}"])
     return table(['project', 'what it shows', 'parameters', 'epochs', 'test accuracy after the last', 'over 90 % from epoch', 'time and machine'], rows)
 
 
