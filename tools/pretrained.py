@@ -26,7 +26,7 @@ The weights that `load_pretrained()` and `cifar_predict` use, in half precision 
 
 ## How well it does
 
-On the 10,000 test images, which had no part in training. The recipe was chosen without them, but for a starting point that an earlier run on them had suggested; they were looked at after each epoch, for the curves. Last weights, not those of the best epoch:
+On the 10,000 test images, which had no part in training. The recipe was chosen without them, but for a starting point that an earlier run on them had suggested, and for a question, where the cycle should end, that the curve of an earlier recipe raised; training images answered it. They were looked at after each epoch, for the curves. Last weights, not those of the best epoch:
 
 | | accuracy |
 |---|---|
