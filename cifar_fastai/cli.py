@@ -110,6 +110,7 @@ def cifar_lr_find(settings:LRFindSettings):
     bounds = bounds_from(lrs, losses)
     plot_range_test(lrs, losses, bounds).figure.savefig(settings.plot, dpi=110)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}\nplot {settings.plot}')
+    if settings.lr_min != 'find': print(f'cifar_train begins and ends at {settings.lr_min:g} with these settings; with --lr_min find, at the rate above')
 
 # %% ../nbs/20_cli.ipynb #e3abe7ca
 @dataclass(frozen=True)

@@ -365,12 +365,16 @@ def _run(settings, learn, data, saved):
                 saved.config['bounds'] = bounds._asdict()
                 first(partial(_write_bounds, saved, tested))
             else: bounds, tested = first(partial(_read_bounds, saved))
-            print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}' + (', found by a range test' if tested else ''), flush=True)
+            print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}{_found(settings) if tested else ""}', flush=True)
             _fit(settings, learn, bounds, saved, stop, logs)
         return first(partial(_finish, settings, learn, data, tested, saved, logs))
     finally:
         for log in logs: log.close()
         saved.end()
+
+def _found(settings): # in words
+    found = [name for name in ('lr_min', 'lr_max') if getattr(settings, name) == 'find']
+    return f", {found[0] + ' ' if len(found) == 1 else ''}found by a range test"
 
 def _write_bounds(saved, tested):
     if tested: write_range_test(saved.path, *tested[:2])

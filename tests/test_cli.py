@@ -282,6 +282,10 @@ def test_lr_find_prints_both_rates_and_saves_the_plot(capsys, folder_of_its_own)
     with Image.open('found.png') as img: assert img.format == 'PNG' and min(img.size) > 200
     assert [p.name for p in folder_of_its_own.iterdir()] == ['found.png']
 
+def test_lr_find_says_when_training_takes_another_end(capsys):
+    cifar_lr_find('--data digits --recipe seed --lr_min 1e-5 --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
+    assert capsys.readouterr().out.splitlines()[-1] == 'cifar_train begins and ends at 1e-05 with these settings; with --lr_min find, at the rate above'
+
 def test_lr_find_refuses_a_plot_in_no_folder():
     assert 'plot is no/such/folder.png: give a file in a folder that exists' in refused(cifar_lr_find, '--data', 'digits', '--plot', 'no/such/folder.png')
 

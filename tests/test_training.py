@@ -220,6 +220,12 @@ def test_a_run_with_found_bounds_records_and_draws_them(settings, capsys, digits
     assert f'learning rates from {bounds["lr_min"]:.2e} to {bounds["lr_max"]:.2e}, found by a range test' in said
     assert Path('run/plots/range_test.png').exists() and read_history('run')['lr'].iloc[0] == pytest.approx(bounds['lr_min'])
 
+def test_of_the_recipe_best_the_height_alone_is_found(settings, capsys, digits):
+    summary = train(settings(data='digits', epochs=1, bs=4, lr_min=None, lr_max='find', out='run'), digits.first(80, 40))
+    bounds = summary['bounds']
+    assert bounds == dict(lr_min=2.5e-5, lr_max=bounds_from(*read_range_test('run')).lr_max)
+    assert f'learning rates from 2.50e-05 to {bounds["lr_max"]:.2e}, lr_max found by a range test' in capsys.readouterr().out
+
 # ---- where the first layer begins
 
 @pytest.mark.parametrize('pipeline', ['batch', 'item'])
