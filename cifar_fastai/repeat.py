@@ -118,7 +118,7 @@ def plot_band(
     "Validation accuracy over epochs: least to most of all runs as a band, their mean as a line; the runs of others in grey, those of which only the end is known as points"
     if ax is None: _, ax = plt.subplots(figsize=(9, 5), layout='constrained')
     for k, (name, curve) in enumerate([] if others is None else others.groupby('project')):
-        style = dict(color='0.45', linestyle=['-', '--', ':', '-.'][k % 4], marker=None) if len(curve) > 1 else dict(color='0.3', linestyle='', marker='xo+*'[k % 4])
+        style = dict(color='0.45', linestyle=['-', '--', ':', '-.', (0, (6, 1, 1, 1, 1, 1))][k % 5], marker=None) if len(curve) > 1 else dict(color='0.3', linestyle='', marker='xo+*D'[k % 5])
         ax.plot(curve['epoch'], curve['accuracy'], linewidth=1, label=f"project {name}: {curve['accuracy'].iloc[-1]:.2f} %", **style)
     for k, (name, runs) in enumerate(results.items()):
         curves = 100*np.array([run['accuracies'] for run in runs])

@@ -300,7 +300,7 @@ def test_repeat_prints_a_table_and_goes_on_where_it_was(small_archive, capsys):
     cifar_repeat([*args, '2'])
     said, runs = capsys.readouterr().out, read_json('two/repeat.json')['runs']
     assert runs[:1] == first and [run['seed'] for run in runs] == [0, 1] and 'seed-0 is finished: 1 epochs' in said
-    n, mean, *_ = next(line for line in said.splitlines()[::-1] if line.startswith('best, ghost 4 ')).removeprefix('best, ghost 4').split()
+    n, mean, *_ = next(line for line in said.splitlines()[::-1] if line.startswith('best, lr_min 0.001, ghost 4 ')).removeprefix('best, lr_min 0.001, ghost 4').split()
     assert n == '2' and float(mean) == pytest.approx(100*sum(run['accuracy'] for run in runs)/2, abs=.006) and said.endswith('\nsaved two\n')
     assert 'wd is 0.25 in the run and 0.9 now; give another folder' in refused(cifar_repeat, *args, '2', '--wd', .9)
 

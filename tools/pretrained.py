@@ -19,7 +19,7 @@ The weights that `load_pretrained()` and `cifar_predict` use, in half precision 
 | input | RGB, 32×32, normalised with `cifar10_stats` |
 | output | 10 logits, classes in the order of `cifar10_classes` |
 | data | the 50,000 training images of CIFAR-10 (Krizhevsky 2009), and no others |
-| recipe | `{recipe}`: {settings} |
+| recipe | `{recipe}`: {settings}. The factor on the logits is folded into the weights of `fc`: load them into a plain `CustomResNet()` |
 | learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g} of {epochs}; its height found by a range test, its ends those of the recipe |
 | trained on | {device}, {precision}, seed {seed} |
 | licence | Apache-2.0, as the package |
@@ -40,11 +40,11 @@ By class, the share of its images that are named rightly (recall), and of the im
 
 The most frequent mistakes: {confused}.
 
-This is one run. Another seed gives other weights, and an accuracy that differs by some tenths of a point.
+This is one run. Another seed gives other weights and another accuracy; by how much was not measured for this recipe.
 
 ## Limits
 
-It knows ten things, in pictures of 32×32 pixels, and nothing else: shown a face, a house or noise it still names one of the ten, often with a high probability. Larger pictures are scaled down and cut to their centre square; what stands at the edge is not seen. CIFAR-10's labels contain mistakes, and near-duplicates between its training and test images are known (Barz & Denzler 2020), so the figures flatter a little. The labels were smoothed in training, so probabilities are cautious: they are no calibrated measure of certainty. It is meant for learning, for teaching and as a baseline, and for no decision about anybody.
+It knows ten things, in pictures of 32×32 pixels, and nothing else: shown a face, a house or noise it still names one of the ten. Larger pictures are scaled down and cut to their centre square; what stands at the edge is not seen. CIFAR-10's labels contain mistakes, and near-duplicates between its training and test images are known (Barz & Denzler 2020), so the figures flatter a little. The labels were smoothed in training, so probabilities are cautious: on the test images the highest is {confidence:.2f} on average, and right {accuracy:.1%} of the time. They are no calibrated measure of certainty. It is meant for learning, for teaching and as a baseline, and for no decision about anybody.
 '''
 
 
@@ -68,7 +68,7 @@ def main(run):
     text = card.format(
         megabytes=(weights/'best.safetensors').stat().st_size/1e6, n_params=summary['n_params'], recipe=settings['recipe'], settings=', '.join(f'`{name}` {settings[name]}' for name in recipes[settings['recipe']]),
         **summary['bounds'], peak_epoch=settings['peak_epoch'], epochs=settings['epochs'], device=summary['device'] if summary['device'] != 'cpu' else f"{summary['environment']['cores']} cores of {summary['environment']['processor']}",
-        precision=summary["precision"], seed=summary['seed'], accuracy=interp.accuracy, flipped=interp.flip_averaged().accuracy, run_accuracy=summary['accuracy'],
+        precision=summary["precision"], seed=summary['seed'], accuracy=interp.accuracy, confidence=float(interp.probs.max(dim=1).values.mean()), flipped=interp.flip_averaged().accuracy, run_accuracy=summary['accuracy'],
         per_class=table(['class', 'recall', 'precision'], [[name, f'{row.recall:.1%}', f'{row.precision:.1%}'] for name, row in scores.iterrows()]),
         confused=', '.join(f'{actual} taken for {predicted} ({n})' for actual, predicted, n in interp.most_confused()[:4]))
     (weights/'README.md').write_text(text, encoding='utf-8')
