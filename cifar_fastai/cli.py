@@ -80,7 +80,7 @@ def cifar_train(settings:RunSettings):
     from cifar_fastai.training import new_run_folder, resume, train
     run = TrainSettings(**{f.name: getattr(settings, f.name) for f in fields(TrainSettings)})
     processes = launched_processes(run.device)
-    if processes.n > 1: signal.signal(signal.SIGTERM, processes.stop)
+    if processes.n > 1: signal.signal(signal.SIGTERM, processes.on_sigterm)
     try:
         if settings.resume is not None:
             folder = settings.resume

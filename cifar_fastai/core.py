@@ -144,7 +144,7 @@ class BenchSettings:
 class RepeatSettings(TrainSettings):
     "The settings of a run, repeated with other seeds."
     n: int = 5 # runs, with the seeds seed, seed + 1 and so on
-    without: tuple[Literal['lr_min', 'wd', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten'], ...] = () # ingredients to take away: as the recipe seed has them
+    without: tuple[Literal[tuple(recipes['seed'])], ...] = () # ingredients to take away: as the recipe seed has them
     ablate: bool = False # runs of the recipe, and as many without each of its ingredients
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 

@@ -102,7 +102,7 @@ class LaunchedProcesses(Processes):
     def train(self, learn):
         with learn.distrib_ctx(): yield learn
 
-    def stop(self, *_):
+    def on_sigterm(self, *_):
         "What SIGTERM does where nothing else waits for it: exit with one sentence, unless this process is about to say it anyway"
         if self.lost: return
         print(f'cifar_train: {_stops(self, "by SIGTERM, which a launcher also sends when another one is gone")}', file=sys.__stderr__, flush=True)

@@ -48,6 +48,7 @@ class RunRecord(NamedTuple):
     @property
     def name(self): return self.path.resolve().name or str(self.path)
 
+# %% ../nbs/12_report.ipynb #7f12a003
 _numbers = 'accuracy', 'best_accuracy', 'best_epoch', 'n_wrong', 'n_params', 'seconds' # of a summary that every page shows
 
 def read_run(run): # run folder -> `RunRecord`
@@ -82,6 +83,7 @@ def run_images(
     s = record.settings
     return cifar_dls(data, s.bs, 'item', s.valid, s.seed, CropFlipCutout(flip=s.flip), record.data['stats'], num_workers=0, device='cpu')
 
+# %% ../nbs/12_report.ipynb #7f12a005
 def run_predictions(
     record:RunRecord,
     dls=None, # of `run_images`; without it the images cannot be asked for
@@ -145,12 +147,14 @@ def page_plot(
     viewed = re.search(r'viewBox="[^"]*"', svg)[0]
     return Markup('<svg role="img" aria-label="{}" stroke-linejoin="round" {}>{}').format(alt, Markup(viewed), Markup(svg[svg.index('>') + 1:]))
 
+# %% ../nbs/12_report.ipynb #7f12a007
 def image_uri(img): # `uint8` (32, 32, 3) -> str
     "An image as an address that holds it, without loss"
     buffer = io.BytesIO()
     Image.fromarray(img).save(buffer, 'WEBP', lossless=True)
     return f'data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
+# %% ../nbs/12_report.ipynb #7f12a009
 def _curves(history, columns, label): # of both sets -> what `page_plot` takes
     def plot(ax):
         for column, name in columns.items(): ax.plot(history['epoch'], history[column], marker='.', label=name)
@@ -192,6 +196,7 @@ def _template(name):
     env.filters['sha256'] = lambda script: f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
     return env.get_template(name)
 
+# %% ../nbs/12_report.ipynb #7f12a00b
 def _duration(seconds):
     minutes, hours = round(seconds/60), seconds/3600
     return f'{seconds:.0f} s' if seconds < 120 else f'{minutes} min' if minutes < 120 else f'{hours:.1f} h'
@@ -210,6 +215,7 @@ def _figures(record, n_valid): # -> list of dict: name, value, note
 
 def _images(record): return dict(test='test images', holdout='held-out training images')[record.settings.valid]
 
+# %% ../nbs/12_report.ipynb #7f12a00d
 def _settings(record): # -> list of dict: name, value, changed
     changed, shown = changed_settings(record.settings), lambda value: ', '.join(map(str, value)) if isinstance(value, (tuple, list)) else '—' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
     return [dict(name=name, value=shown(value), changed=name in changed) for name, value in asdict(record.settings).items() if name != 'out']
@@ -223,6 +229,7 @@ def _origin(record):
     if record.data.get('is_cifar10'): return 'CIFAR-10'
     return "scikit-learn's digits" if record.data['vocab'] == list('0123456789') else 'Images of its own, not the original CIFAR-10'
 
+# %% ../nbs/12_report.ipynb #7f12a00f
 def _lr_text(record):
     s, (low, high) = record.settings, record.bounds
     given = [name for name in ('lr_min', 'lr_max') if getattr(s, name) != 'find']
@@ -239,6 +246,7 @@ def _gallery(interp, most): # bytes -> list of dict, the surest mistakes first
         pictures.append(dict(uri=uri, pair=f'{interp.targs[m.idx]}-{interp.decoded[m.idx]}', actual=m.actual, predicted=m.predicted, probability=f'{m.probability:.0%}'))
     return pictures
 
+# %% ../nbs/12_report.ipynb #7f12a011
 def _training_images(record, dls, n=4): # -> list of dict: name, uris; an image of each of the first classes
     first, labels = {}, [record.data['vocab'][y] for y in range(min(n, len(record.data['vocab'])))]
     for i in range(dls.train.n):
@@ -249,6 +257,7 @@ def _training_images(record, dls, n=4): # -> list of dict: name, uris; an image 
     versions = augmented_images(record, np.stack(list(first.values())))
     return [dict(name=name, uris=[image_uri(img) for img in (before, *after)]) for (name, before), after in zip(first.items(), versions)]
 
+# %% ../nbs/12_report.ipynb #7f12a013
 def report_page(
     record:RunRecord,
     interp:CifarInterpretation, # of `run_predictions`
@@ -325,6 +334,7 @@ def _plot_accuracies(records, names): # -> what `page_plot` takes
         ax.grid(alpha=.2); ax.legend(ax.lines, [(name if len(name) < 40 else name[:39] + '…').replace('$', r'\$') for name in names], fontsize=8)
     return plot
 
+# %% ../nbs/12_report.ipynb #7f12a015
 def comparison_page(
     records, # list of `RunRecord`
     right, # which images each has right, a `bool` (N,) a run
@@ -343,6 +353,7 @@ def comparison_page(
         pairs=[dict(first=names[a], second=names[b], counts=test[:4], p=f'{test.p:.2g}') for a, b, test in tests],
         apart=[f'{names[a]} and {names[b]} were validated on different images, so they cannot be compared image by image.' for a, b in combinations(range(len(records)), 2) if (a, b) not in same])
 
+# %% ../nbs/12_report.ipynb #7f12a017
 def write_comparison(
     runs, # two or more run folders
     out, # file to write

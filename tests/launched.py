@@ -69,7 +69,7 @@ def other_images(folder, source): # one of them has one that differs
 
 def leaves(folder, source, gone): # one of them is killed, while the other waits for nobody, or for the first one
     processes = launched_processes('cpu')
-    signal.signal(signal.SIGTERM, processes.stop)
+    signal.signal(signal.SIGTERM, processes.on_sigterm)
     processes.gather(rank) # both are there
     if rank == gone: os.kill(os.getpid(), signal.SIGKILL)
     processes.from_first(lambda: time.sleep(50))
