@@ -59,19 +59,19 @@ class OneCycle(ParamScheduler):
         self.peak_step = max(0, min(round(peak_epoch*n_batch) - 1, self.n_steps - 2)) # the last step is at `lr_min`
         super().before_fit()
 
-    def before_batch(self): self._update_val(self.train_iter)
+    def before_batch(self): self._update_val(round(self.pct_train*self.n_steps)) # counts epochs that are skipped, which `train_iter` does not
 
     def lr_at(self, step): return one_cycle_lr(step, self.n_steps, self.peak_step, self.lr_min, self.lr_max, self.anneal)
 
 # %% ../nbs/04_schedule.ipynb #b59bbbd5
 @contextmanager
 def _as_it_was(learn):
-    "Put back the model, the optimizer, the recorder and every random state; files go to a temporary folder"
+    "Put back the model, the optimizer, the callbacks and every random state; files go to a temporary folder"
     dl, modes = learn.dls.train, [(m, m.training) for m in learn.model.modules()]
     kept_attrs = {name: getattr(learn, name) for name in ('opt', 'model_dir')}
     kept_dl = {name: deepcopy(getattr(dl, name)) for name in ('rng', 'epoch') if name in dl.__dict__}
     weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    recorder = copy(learn.recorder.__dict__)
+    callbacks = [(cb, copy(cb.__dict__)) for cb in learn.cbs]
     python, numpy_, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -86,7 +86,9 @@ def _as_it_was(learn):
         for m, mode in modes: m.training = mode
         for name, value in kept_attrs.items(): setattr(learn, name, value)
         for name, value in kept_dl.items(): setattr(dl, name, value)
-        learn.recorder.__dict__.clear(); learn.recorder.__dict__.update(recorder)
+        for cb, attributes in callbacks:
+            cb.__dict__.clear()
+            cb.__dict__.update(attributes)
         random.setstate(python); np.random.set_state(numpy_); torch.set_rng_state(cpu)
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
 

@@ -5,12 +5,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, Learner, ProgressCallback, ReduceLROnPlateau, accuracy, error_rate, load_learner, set_seed
+from fastai.vision.all import Callback, GradientClip, Learner, ProgressCallback, ReduceLROnPlateau, accuracy, error_rate, load_learner, set_seed
 from torch import nn
 
 from cifar_fastai.core import TrainSettings, recipes
 from cifar_fastai.data import cifar_dls
-from cifar_fastai.learner import (CPUAutocast, FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks,
+from cifar_fastai.learner import (FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks,
                                   precision_of, save_weights)
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.schedule import OneCycle
@@ -59,7 +59,7 @@ def test_what_is_written_to_hypers_reaches_the_optimizer():
     for h in opt.hypers: h['lr'] = .123
     opt.hypers[0]['mom'] = .5
     assert [g['lr'] for g in opt.opt.param_groups] == [.123, .123]
-    assert opt.opt.param_groups[0]['betas'] == (.5, .99) and opt.opt.param_groups[1]['betas'] == (.9, .99)
+    assert [g['betas'] for g in opt.opt.param_groups] == [(.5, .99)]*2 # both of the one layer group
     assert opt.hypers[0]['lr'] == .123 and opt.hypers[0]['mom'] == .5
 
 def test_set_hyper_reaches_the_optimizer_and_wd_only_the_weights():
@@ -82,9 +82,10 @@ def test_the_settings_of_the_learner_reach_the_optimizer(tiny_learner):
 
 def halves(model): return [[p for m in model[:1] for p in m.parameters()], [p for m in model[1:] for p in m.parameters()]]
 
-def test_each_part_of_a_splitter_has_its_weights_and_the_rest_apart():
-    opt = FusedAdam(halves(a_net()))
-    assert [[p.ndim for p in g] for g in opt.param_lists] == [[4], [2], [1, 1, 1]]
+def test_each_part_of_a_splitter_is_one_group_of_which_only_weights_are_decayed():
+    opt = FusedAdam(halves(a_net()), wd=.3)
+    assert [[p.ndim for p in ps] for ps in opt.param_lists] == [[4], [2, 1, 1, 1]]
+    assert [({p.ndim for p in g['params']}, g['weight_decay']) for g in opt.opt.param_groups] == [({4}, .3), ({2}, .3), ({1}, 0.)]
 
 def test_reduce_lr_on_plateau_really_lowers_the_rate(tiny_learner):
     learn, rates = tiny_learner(), []
@@ -334,10 +335,10 @@ def test_a_learner_of_digits_has_their_classes():
     assert isinstance(learn, Learner) and isinstance(learn.model, CustomResNet) and learn.model.fc.out_features == 10
 
 def test_arguments_of_fastais_learner_are_passed_on(tiny_learner, tmp_path):
-    learn = tiny_learner(path=tmp_path/'elsewhere', lr=.5, opt_func=partial(FusedAdam, wd=0.), cbs=CPUAutocast())
+    learn = tiny_learner(path=tmp_path/'elsewhere', lr=.5, opt_func=partial(FusedAdam, wd=0.), cbs=GradientClip(1.))
     learn.create_opt()
     assert learn.path == tmp_path/'elsewhere' and learn.opt.hypers[0]['lr'] == .5 and learn.opt.hypers[0]['wd'] == 0
-    assert any(isinstance(cb, CPUAutocast) for cb in learn.cbs)
+    assert any(isinstance(cb, GradientClip) for cb in learn.cbs)
 
 # ---- recipes
 

@@ -1,0 +1,479 @@
+"""What works with fastai's own `Learner` works with `cifar_learner`, and with the same result."""
+import os, subprocess, sys, textwrap, threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
+from fastai.vision.all import (SGD, Adam, Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                               CancelTrainException, CrossEntropyLossFlat, GradientClip, Learner, OptimWrapper, ParamScheduler,
+                               ProgressCallback, ReduceLROnPlateau, SaveModelCallback, SchedCos, SchedExp, accuracy,
+                               load_learner, params, set_seed)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar_fastai.augment import CropFlipCutout
+from cifar_fastai.learner import Autocast, Checkpoints, FiniteLoss, FusedAdam, cifar_learner, precision_of
+from cifar_fastai.models import load_pretrained
+from cifar_fastai.schedule import OneCycle, one_cycle_lr, range_test
+
+def four_parts(net): return [params(net[0]), params(net[1]), params(net[2:5]) or [], params(net[5])]
+def three_parts(net): return [params(net[0]), params(net[1]), params(net[5])]
+def two_parts(net): return [params(net[:5]), params(net[5:])]
+
+def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+def assert_same(a, b, exact=True):
+    assert a.keys() == b.keys()
+    for name in a: torch.testing.assert_close(a[name], b[name], **dict(rtol=0, atol=0) if exact else dict(rtol=2e-4, atol=2e-6))
+
+def net(n_out=10):
+    "A small network. Its convolution has no bias: the norm would leave it a gradient of rounding errors, which Adam enlarges"
+    set_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+                         nn.Flatten(), nn.Linear(32, n_out))
+
+@pytest.fixture
+def tiny_learner(small_dls):
+    def make(dls=None, **kwargs):
+        return cifar_learner(dls or small_dls(), net(), **dict(precision='fp32', recipe='seed') | kwargs).remove_cbs(ProgressCallback)
+    return make
+
+@pytest.fixture
+def plain_learner(small_dls):
+    "fastai's own `Learner` and `Adam`, with the values of `tiny_learner`"
+    def make(dls=None, **kwargs):
+        opt_func = partial(Adam, mom=.9, sqr_mom=.99, eps=1e-8, wd=.2)
+        return Learner(dls or small_dls(), net(), CrossEntropyLossFlat(), **dict(opt_func=opt_func, metrics=accuracy) | kwargs)
+    return make
+
+# ---- layer groups
+
+idioms = {
+    'a slice': lambda learn: learn.fit(2, slice(1e-4, 1e-2)),
+    'a slice with one end': lambda learn: learn.fit(2, slice(1e-2)),
+    'a rate for each group': lambda learn: learn.fit(2, [1e-4, 1e-3, 1e-2]),
+    'one cycle with a slice': lambda learn: learn.fit_one_cycle(2, slice(1e-4, 1e-2)),
+    'one cycle with a slice with one end': lambda learn: learn.fit_one_cycle(2, slice(1e-2)),
+    'flat then cosine': lambda learn: learn.fit_flat_cos(2, slice(1e-4, 1e-2)),
+    'warm restarts': lambda learn: learn.fit_sgdr(1, 2, slice(1e-4, 1e-2)),
+    'frozen': lambda learn: (learn.freeze(), learn.fit(2, 1e-2)),
+    'frozen but for two': lambda learn: (learn.freeze_to(-2), learn.fit(2, 1e-2)),
+    'frozen, then not': lambda learn: (learn.freeze(), learn.fit(1, 1e-2), learn.unfreeze(), learn.fit(1, slice(1e-4, 1e-2))),
+    'fine-tuned': lambda learn: learn.fine_tune(2, 1e-2),
+    'another weight decay': lambda learn: learn.fit(2, 1e-2, wd=.7),
+    'hyper-parameters set': lambda learn: (learn.create_opt(), learn.opt.set_hypers(mom=.5, wd=.6, eps=1e-4), learn.fit(2, 1e-2)),
+    'a scheduler of the weight decay': lambda learn: learn.fit(2, 1e-2, cbs=ParamScheduler(dict(wd=SchedExp(.1, .9)))),
+    'a scheduler of each rate': lambda learn: learn.fit(2, cbs=ParamScheduler(dict(lr=SchedCos(np.array([1e-4, 1e-3, 1e-2]), 1e-5)))),
+    'a plateau': lambda learn: learn.fit(3, slice(1e-4, 1e-2), cbs=ReduceLROnPlateau('valid_loss', min_delta=100, patience=1)),
+    'an optimizer made anew': lambda learn: (learn.fit(1, 1e-2), learn.fit(1, 1e-2, reset_opt=True)),
+}
+
+@pytest.mark.parametrize('idiom', idioms)
+def test_an_idiom_of_training_gives_the_weights_of_plain_fastai(tiny_learner, plain_learner, idiom):
+    ours, plain = tiny_learner(splitter=three_parts), plain_learner(splitter=three_parts)
+    for learn in (ours, plain):
+        with learn.no_bar(), learn.no_logging(): idioms[idiom](learn)
+    assert_same(weights(ours), weights(plain), exact=False)
+
+@pytest.mark.parametrize('splitter, n', [(params, 1), (two_parts, 2), (three_parts, 3), (four_parts, 4)])
+def test_the_optimizer_has_the_groups_of_the_splitter(tiny_learner, plain_learner, splitter, n):
+    ours, plain = tiny_learner(splitter=splitter), plain_learner(splitter=splitter)
+    for learn in (ours, plain): learn.create_opt()
+    assert len(ours.opt.hypers) == len(ours.opt.param_lists) == len(plain.opt.param_lists) == n
+    shapes = lambda learn: [sorted(tuple(p.shape) for p in ps) for ps in learn.opt.param_lists]
+    assert shapes(ours) == shapes(plain)
+
+@pytest.mark.parametrize('n', [-1, -2, 0, 1, 2])
+def test_freezing_leaves_the_same_parameters_trainable(tiny_learner, plain_learner, n):
+    trainable = []
+    for learn in (tiny_learner(splitter=three_parts), plain_learner(splitter=three_parts)):
+        learn.freeze_to(n)
+        trainable.append({name for name, p in learn.model.named_parameters() if p.requires_grad})
+    assert trainable[0] == trainable[1]
+
+def test_freezing_the_network_leaves_its_last_group_and_the_norms_trainable(small_dls):
+    learn = cifar_learner(small_dls(), splitter=lambda net: [params(net.prep), params(net.layer1), [*params(net.layer3), *params(net.fc)]])
+    learn.freeze()
+    assert learn.model.fc.weight.requires_grad and not learn.model.prep[0].weight.requires_grad
+    assert learn.model.prep[1].weight.requires_grad # fastai trains frozen norms
+
+def test_the_hyper_parameters_are_those_of_fastais_adam(tiny_learner, plain_learner):
+    ours, plain = tiny_learner(splitter=three_parts), plain_learner(splitter=three_parts)
+    for learn in (ours, plain):
+        learn.create_opt()
+        learn.opt.set_hyper('lr', slice(1e-4, 1e-2))
+        learn.opt.set_hyper('wd', [.1, .2, .3])
+    for h, expected in zip(ours.opt.hypers, plain.opt.hypers):
+        assert {k: h[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')} == pytest.approx({k: expected[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')})
+    assert [h['wd'] for h in ours.opt.hypers] == [.1, 0, .3] # the second group has nothing but a norm
+
+# ---- arguments of the optimizer and the loss
+
+@pytest.mark.parametrize('given, expected', [
+    (dict(opt_func=SGD, wd=.1), dict(wd=.1)),
+    (dict(opt_func=partial(SGD, mom=.8), wd=.1), dict(wd=.1, mom=.8)),
+    (dict(opt_func=Adam, wd=.3), dict(wd=.3)),
+    (dict(opt_func=partial(OptimWrapper, opt=torch.optim.SGD), wd=.1), dict(wd=.1)),
+    (dict(opt_func=Adam), dict(wd=.01)), # fastai's own default
+    (dict(opt_func=FusedAdam, wd=.1, betas=(.8, .95), eps=1e-5), dict(wd=.1, mom=.8, sqr_mom=.95, eps=1e-5)),
+    (dict(opt_func=partial(FusedAdam, betas=(.7, .9)), wd=.1), dict(wd=.1, mom=.7, sqr_mom=.9)),
+    (dict(wd=.1, betas=(.8, .95), eps=1e-5), dict(wd=.1, mom=.8, sqr_mom=.95, eps=1e-5)),
+    (dict(), dict(wd=.2, mom=.9, sqr_mom=.99, eps=1e-8)),
+], ids=str)
+def test_arguments_of_the_optimizer_are_honoured(tiny_learner, given, expected):
+    learn = tiny_learner(**given)
+    learn.fit(1, 1e-3)
+    assert {k: learn.opt.hypers[0][k] for k in expected} == pytest.approx(expected)
+
+@pytest.mark.parametrize('given', [dict(betas=(.8, .95)), dict(eps=1e-3)], ids=str)
+@pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=str)
+def test_an_argument_that_the_optimizer_would_ignore_is_refused(tiny_learner, opt_func, given):
+    [(name, value)] = given.items()
+    with pytest.raises(ValueError) as e: tiny_learner(opt_func=opt_func, **given)
+    assert name in str(e.value) and str(value) in str(e.value)
+
+def test_a_label_smoothing_that_the_loss_would_ignore_is_refused(tiny_learner):
+    with pytest.raises(ValueError, match=r'label_smoothing is 0\.1'): tiny_learner(loss_func=nn.CrossEntropyLoss(), label_smoothing=.1)
+
+@pytest.mark.parametrize('opt_func', [None, FusedAdam], ids=['default', 'given'])
+@pytest.mark.parametrize('decayed', [True, False])
+def test_wd_bn_bias_decides_whether_norms_and_biases_are_decayed(tiny_learner, plain_learner, decayed, opt_func):
+    ours, plain = tiny_learner(wd_bn_bias=decayed, opt_func=opt_func, wd=.2), plain_learner(wd_bn_bias=decayed)
+    for learn in (ours, plain):
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, wd=.7)
+    assert_same(weights(ours), weights(plain), exact=False)
+
+# ---- epochs
+
+class Seen(Callback):
+    "Note what identifies each training batch, and its learning rate"
+    order = 100 # after schedulers
+    def __init__(self): self.batches, self.lrs = [], []
+    def before_batch(self):
+        if self.training:
+            self.batches.append(self.x.double().sum().item())
+            self.lrs.append(self.opt.hypers[-1]['lr'])
+
+def test_successive_fits_see_other_batches(tiny_learner):
+    seen = Seen()
+    learn = tiny_learner()
+    for _ in range(3): learn.fit(1, 1e-3, cbs=seen)
+    assert len(set(seen.batches)) == 15
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_three_fits_of_an_epoch_see_the_batches_of_one_fit_of_three(tiny_learner, small_dls, pipeline):
+    first, second = Seen(), Seen()
+    make = lambda: tiny_learner(small_dls(pipeline=pipeline, aug=CropFlipCutout(flip='alternate')))
+    make().fit(3, 1e-3, cbs=first)
+    learn = make()
+    for _ in range(3):
+        learn.fit(1, 1e-3, cbs=second)
+        learn.validate(); learn.get_preds()
+    assert first.batches == second.batches
+
+def test_each_image_is_flipped_in_one_of_two_successive_fits(tiny_learner, small_dls):
+    counts = []
+    class Flips(Callback):
+        def before_train(self): counts.append(self.dls.train.epoch)
+    learn = tiny_learner(small_dls(aug=CropFlipCutout(flip='alternate')))
+    for _ in range(4): learn.fit(1, 1e-3, cbs=Flips())
+    assert counts == [0, 1, 2, 3]
+
+def test_fine_tuning_counts_on(tiny_learner):
+    seen = Seen()
+    learn = tiny_learner(splitter=two_parts)
+    learn.add_cb(seen).fine_tune(2, 1e-3, freeze_epochs=2)
+    assert len(set(seen.batches)) == 20
+
+def test_a_range_test_uses_up_no_epoch(tiny_learner):
+    first, second = Seen(), Seen()
+    tiny_learner().fit(1, 1e-3, cbs=first)
+    learn = tiny_learner()
+    range_test(learn, num_it=12)
+    learn.fit(1, 1e-3, cbs=second)
+    assert first.batches == second.batches
+
+cycle = dict(lr_min=1e-4, lr_max=1e-2, peak_epoch=1)
+
+@pytest.mark.parametrize('start', [1, 2, 3])
+@pytest.mark.parametrize('anneal', ['linear', 'cos'])
+def test_start_epoch_goes_on_with_the_cycle(tiny_learner, start, anneal):
+    seen = Seen()
+    tiny_learner().fit(4, cbs=[OneCycle(**cycle, anneal=anneal), seen], start_epoch=start)
+    assert seen.lrs == pytest.approx([one_cycle_lr(step, 20, 4, 1e-4, 1e-2, anneal) for step in range(5*start, 20)])
+
+@pytest.mark.filterwarnings('ignore:Loading only the model')
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning')
+@pytest.mark.parametrize('fresh', [True, False], ids=['in a new learner', 'in the same learner'])
+def test_loading_with_the_optimizer_and_start_epoch_equal_the_undisturbed_run(tiny_learner, small_dls, tmp_path, fresh):
+    make = lambda: tiny_learner(small_dls(aug=CropFlipCutout(flip='alternate')), path=tmp_path)
+    whole, seen = make(), Seen()
+    whole.fit(4, cbs=[OneCycle(**cycle), seen])
+
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 2 and self.iter == 3: raise KeyboardInterrupt
+    learn, again = make(), Seen()
+    with pytest.raises(KeyboardInterrupt): learn.fit(4, cbs=[OneCycle(**cycle), SaveModelCallback(every_epoch=True, with_opt=True), Stop()])
+    if fresh: learn = make()
+    learn.create_opt()
+    learn.load('model_1', with_opt=True)
+    learn.fit(4, cbs=[OneCycle(**cycle), again], start_epoch=2)
+    assert again.batches == seen.batches[10:] and again.lrs == seen.lrs[10:]
+    assert_same(weights(learn), weights(whole))
+
+def test_a_resumed_second_fit_sees_the_batches_of_the_undisturbed_one(tiny_learner, tmp_path):
+    class Stop(Callback):
+        order = 90 # after the checkpoint of the step before
+        def before_batch(self):
+            if self.training and (self.epoch, self.iter) == (1, 2): raise KeyboardInterrupt
+    whole = tiny_learner()
+    whole.fit(1, 1e-3); whole.fit(2, 1e-3)
+    learn = tiny_learner()
+    learn.fit(1, 1e-3)
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=[Checkpoints(tmp_path/'c', minutes=0), Stop()])
+    other = tiny_learner()
+    other.fit(2, 1e-3, cbs=Checkpoints(tmp_path/'c', resume=True))
+    assert_same(weights(other), weights(whole))
+
+def test_a_cycle_keeps_its_place_when_epochs_are_cut_short(tiny_learner):
+    class Short(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 2: raise CancelTrainException
+    seen = Seen()
+    tiny_learner().fit(4, cbs=[OneCycle(**cycle), Short(), seen])
+    assert seen.lrs == pytest.approx([one_cycle_lr(step, 20, 4, 1e-4, 1e-2) for epoch in range(4) for step in range(5*epoch, 5*epoch + 3)])
+
+# ---- precision
+
+class Fails(nn.Module):
+    "The identity, until it is told to raise"
+    error = None
+    def forward(self, x):
+        if self.error is not None: raise self.error
+        return x
+
+def failing_learner(tiny_learner, **kwargs):
+    learn = tiny_learner(**dict(precision='bf16') | kwargs)
+    learn.model.append(Fails())
+    return learn
+
+errors = [RuntimeError('out of memory'), KeyboardInterrupt(), SystemExit(1), ValueError('a shape'), CancelBatchException(), CancelFitException(),
+          CancelEpochException(), CancelTrainException()]
+
+@pytest.mark.parametrize('error', errors, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('where', ['fit', 'validate', 'get_preds', 'range test'])
+def test_an_exception_in_the_forward_pass_leaves_no_autocast_on(tiny_learner, error, where):
+    learn = failing_learner(tiny_learner)
+    learn.model[-1].error = error
+    actions = {'fit': lambda: learn.fit(1), 'validate': learn.validate, 'get_preds': learn.get_preds, 'range test': lambda: range_test(learn)}
+    try: actions[where]()
+    except BaseException: pass
+    assert not torch.is_autocast_enabled('cpu')
+    assert (torch.ones(4, 4)@torch.ones(4, 4)).dtype == torch.float32
+
+def test_an_exception_in_the_loss_leaves_no_autocast_on(tiny_learner):
+    def loss(*args, **kwargs): raise RuntimeError('no loss')
+    with pytest.raises(RuntimeError): tiny_learner(precision='bf16', loss_func=loss).fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_after_an_exception_another_learner_trains_as_if_nothing_had_been(tiny_learner, precision):
+    def learner(make=tiny_learner):
+        learn = make(precision='fp32')
+        return learn.add_cb(Autocast(precision)) # fp16 on a processor stands in for a GPU
+    undisturbed = learner()
+    undisturbed.fit(2, .01)
+    before = load_pretrained()(torch.zeros(1, 3, 32, 32))
+    failing = learner(partial(failing_learner, tiny_learner))
+    failing.fit(1, .01)
+    failing.model[-1].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt): failing.fit(1, .01)
+    assert torch.equal(load_pretrained()(torch.zeros(1, 3, 32, 32)), before)
+    after = learner()
+    after.fit(2, .01)
+    assert_same(weights(after), weights(undisturbed))
+    failing.model[-1].error = None
+    failing.fit(1, .01) # and the same learner goes on
+    assert all(torch.isfinite(v).all() for v in weights(failing).values() if v.is_floating_point())
+
+def test_two_threads_that_predict_at_once_leave_no_autocast_on(tiny_learner):
+    learners, problems = [tiny_learner(precision='bf16') for _ in range(2)], []
+    expected = learners[0].get_preds()[0]
+    def predict(learn):
+        for _ in range(10):
+            if not torch.equal(learn.get_preds()[0], expected) or torch.is_autocast_enabled('cpu'): problems.append(learn)
+    threads = [threading.Thread(target=predict, args=[learn]) for learn in learners]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not problems and not torch.is_autocast_enabled('cpu')
+
+def test_backward_pass_and_step_are_outside_of_autocast(tiny_learner):
+    seen = set()
+    class See(Callback):
+        def before_backward(self): seen.add(torch.is_autocast_enabled('cpu'))
+        def before_step(self): seen.add(torch.is_autocast_enabled('cpu'))
+        def after_loss(self): seen.add(torch.is_autocast_enabled('cpu'))
+    tiny_learner(precision='bf16').fit(1, cbs=See())
+    assert seen == {False}
+
+def dtype_of(learn):
+    seen = set()
+    hook = learn.model[0].register_forward_hook(lambda m, x, out: seen.add(out.dtype))
+    learn.fit(1, .01)
+    hook.remove()
+    [dtype] = seen
+    return dtype
+
+def test_the_precision_can_be_changed_and_asked(tiny_learner):
+    learn = tiny_learner(precision='fp32')
+    assert (precision_of(learn), dtype_of(learn)) == ('fp32', torch.float32)
+    assert learn.to_bf16() is learn and (precision_of(learn), dtype_of(learn)) == ('bf16', torch.bfloat16)
+    assert learn.to_bf16() is learn and sum(isinstance(cb, Autocast) for cb in learn.cbs) == 1
+    assert learn.to_fp32() is learn and (precision_of(learn), dtype_of(learn)) == ('fp32', torch.float32)
+
+def test_fp16_is_refused_where_the_device_lacks_it_and_nothing_changes(tiny_learner):
+    learn = tiny_learner(precision='bf16')
+    with pytest.raises(ValueError, match="'fp16'"): learn.to_fp16()
+    assert (precision_of(learn), dtype_of(learn)) == ('bf16', torch.bfloat16)
+
+@pytest.mark.parametrize('add', [lambda learn: learn.add_cb(MixedPrecision()), lambda learn: learn.add_cb(MixedPrecision), lambda learn: learn.fit(1, cbs=MixedPrecision('bf16')),
+                                 lambda learn: learn.to_non_native_fp16()], ids=['instance', 'class', 'of a fit', 'not native'])
+def test_fastais_callbacks_of_precision_are_refused(tiny_learner, add):
+    learn = tiny_learner()
+    with pytest.raises(ValueError, match='MixedPrecision|ModelToHalf'): add(learn)
+    assert precision_of(learn) == 'fp32'
+
+def test_autocast_is_refused_in_a_learner_that_would_ignore_it(plain_learner):
+    with pytest.raises(ValueError, match='cifar_learner'): plain_learner(cbs=Autocast('bf16')).fit(1)
+
+@pytest.mark.filterwarnings('ignore:.*pickle:UserWarning')
+def test_a_loaded_learner_is_fp32_as_fastais_is(tiny_learner):
+    learn = tiny_learner(precision='bf16')
+    learn.fit(1, .01)
+    learn.export('learner.pkl')
+    assert precision_of(load_learner('learner.pkl')) == 'fp32'
+
+def test_the_memory_format_can_be_changed(tiny_learner):
+    learn = tiny_learner(precision='fp32')
+    layouts = lambda: {m.weight.is_contiguous() for m in learn.model if isinstance(m, nn.Conv2d)}
+    learn.fit(1)
+    assert layouts() == {False}
+    assert learn.to_contiguous() is learn
+    learn.fit(1)
+    assert layouts() == {True} and precision_of(learn) == 'fp32'
+    assert learn.to_channelslast(amp_mode='bf16') is learn
+    learn.fit(1)
+    assert layouts() == {False} and precision_of(learn) == 'bf16'
+
+# ---- fp16, on a processor as a stand-in
+
+def fp16_learner(tiny_learner, net=None, **scaler):
+    learn = tiny_learner(precision='fp32') if net is None else net
+    return learn.add_cb(Autocast('fp16', **scaler))
+
+class Waits(TorchDispatchMode):
+    "Count reads of single numbers, each of which would wait for a GPU"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+def waits(learn, n_epoch=1):
+    with Waits() as counted: learn.fit(n_epoch, .01)
+    return counted.n
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_no_step_waits_for_a_number(tiny_learner, small_dls, precision):
+    def of(bs):
+        learn = tiny_learner(small_dls(bs=bs), precision='fp32')
+        return waits(learn if precision == 'fp32' else learn.add_cb(Autocast(precision)))
+    assert of(bs=16) == of(bs=4) # 5 and 20 steps
+
+def test_fp16_learns_what_fp32_learns(tiny_learner):
+    learn, other = fp16_learner(tiny_learner), tiny_learner(precision='fp32')
+    for l in (learn, other): l.fit(3, .01)
+    assert dtype_of(learn) == torch.float16
+    assert [r['train_loss'] for r in learn.recorder.history] != [r['train_loss'] for r in other.recorder.history]
+    torch.testing.assert_close(weights(learn)['0.weight'], weights(other)['0.weight'], rtol=0, atol=.1)
+
+def test_a_step_with_an_overflow_is_skipped_and_the_scale_halved(tiny_learner):
+    scales = []
+    class See(Callback):
+        order = 100
+        def before_step(self): self.before = weights(self.learn)['0.weight']
+        def after_step(self): scales.append((self.learn.scaler.get_scale(), torch.equal(self.before, self.model[0].weight)))
+    fp16_learner(tiny_learner, init_scale=2.**20).fit(4, .01, cbs=See())
+    kept = [same for _, same in scales]
+    assert kept[0] and not kept[-1] # at first nothing moves, at last it does
+    assert [scale for scale, same in scales if same] == [2.**(19 - i) for i in range(sum(kept))]
+
+def test_gradients_are_clipped_unscaled_in_fp16(tiny_learner):
+    norms = []
+    class See(Callback):
+        order = GradientClip.order + 1
+        def before_step(self): norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
+    fp16_learner(tiny_learner).fit(1, .01, cbs=[GradientClip(.01), See()])
+    assert max(norms) <= .0101 and max(norms) > .005
+
+@pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.SGD)], ids=['SGD', 'Adam', 'wrapped SGD'])
+def test_other_optimizers_train_in_fp16(tiny_learner, opt_func):
+    learn = fp16_learner(tiny_learner, tiny_learner(precision='fp32', opt_func=opt_func))
+    before = weights(learn)
+    learn.fit(1, .01)
+    after = weights(learn)
+    assert not torch.equal(after['0.weight'], before['0.weight']) and all(v.isfinite().all() for v in after.values() if v.is_floating_point())
+
+# ---- messages
+
+def on_screen(output):
+    "The lines that a terminal shows of `output`, where a carriage return writes over what is there"
+    shown = []
+    for line in output.replace('\r\n', '\n').split('\n'):
+        cells = []
+        for part in line.split('\r'): cells[:len(part)] = part
+        shown.append(''.join(cells).rstrip())
+    return shown
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no pseudo-terminals')
+def test_a_line_after_a_range_test_stands_alone_in_a_terminal(tmp_path):
+    import pty
+    (tmp_path/'script.py').write_text(textwrap.dedent("""
+        import warnings; warnings.filterwarnings('ignore')
+        from fastai.vision.all import nn
+        from cifar_fastai.data import cifar_dls
+        from cifar_fastai.learner import cifar_learner
+        from cifar_fastai.schedule import range_test
+        learn = cifar_learner(cifar_dls('digits', bs=64), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        range_test(learn, num_it=8)
+        print('after')
+    """))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, 'script.py'], cwd=tmp_path, stdout=theirs, stderr=subprocess.STDOUT)
+    os.close(theirs)
+    output = b''
+    try:
+        while block := os.read(ours, 4096): output += block
+    except OSError: pass # Linux, when the other end is closed
+    os.close(ours)
+    assert process.wait() == 0, output.decode()
+    shown = on_screen(output.decode())
+    assert 'after' in shown and '%' in output.decode() # there was a bar
+
+def test_a_loss_that_is_not_finite_speaks_of_a_checkpoint_only_where_there_is_one(tiny_learner, tmp_path):
+    class Break(Callback):
+        def after_pred(self):
+            if self.training and self.epoch == 1: self.learn.pred = self.pred*float('nan')
+    for kept in (False, True):
+        cbs = [FiniteLoss(), Break()] + [Checkpoints(tmp_path/'c')]*kept
+        with pytest.raises(FloatingPointError) as e: tiny_learner().fit(2, .01, cbs=cbs)
+        assert 'nan' in str(e.value) and ('checkpoint' in str(e.value)) == kept
+
+def test_the_wildcard_import_changes_no_name_of_fastai():
+    import cifar_fastai.all as ours
+    import fastai.vision.all as theirs
+    public = lambda module: {name: value for name, value in vars(module).items() if not name.startswith('_')}
+    names, fastais = public(ours), public(theirs)
+    assert [name for name in names if name in fastais and names[name] is not fastais[name]] == []
