@@ -395,9 +395,11 @@ class SetEpoch(Callback):
     def before_fit(self): self.new_fit = True
 
     def before_train(self):
-        if self.new_fit and self.epoch == 0: self.trained_before = self.trained
-        epoch = self.trained_before + self.epoch
-        self.new_fit, self.trained = False, epoch + 1
+        if hasattr(self.learn, 'lr_finder'): epoch = self.trained + self.epoch # fastai's `lr_find` undoes its training
+        else:
+            if self.new_fit and self.epoch == 0: self.trained_before = self.trained
+            epoch = self.trained_before + self.epoch
+            self.new_fit, self.trained = False, epoch + 1
         if isinstance(self.dls.train, SeededDL): self.dls.train.epoch = epoch
 
     def state_dict(self): return dict(trained_before=self.trained_before)

@@ -187,11 +187,13 @@ def test_fine_tuning_counts_on(tiny_learner):
     learn.add_cb(seen).fine_tune(2, 1e-3, freeze_epochs=2)
     assert len(set(seen.batches)) == 20
 
-def test_a_range_test_uses_up_no_epoch(tiny_learner):
+@pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning')
+@pytest.mark.parametrize('find', [range_test, Learner.lr_find], ids=lambda f: f.__name__)
+def test_a_range_test_uses_up_no_epoch(tiny_learner, find):
     first, second = Seen(), Seen()
     tiny_learner().fit(1, 1e-3, cbs=first)
     learn = tiny_learner()
-    range_test(learn, num_it=12)
+    find(learn, num_it=12)
     learn.fit(1, 1e-3, cbs=second)
     assert first.batches == second.batches
 
