@@ -408,7 +408,7 @@ def test_batches_on_a_gpu_are_those_on_the_processor(small):
         assert x1.device.type == 'cuda' and torch.equal(y, y1.cpu()) and torch.allclose(x, x1.cpu(), atol=1e-6)
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
 @pytest.mark.parametrize('recipe', ['seed', 'best'])
 def test_an_epoch_on_a_gpu_never_waits(small_dls, precision, recipe):
     class NoWaiting(Callback):
