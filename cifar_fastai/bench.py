@@ -202,7 +202,7 @@ def take_turns(
     try:
         for name, (way, settings, n_images) in cases.items():
             here, there = ctx.Pipe()
-            children[name] = ctx.Process(target=_case, args=(there, way, settings, n_images), daemon=False), here
+            children[name] = ctx.Process(target=_case, args=(there, way, settings.resolved(), n_images), daemon=False), here
             start = time.time()
             children[name][0].start()
             there.close()
@@ -258,7 +258,7 @@ def batches_alone(
     "The speed of making batches on one core"
     ctx = mp.get_context('spawn')
     here, there = ctx.Pipe()
-    process = ctx.Process(target=_batches, args=(there, settings, seconds), daemon=True)
+    process = ctx.Process(target=_batches, args=(there, settings.resolved(), seconds), daemon=True)
     process.start()
     there.close()
     try: rates = here.recv()
@@ -281,6 +281,7 @@ def bench(
     say=lambda line: None, # called with a line of progress
 ): # -> dict, JSON-ready
     "Measure the cases in turns, making batches alone and, when asked to, how the cost grows. Raises `ValueError` or `ChildProcessError`"
+    settings = settings.resolved()
     device = find_device(settings.device)
     precision_callbacks(settings.precision, device) # refuses what the device lacks
     n_images = len(load_cifar10(settings.data).train_y) # and all processes find the images in the cache
@@ -334,6 +335,7 @@ def profile_step(
     times:int=3, # the first is for warming up
 ): # -> dict, JSON-ready: seconds of each part of `package`, and of `bare`, one a step
     "Where the time of a step goes: `package` and `bare` in turns, in this process, so that memory and machine are the same"
+    settings = settings.resolved()
     device = find_device(settings.device)
     data = load_cifar10(settings.data)
     learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device), None, settings.precision, recipe=settings.recipe)

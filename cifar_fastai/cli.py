@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructTypeInfo
 
 from .core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, read_json, recipes, require_extra, settings_from
 
@@ -27,9 +28,8 @@ def _command(f):
     def command(
         args=None, # list of arguments; `None` is those of the process
     ):
-        checked = f.__annotations__['settings']
-        unchecked = type(checked.__name__, (checked,), {'__post_init__': lambda self: None, '__module__': checked.__module__}) # tyro would put a box round what is refused
-        parse = partial(tyro.cli, unchecked, prog=f.__name__, description=f.__doc__, args=args)
+        settings = f.__annotations__['settings']
+        parse = partial(_parse, settings, prog=f.__name__, description=f.__doc__, args=args)
         rank, n = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1))) # as a launcher of several processes sets them
         with warnings.catch_warnings(), _silence() if rank else nullcontext(): # of several processes the first one speaks
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
@@ -37,10 +37,10 @@ def _command(f):
             try:
                 given = parse()
                 if n > 1 and f.__name__ != 'cifar_train': raise ValueError(f'started as {n} processes, and only cifar_train is for several: start it once')
-                if hasattr(given, 'recorded') and not rank and (recorded := given.recorded()):
+                if hasattr(settings, 'recorded') and not rank and (recorded := settings.recorded(given['resume'])):
                     given = parse(default=recorded)
-                    given.agree_with(recorded)
-                f(checked(**{field.name: getattr(given, field.name) for field in fields(checked)}))
+                    recorded.agree_with(given)
+                f(settings(**given))
             except KeyboardInterrupt: sys.exit(130)
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is left to be written has no reader either
@@ -50,6 +50,13 @@ def _command(f):
                 if rank and isinstance(e, ConnectionError): print(said, file=sys.__stderr__) # the first process may be the one that is gone
                 sys.exit(1 if rank else said)
     return command
+
+def _parse(settings, default=tyro.MISSING_NONPROP, **options): # dataclass, an instance whose values are the defaults of the options -> dict
+    "Return the values that the command line gives, not yet checked: of a dataclass that refuses them, tyro draws a box round the error"
+    info = StructTypeInfo.make(settings, default, in_union_context=False)
+    spec, registry = replace(ConstructorRegistry.get_struct_spec(info), instantiate=dict), ConstructorRegistry()
+    registry.struct_rule(lambda info: spec if info.type is settings else None)
+    return tyro.cli(settings, default=default, registry=registry, **options)
 
 @contextmanager
 def _silence():
@@ -62,15 +69,19 @@ class RunSettings(TrainSettings):
     resume: str|None = None # run folder to go on with, from its newest checkpoint; its settings are taken from there
     force: bool = False # go on although versions of libraries are others; the weights may differ in their last bits
 
-    def recorded(self): # -> the settings of the run to go on with, which options may not contradict, or `None`
-        if self.resume is None: return None
-        path = Path(self.resume)/'config.json'
-        if not path.exists(): raise FileNotFoundError(f'{self.resume or "an empty name"} is no run folder: give one that cifar_train has written')
-        return replace(self, **asdict(settings_from(read_json(path).get('settings'))))
+    @classmethod
+    def recorded(cls, resume): # -> the settings of the run to go on with, or `None`
+        if resume is None: return None
+        path = Path(resume)/'config.json'
+        if not path.exists(): raise FileNotFoundError(f'{resume or "an empty name"} is no run folder: give one that cifar_train has written')
+        return cls(**asdict(settings_from(read_json(path).get('settings')).resolved()), resume=resume)
 
-    def agree_with(self, recorded): # before anything else is checked, so that the option itself is named
+    @property
+    def run(self): return TrainSettings(**{f.name: getattr(self, f.name) for f in fields(TrainSettings)})
+
+    def agree_with(self, given): # before the values are checked together, so that the option itself is named
         from cifar_fastai.training import differences
-        if other := differences(asdict(recorded), asdict(self)): raise ValueError(f'{"; ".join(other)}: that would be another run')
+        if other := differences(asdict(self.run), given): raise ValueError(f'{"; ".join(other)}: that would be another run')
 
 @_command
 def cifar_train(settings:RunSettings):
@@ -78,7 +89,7 @@ def cifar_train(settings:RunSettings):
     from cifar_fastai.distributed import launched_processes
     from cifar_fastai.report import write_report
     from cifar_fastai.training import new_run_folder, resume, train
-    run = TrainSettings(**{f.name: getattr(settings, f.name) for f in fields(TrainSettings)})
+    run = settings.run
     processes = launched_processes(run.device)
     if processes.n > 1: signal.signal(signal.SIGTERM, processes.on_sigterm)
     try:
@@ -106,6 +117,7 @@ def cifar_lr_find(settings:LRFindSettings):
     from cifar_fastai.training import settings_learner
     from cifar_fastai.schedule import bounds_from, plot_range_test, range_test
     if not Path(settings.plot).absolute().parent.is_dir(): raise ValueError(f'plot is {settings.plot}: give a file in a folder that exists')
+    settings = settings.resolved()
     lrs, losses = range_test(settings_learner(settings)[0])
     bounds = bounds_from(lrs, losses)
     plot_range_test(lrs, losses, bounds).figure.savefig(settings.plot, dpi=110)
@@ -185,7 +197,7 @@ def cifar_predict(settings:PredictSettings):
 def cifar_bench(settings:BenchSettings):
     "Measure in turns how fast the network trains: plain PyTorch, fastai as it comes, this package, a loop without a Learner, the limit."
     from cifar_fastai.bench import bench, bench_table
-    settings = replace(settings, out=settings.out or f'bench_{datetime.now():%Y-%m-%d_%H-%M-%S}.json')
+    settings = replace(settings.resolved(), out=settings.out or f'bench_{datetime.now():%Y-%m-%d_%H-%M-%S}.json')
     result = bench(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(f"{result['device']}, {result['precision']} in package, bare and limit, {settings.bs} images a batch, {settings.repeats} turns of {result['settings']['steps']} steps")
     print(bench_table(result).to_string())
@@ -202,7 +214,8 @@ def cifar_repeat(settings:RepeatSettings):
     "Train several times, each with a seed of its own, and say how accuracy is spread; with --ablate, also without each ingredient of the recipe."
     from cifar_fastai.repeat import ablate_recipe, ablation_effects, repeat_runs, repeat_table
     settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
-    changed = [f'{name} {getattr(settings, name)}' for name, value in recipes[settings.recipe].items() if getattr(settings, name) != value]
+    resolved = settings.resolved()
+    changed = [f'{name} {getattr(resolved, name)}' for name, value in recipes[resolved.recipe].items() if getattr(resolved, name) != value]
     results = ablate_recipe(settings) if settings.ablate else {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
     print('\n' + repeat_table(results).to_string())
     if settings.ablate: print('\nwhat an ingredient brings, in points of accuracy\n' + ablation_effects(results).to_string())

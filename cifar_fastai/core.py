@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 # %% ../nbs/00_core.ipynb #db0a6877
@@ -45,7 +45,7 @@ recipes = dict(
 # %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
 class TrainSettings:
-    "What a run depends on. `None` is filled in from the recipe and the data; what makes no sense raises `ValueError`."
+    "What a run depends on. `None` is the value of the recipe or of the data set, which `resolved` fills in. Invalid values raise `ValueError`."
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     recipe: Literal['best', 'seed'] = 'best' # what the assignment leaves free: best, or seed, which is the assignment, plain
     epochs: int|None = None # passes over the training images; 24, or 10 for digits
@@ -77,46 +77,55 @@ class TrainSettings:
     seed: int = 0 # of weights, order and augmentation
     out: str|None = None # run folder, which must not exist yet; runs/<date-time>
 
-    def __post_init__(self):
+    def __post_init__(self): self._check_values(SimpleNamespace(**vars(self) | self._left_out()))
+
+    def resolved(self): # -> settings of the same class
+        "Return the same settings with the values of the recipe and of the data set in place of `None`"
+        return replace(self, **self._left_out())
+
+    def _left_out(self): # -> dict: what the settings that are `None` stand for
         _check(self.recipe in tuple(recipes), 'recipe', self.recipe, f'give one of {", ".join(recipes)}')
-        for name, value in (source_defaults(self.data) | recipes[self.recipe]).items():
-            if getattr(self, name) is None: object.__setattr__(self, name, value)
-        if self.peak_epoch is None and isinstance(self.epochs, int): object.__setattr__(self, 'peak_epoch', self.epochs*5/24)
-        for f in fields(self): _check(_fits(getattr(self, f.name), f.type), f.name, getattr(self, f.name), f'give {_in_words(f.type)}')
-        _check(self.epochs >= 1, 'epochs', self.epochs, 'give 1 or more')
-        _check(self.bs >= 2, 'bs', self.bs, 'give 2 or more images a batch')
-        _check(0 < self.peak_epoch < self.epochs, 'peak_epoch', self.peak_epoch, f'give a number between 0 and epochs ({self.epochs})')
-        for name in ('lr_max', 'lr_min'):
-            lr = getattr(self, name)
+        values = source_defaults(self.data) | recipes[self.recipe]
+        epochs = values['epochs'] if self.epochs is None else self.epochs
+        if isinstance(epochs, int): values['peak_epoch'] = epochs*5/24
+        return {name: value for name, value in values.items() if getattr(self, name) is None}
+
+    def _check_values(self, s): # the settings as they resolve
+        _check_types(s, fields(self))
+        _check(s.epochs >= 1, 'epochs', s.epochs, 'give 1 or more')
+        _check(s.bs >= 2, 'bs', s.bs, 'give 2 or more images a batch')
+        _check(0 < s.peak_epoch < s.epochs, 'peak_epoch', s.peak_epoch, f'give a number between 0 and epochs ({s.epochs})')
+        for name, lr in dict(lr_max=s.lr_max, lr_min=s.lr_min).items():
             _check(lr == 'find' or _positive(lr), name, lr, "give a positive number or 'find'")
-        if 'find' not in (self.lr_min, self.lr_max):
-            _check(self.lr_min < self.lr_max, 'lr_min', self.lr_min, f'give less than lr_max ({self.lr_max})')
-        _check(self.ghost == 0 or self.ghost >= 2, 'ghost', self.ghost, 'give 2 or more images, or 0 for the whole batch')
-        _check(_positive(self.logit_scale), 'logit_scale', self.logit_scale, 'give a positive number')
-        _check(0 <= self.dropout < 1, 'dropout', self.dropout, 'give 0 or more and less than 1')
-        _check(self.n_groups >= 1 and 64 % self.n_groups == 0, 'n_groups', self.n_groups, 'give a divisor of 64')
-        _check(all(0 <= b < 1 for b in self.betas), 'betas', self.betas, 'give two numbers, 0 or more and less than 1')
-        _check(_positive(self.eps), 'eps', self.eps, 'give a positive number')
-        _check(0 <= self.wd < math.inf, 'wd', self.wd, 'give 0 or more')
-        _check(0 <= self.label_smoothing < 1, 'label_smoothing', self.label_smoothing, 'give 0 or more and less than 1')
-        _check(self.num_workers is None or self.num_workers >= 0, 'num_workers', self.num_workers, 'give 0 or more')
-        _check(self.checkpoint_minutes >= 0, 'checkpoint_minutes', self.checkpoint_minutes, 'give 0 or more')
-        _check(0 <= self.seed < 2**32, 'seed', self.seed, 'give 0 or more and less than 2**32')
+        if 'find' not in (s.lr_min, s.lr_max): _check(s.lr_min < s.lr_max, 'lr_min', s.lr_min, f'give less than lr_max ({s.lr_max})')
+        _check(s.ghost == 0 or s.ghost >= 2, 'ghost', s.ghost, 'give 2 or more images, or 0 for the whole batch')
+        _check(_positive(s.logit_scale), 'logit_scale', s.logit_scale, 'give a positive number')
+        _check(0 <= s.dropout < 1, 'dropout', s.dropout, 'give 0 or more and less than 1')
+        _check(s.n_groups >= 1 and 64 % s.n_groups == 0, 'n_groups', s.n_groups, 'give a divisor of 64')
+        _check(all(0 <= b < 1 for b in s.betas), 'betas', s.betas, 'give two numbers, 0 or more and less than 1')
+        _check(_positive(s.eps), 'eps', s.eps, 'give a positive number')
+        _check(0 <= s.wd < math.inf, 'wd', s.wd, 'give 0 or more')
+        _check(0 <= s.label_smoothing < 1, 'label_smoothing', s.label_smoothing, 'give 0 or more and less than 1')
+        _check(s.num_workers is None or s.num_workers >= 0, 'num_workers', s.num_workers, 'give 0 or more')
+        _check(s.checkpoint_minutes >= 0, 'checkpoint_minutes', s.checkpoint_minutes, 'give 0 or more')
+        _check(0 <= s.seed < 2**32, 'seed', s.seed, 'give 0 or more and less than 2**32')
 
     @property
     def network(self): # -> keyword arguments of `CustomResNet`
         "What the network depends on"
-        return dict(norm=self.norm, n_groups=self.n_groups, ghost=self.ghost, dropout=self.dropout, conv_bias=self.conv_bias, logit_scale=self.logit_scale)
+        s = self.resolved()
+        return dict(norm=s.norm, n_groups=s.n_groups, ghost=s.ghost, dropout=s.dropout, conv_bias=s.conv_bias, logit_scale=s.logit_scale)
 
     @property
     def optimization(self): # -> keyword arguments of `cifar_learner`
         "What optimizer and loss depend on"
-        return dict(wd=self.wd, betas=self.betas, eps=self.eps, label_smoothing=self.label_smoothing)
+        s = self.resolved()
+        return dict(wd=s.wd, betas=s.betas, eps=s.eps, label_smoothing=s.label_smoothing)
 
 # %% ../nbs/00_core.ipynb #df423139
 @dataclass(frozen=True)
 class BenchSettings:
-    "What a benchmark measures. What makes no sense raises `ValueError`."
+    "What a benchmark measures. `None` is the value of the data set or of the device. Invalid values raise `ValueError`."
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     cases: tuple[Literal['plain', 'fastai', 'package', 'bare', 'limit'], ...] = ('plain', 'fastai', 'package', 'bare', 'limit') # what takes turns
     bs: int|None = None # images a batch; 512, or 64 for digits
@@ -132,12 +141,18 @@ class BenchSettings:
     out: str|None = None # JSON file to write; the command makes bench_<date-time>.json
 
     def __post_init__(self):
-        if self.bs is None: object.__setattr__(self, 'bs', source_defaults(self.data)['bs'])
-        for f in fields(self): _check(_fits(getattr(self, f.name), f.type), f.name, getattr(self, f.name), f'give {_in_words(f.type)}')
-        _check(self.cases, 'cases', self.cases, 'give one or more')
-        for name in ('steps', 'repeats', 'warmup'): _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), 'give 1 or more')
-        _check(self.bs >= 2, 'bs', self.bs, 'give 2 or more images a batch')
-        _check(self.out is None or Path(self.out).absolute().parent.is_dir() and not Path(self.out).is_dir(), 'out', self.out, 'give a file in a folder that exists')
+        s = SimpleNamespace(**vars(self) | self._left_out())
+        _check_types(s, fields(self))
+        _check(s.cases, 'cases', s.cases, 'give one or more')
+        for name, n in dict(steps=s.steps, repeats=s.repeats, warmup=s.warmup).items(): _check(n is None or n >= 1, name, n, 'give 1 or more')
+        _check(s.bs >= 2, 'bs', s.bs, 'give 2 or more images a batch')
+        _check(s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir(), 'out', s.out, 'give a file in a folder that exists')
+
+    def resolved(self): # -> `BenchSettings`
+        "Return the same settings with the batch size of the data set in place of `None`; `steps` and `warmup` depend on the device, and are left to `bench`"
+        return replace(self, **self._left_out())
+
+    def _left_out(self): return dict(bs=source_defaults(self.data)['bs']) if self.bs is None else {}
 
 # %% ../nbs/00_core.ipynb #1f516437
 @dataclass(frozen=True)
@@ -148,20 +163,23 @@ class RepeatSettings(TrainSettings):
     ablate: bool = False # runs of the recipe, and as many without each of its ingredients
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 
-    def __post_init__(self):
-        for name in set(self.without) & set(recipes['seed']) if isinstance(self.without, tuple) else ():
-            _check(getattr(self, name) in (None, recipes['seed'][name]), name, getattr(self, name), f'give it, or {name} among without')
-            object.__setattr__(self, name, recipes['seed'][name])
-        super().__post_init__()
-        _check(self.n >= 1, 'n', self.n, 'give 1 or more runs')
-        _check(not (self.ablate and self.valid == 'test'), 'valid', self.valid, 'an ablation chooses, and the test images have no part in that: give holdout')
-        if self.ablate: _check(self.recipe == 'best', 'recipe', self.recipe, 'an ablation is one of best')
-        for name, value in recipes['best'].items() if self.ablate else ():
-            _check(getattr(self, name) == value, name, getattr(self, name), f'leave it, or ablate, away: an ablation begins with the {value} of best')
+    def _left_out(self):
+        without = {name: value for name, value in recipes['seed'].items() if isinstance(self.without, tuple) and name in self.without}
+        return super()._left_out() | {name: value for name, value in without.items() if getattr(self, name) is None}
+
+    def _check_values(self, s):
+        super()._check_values(s)
+        for name in s.without: _check(getattr(s, name) == recipes['seed'][name], name, getattr(s, name), f'give it, or {name} among without')
+        _check(s.n >= 1, 'n', s.n, 'give 1 or more runs')
+        if not s.ablate: return
+        _check(s.valid != 'test', 'valid', s.valid, 'an ablation chooses, and the test images have no part in that: give holdout')
+        _check(s.recipe == 'best', 'recipe', s.recipe, 'an ablation is one of best')
+        for name, value in recipes['best'].items():
+            _check(getattr(s, name) == value, name, getattr(s, name), f'leave it, or ablate, away: an ablation begins with the {value} of best')
 
     def run(self, seed, folder): # -> `TrainSettings` of one of the runs
-        kept = {f.name: getattr(self, f.name) for f in fields(TrainSettings)}
-        return TrainSettings(**kept | dict(seed=seed, out=str(Path(folder)/f'seed-{seed}')))
+        s = self.resolved()
+        return TrainSettings(**{f.name: getattr(s, f.name) for f in fields(TrainSettings)} | dict(seed=seed, out=str(Path(folder)/f'seed-{seed}')))
 
 # %% ../nbs/00_core.ipynb #2463b0ee
 def _positive(x): return isinstance(x, (int, float)) and math.isfinite(x) and x > 0
@@ -174,6 +192,9 @@ def _fits(value, kind):
     if get_origin(kind) is tuple: return isinstance(value, tuple) and len(value) == len(get_args(kind)) and all(map(_fits, value, get_args(kind)))
     if kind in (int, float): return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+def _check_types(settings, fields):
+    for f in fields: _check(_fits(getattr(settings, f.name), f.type), f.name, getattr(settings, f.name), f'give {_in_words(f.type)}')
 
 def _in_words(kind):
     if get_origin(kind) is Literal: return ('one of ' if len(get_args(kind)) > 1 else '') + ', '.join(get_args(kind))

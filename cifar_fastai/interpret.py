@@ -253,7 +253,7 @@ def learner_from_run(
 ): # -> `Learner`
     "The network of a run folder with the data that it was trained and validated on"
     model, config = load_run(run, weights)
-    settings = settings_from(config['settings'])
+    settings = settings_from(config['settings']).resolved()
     data = load_cifar10(settings.data if data is None else data)
     if data.vocab != config['data']['vocab']: raise ValueError(f"the run's classes are {', '.join(config['data']['vocab'])}, and the data's {', '.join(data.vocab)}: give the data of the run")
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, CropFlipCutout(flip=settings.flip), config['data']['stats'], settings.num_workers)

@@ -38,6 +38,7 @@ def repeat_runs(
     data:CIFAR10Data=None, # images in place of those that the settings name
 ): # -> list of dict, as `collect_runs` has them
     "Runs with the seeds `seed` to `seed + n - 1`; `repeat.json` in the folder is written after each. Raises `ValueError` when the folder holds runs of other settings"
+    settings = settings.resolved()
     folder, data = Path(settings.out), load_cifar10(settings.data if data is None else data)
     fingerprint = list(data.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)

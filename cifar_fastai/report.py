@@ -9,7 +9,7 @@ __all__ = ['RunRecord', 'read_run', 'run_images', 'run_predictions', 'changed_se
 
 # %% ../nbs/12_report.ipynb #ffedb588
 import base64, hashlib, io, math, re, shlex, warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -59,7 +59,7 @@ def read_run(run): # run folder -> `RunRecord`
     if not (run/'summary.json').is_file() or (summary := read_json(run/'summary.json')).get('interrupted'):
         raise ValueError(f'{run} is not finished: go on with it first, by cifar_train --resume')
     try:
-        settings, data, bounds = settings_from(config['settings']), config['data'], LRBounds(*map(float, LRBounds(**config['bounds'])))
+        settings, data, bounds = settings_from(config['settings']).resolved(), config['data'], LRBounds(*map(float, LRBounds(**config['bounds'])))
         if not 0 < bounds.lr_min < bounds.lr_max < math.inf: raise ValueError(f'its bounds are {tuple(bounds)}')
         if not isinstance(data['vocab'], list) or not data['vocab'] or not all(isinstance(label, str) for label in data['vocab']): raise ValueError('its class names are none')
         if np.asarray(data['stats'], dtype=float).shape != (2, 3) or len(data['fingerprint']) != 2 or not data['n_train'] > 0 or not data['n_test'] > 0: raise ValueError('it does not say what its images are')
@@ -108,8 +108,9 @@ def changed_settings(
     settings:TrainSettings,
 ): # -> dict, name -> value
     "What of the settings is not as `TrainSettings` has it for this data, this recipe and so many epochs"
-    own, plain = TrainSettings(settings.data, settings.recipe), TrainSettings(settings.data, settings.recipe, settings.epochs) # the peak follows the epochs
-    default = asdict(plain) | dict(data=TrainSettings.data, recipe=TrainSettings.recipe, epochs=own.epochs)
+    settings, own = settings.resolved(), TrainSettings(settings.data, settings.recipe)
+    plain = replace(own, epochs=settings.epochs).resolved() # the peak follows the epochs
+    default = asdict(plain) | dict(data=TrainSettings.data, recipe=TrainSettings.recipe, epochs=own.resolved().epochs)
     return {name: value for name, value in asdict(settings).items() if name != 'out' and value != default[name]}
 
 def repeat_command(settings:TrainSettings): # -> str, one line

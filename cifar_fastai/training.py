@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'may_change', 'new_run_folder', 'run_config', 'run_environment', 'read_history', 'read_range_test',
-           'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'TensorBoardLog', 'tensorboard_log',
-           'StopAfterStep', 'settle_bounds', 'settings_learner', 'finish_run', 'train', 'differences',
-           'other_surroundings', 'resume']
+           'SaveRun', 'write_range_test', 'best_is', 'run_summary', 'save_plots', 'TensorBoardLog', 'StopAfterStep',
+           'settle_bounds', 'settings_learner', 'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
 
 # %% ../nbs/07_training.ipynb #206bdd13
 import hashlib, shutil, signal, warnings
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, Learner, set_seed
+from fastai.vision.all import Callback, Learner, rank_distrib, set_seed
 from filelock import FileLock, Timeout
 
 from .augment import CropFlipCutout, plot_augmented
@@ -51,7 +50,7 @@ def run_config(
     "What `config.json` holds"
     facts = dict(vocab=list(data.vocab), stats=data.stats, fingerprint=data.fingerprint, is_cifar10=data.fingerprint == cifar10_fingerprint,
                  n_train=len(data.train_y), n_test=len(data.test_y))
-    return dict(settings=asdict(settings), bounds=bounds and bounds._asdict(), data=facts, environment=run_environment(learn) if learn else environment())
+    return dict(settings=asdict(settings.resolved()), bounds=bounds and bounds._asdict(), data=facts, environment=run_environment(learn) if learn else environment())
 
 def run_environment(learn:Learner): # -> dict
     "`environment()`, and where and how `learn` trains: what the last bits of the weights depend on"
@@ -191,20 +190,18 @@ def save_plots(
     return [folder/f'{name}.png' for name in figures]
 
 # %% ../nbs/07_training.ipynb #3fa18d52
-class TensorBoardLog:
-    "What `tensorboard_log` changes in fastai's `TensorBoardCallback`: the history once an epoch in place of waits for the device in each step, and a run that goes on"
+class TensorBoardLog(Callback):
+    "Write the history for TensorBoard after each epoch, and pictures at the end; `close` it then. Raises `ModuleNotFoundError`, which says what to install"
     order = SaveRun.order + .5 # behind what adds to the history, before the checkpoint that keeps how far it is written
     curves = {'loss/train': 'train_loss', 'loss/valid': 'valid_loss', 'accuracy/train': 'train_accuracy', 'accuracy/valid': 'accuracy', 'lr': 'lr'}
 
     def __init__(self,
         saved:SaveRun, # the callback that keeps the run; events go to the folder `tensorboard` in its own
     ):
-        super().__init__(saved.path/'tensorboard', trace_model=False, log_preds=False)
-        self.saved, self.writer, self.written = saved, None, 0
+        require_extra('tensorboard', 'tensorboard')
+        self.saved, self.log_dir, self.writer, self.written = saved, saved.path/'tensorboard', None, 0
 
-    def _setup_writer(self): pass # not before a checkpoint has said how far the run is, and there is something to write
-    def after_batch(self): pass
-    def after_fit(self): pass # pictures follow, then `close`
+    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
 
     def after_epoch(self):
         if self.recorder.trained: self.write(self.recorder.history) # no epoch that is left out, since it is done already
@@ -213,7 +210,7 @@ class TensorBoardLog:
         history, # rows of all epochs so far
     ):
         "The rows that are not written yet, flushed"
-        if self.writer is None: self._open()
+        if self.writer is None: self._open() # not earlier: a checkpoint says how far the run is written
         for row in history[self.written:]:
             for tag, column in self.curves.items(): self.writer.add_scalar(tag, row[column], row['epoch'])
         self.written = len(history)
@@ -232,7 +229,7 @@ class TensorBoardLog:
         self.writer.add_text('settings', '\n'.join(['| setting | value |', '|---|---|', *(f'| {name} | {value} |' for name, value in plain.items())]), 0)
 
     def write_pictures(self, interp:CifarInterpretation):
-        "The surest mistakes and the confusion matrix, after the last epoch"
+        "Add the most confident mistakes and the confusion matrix, after the last epoch"
         self.write(interp.learn.recorder.history)
         self.writer.add_figure('misclassified', interp.plot_misclassified(25), self.written)
         self.writer.add_figure('confusion matrix', interp.plot_confusion_matrix(), self.written)
@@ -244,12 +241,6 @@ class TensorBoardLog:
     def state_dict(self): return dict(written=self.written)
 
     def load_state_dict(self, state): self.written = state['written']
-
-def tensorboard_log(saved:SaveRun): # -> a `TensorBoardCallback` of fastai's that is a `TensorBoardLog`
-    "What writes the run that `saved` keeps for TensorBoard. `close` it at the end. Raises `ModuleNotFoundError`, which says what to install"
-    require_extra('tensorboard', 'tensorboard')
-    from fastai.callback.tensorboard import TensorBoardCallback # imports tensorboard
-    return type('TensorBoardLog', (TensorBoardLog, TensorBoardCallback), {})(saved)
 
 # %% ../nbs/07_training.ipynb #0aa057f6
 class StopAfterStep(Callback):
@@ -287,6 +278,7 @@ def settle_bounds(
     learn:Learner,
 ): # -> (`LRBounds`, what `plot_range_test` takes or `None`)
     "The bounds that `settings` give, and a range test for those that are to be found"
+    settings = settings.resolved()
     if 'find' not in (settings.lr_min, settings.lr_max): return LRBounds(settings.lr_min, settings.lr_max), None
     print('finding the learning rates by a range test …', flush=True)
     lrs, losses = range_test(learn)
@@ -302,6 +294,7 @@ def settings_learner(
     processes:Processes=Processes(), # that train together
 ): # -> (`Learner`, `CIFAR10Data`)
     "A fresh learner as `settings` describe it, with every random state seeded"
+    settings = settings.resolved()
     device = find_device(settings.device)
     precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
@@ -338,6 +331,7 @@ def train(
     processes:Processes=Processes(), # that train together
 ): # -> dict: what `summary.json` holds, in each of them
     "One run. Ctrl-C and SIGTERM keep a checkpoint, its history and its last model, and are raised again"
+    settings = settings.resolved()
     run = processes.from_first(lambda: new_run_folder(settings.out))
     learn, data = settings_learner(settings, data, processes)
     if processes.n > 1: _same_images(processes, data)
@@ -354,7 +348,7 @@ def _run(settings, learn, data, saved):
     "The range test, unless it is made, the fit and what comes behind it"
     saved.begin()
     first = learn.processes.from_first
-    logs = [tensorboard_log(saved)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
+    logs = [TensorBoardLog(saved)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
     try:
         with StopAfterStep() as stop, learn.processes.train(learn), learn.added_cbs(stop), _memory_in_words(settings, learn, saved):
             if saved.config['bounds'] is None:
@@ -422,13 +416,17 @@ may_change = {'data', 'num_workers', 'checkpoint_minutes', 'log'}
 
 def differences(
     recorded:dict, # settings of the run, from its `config.json`
-    given:dict, # to go on with
+    given:dict, # settings to go on with; `None` is what it stands for in this run
 ): # -> list of str
-    "What of the settings would make it another run"
-    return [f'{name} is {recorded[name]!r} in the run and {value!r} now' for name, value in given.items()
-            if name not in may_change and name in recorded and _plain(value) != _plain(recorded[name])]
-
-def _plain(value): return list(value) if isinstance(value, tuple) else value # JSON has lists only
+    "Which of the settings that are given would make it another run"
+    settings = settings_from(recorded).resolved()
+    run = asdict(settings)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in run} # JSON has lists only
+    def others(now):
+        changed = [name for name in given if name not in may_change and now[name] != run[name]]
+        return [f'{name} is {run[name]!r} in the run and {now[name]!r} now' for name in changed]
+    named = {name: value for name, value in given.items() if value is not None}
+    return others(run | named) or others(asdict(replace(settings, **given).resolved())) # first those that need not be resolved, which checks them together
 
 # %% ../nbs/07_training.ipynb #0e067c12
 def other_surroundings(config, learn): # what `config.json` holds -> (list of str, list of str)
@@ -471,7 +469,7 @@ def _recorded(run, changes): # -> (config, `TrainSettings`, fingerprint of the i
     config = read_json(run/'config.json')
     try:
         if other := differences(config['settings'], changes): raise ValueError(f'{"; ".join(other)}: that would be another run')
-        settings = replace(settings_from(config['settings']), **changes)
+        settings = replace(settings_from(config['settings']).resolved(), **changes).resolved()
         bounds, fingerprint = config['bounds'] and LRBounds(**config['bounds']), list(config['data']['fingerprint'])
         if bounds and not 0 < bounds.lr_min < bounds.lr_max < float('inf'): raise TypeError(f'its bounds are {bounds}')
         config['environment']['packages'].get

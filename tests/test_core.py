@@ -1,11 +1,12 @@
 """The facts, the settings and their refusals, and that importing them costs nothing."""
 import json, math, subprocess, sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
-from cifar_fastai.core import (TrainSettings, cifar10_classes, cifar10_stats, data_variable, environment, named_source, read_json, settings_from,
-                               source_defaults, write_json)
+from cifar_fastai.cli import LRFindSettings, RunSettings
+from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, data_variable, environment, named_source,
+                               read_json, recipes, settings_from, source_defaults, write_json)
 
 
 def test_classes_are_the_ten_in_alphabetical_order():
@@ -17,18 +18,18 @@ def test_stats_are_those_of_the_training_images():
 # ---- defaults
 
 def test_defaults_are_the_assignment():
-    s = TrainSettings()
+    s = TrainSettings().resolved()
     assert (s.data, s.epochs, s.bs, s.peak_epoch) == ('cifar10', 24, 512, 5)
-    assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear') and TrainSettings(recipe='seed').lr_min == 'find'
+    assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear') and TrainSettings(recipe='seed').resolved().lr_min == 'find'
     assert (s.norm, s.dropout, s.conv_bias, s.valid, s.precision) == ('batch', 0, False, 'test', 'auto')
 
 def test_digits_have_defaults_of_their_own():
-    s = TrainSettings(data='digits')
+    s = TrainSettings(data='digits').resolved()
     assert (s.epochs, s.bs) == (10, 64)
     assert s.peak_epoch == pytest.approx(10*5/24)
 
 def test_what_is_given_is_kept():
-    s = TrainSettings(data='digits', epochs=3, bs=32, peak_epoch=0.5)
+    s = TrainSettings(data='digits', epochs=3, bs=32, peak_epoch=0.5).resolved()
     assert (s.epochs, s.bs, s.peak_epoch) == (3, 32, 0.5)
 
 def test_the_environment_names_the_data_in_place_of_cifar10(monkeypatch):
@@ -36,11 +37,76 @@ def test_the_environment_names_the_data_in_place_of_cifar10(monkeypatch):
     assert named_source() == named_source('cifar10') == 'digits'
     assert named_source('/some/folder') == '/some/folder'
     assert source_defaults() == dict(epochs=10, bs=64)
-    assert TrainSettings().epochs == 10
+    assert TrainSettings().resolved().epochs == 10
 
 def test_an_empty_variable_is_as_none(monkeypatch):
     monkeypatch.setenv(data_variable, '')
     assert named_source() == 'cifar10'
+
+# ---- settings that were left out
+
+every_settings = [TrainSettings, RunSettings, LRFindSettings, RepeatSettings, BenchSettings]
+
+@pytest.mark.parametrize('cls', every_settings)
+def test_a_setting_that_is_not_given_stays_none_and_is_resolved_in_a_copy(cls):
+    settings = cls(data='digits')
+    assert settings.bs is None and settings.resolved().bs == 64 and settings.bs is None
+    assert type(settings.resolved()) is cls and settings.resolved().resolved() == settings.resolved()
+    left_out = {f.name for f in fields(settings) if getattr(settings, f.name) != getattr(settings.resolved(), f.name)}
+    assert left_out == ({'bs'} if cls is BenchSettings else {'epochs', 'bs', 'peak_epoch', *recipes['best']})
+
+@pytest.mark.parametrize('cls', every_settings)
+def test_replacing_the_data_set_replaces_its_batch_size(cls):
+    for first, then, bs in ('cifar10', 'digits', 64), ('digits', 'cifar10', 512):
+        settings = replace(cls(data=first), data=then)
+        assert settings == cls(data=then) and settings.resolved().bs == bs
+
+@pytest.mark.parametrize('cls', every_settings[:-1])
+def test_replacing_the_recipe_replaces_its_values(cls):
+    settings = replace(cls(wd=.1), recipe='seed')
+    resolved = settings.resolved()
+    assert settings == cls(wd=.1, recipe='seed')
+    assert {name: getattr(resolved, name) for name in recipes['seed']} == recipes['seed'] | dict(wd=.1)
+
+@pytest.mark.parametrize('cls', every_settings[:-1])
+def test_replacing_the_epochs_moves_the_peak_along(cls):
+    for changes, epochs, peak in (dict(epochs=5), 5, 25/24), (dict(data='digits'), 10, 50/24), (dict(epochs=48, peak_epoch=3), 48, 3):
+        settings = replace(cls(), **changes).resolved()
+        assert (settings.epochs, settings.peak_epoch) == (epochs, pytest.approx(peak))
+
+other_values = dict(data='digits', recipe='seed', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group', n_groups=4, ghost=8, logit_scale=.5, whiten=False, dropout=.1,
+                    conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3, label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item', num_workers=0,
+                    checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True, plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True)
+
+@pytest.mark.parametrize('cls', every_settings)
+def test_replacing_any_setting_is_the_same_as_giving_it(cls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'runs').mkdir() # a benchmark writes into a folder that exists
+    values = other_values | (dict(recipe='best') if cls is BenchSettings else {})
+    for name in {f.name for f in fields(cls)} - {'ablate'}: # which goes with the hold-out alone
+        settings = replace(cls(), **{name: values[name]})
+        assert settings == cls(**{name: values[name]}) and getattr(settings, name) == values[name] != getattr(cls(), name)
+        assert replace(settings, **{name: getattr(cls(), name)}).resolved() == cls().resolved() # and back
+
+def test_what_is_left_out_is_checked_as_it_resolves(monkeypatch):
+    with pytest.raises(ValueError, match='peak_epoch is 3: .*2'): TrainSettings(epochs=2, peak_epoch=3)
+    with pytest.raises(ValueError, match='peak_epoch is 12: .*10'): TrainSettings(data='digits', peak_epoch=12)
+    with pytest.raises(ValueError, match='peak_epoch is 12: .*10'): replace(TrainSettings(peak_epoch=12), data='digits')
+    with pytest.raises(ValueError, match='lr_min is 2.5e-05: .*1e-05'): TrainSettings(lr_max=1e-5)
+    assert replace(TrainSettings(recipe='seed', lr_max=1e-5), lr_min=1e-6).resolved().lr_max == 1e-5
+
+def test_the_environment_is_read_when_settings_are_resolved(monkeypatch):
+    settings = TrainSettings()
+    assert settings.resolved().epochs == 24
+    monkeypatch.setenv(data_variable, 'digits')
+    resolved = settings.resolved()
+    assert (resolved.data, resolved.epochs, resolved.bs) == ('cifar10', 10, 64) and BenchSettings().resolved().bs == 64
+    monkeypatch.delenv(data_variable)
+    assert resolved.resolved() == resolved and resolved.epochs == 10 # what is resolved stays
+
+def test_network_and_optimizer_get_values_and_never_none():
+    assert TrainSettings().network == TrainSettings().resolved().network and TrainSettings().network['ghost'] == recipes['best']['ghost']
+    assert TrainSettings(recipe='seed').optimization['wd'] == recipes['seed']['wd']
 
 # ---- refusals
 
@@ -75,7 +141,7 @@ def test_what_is_counted_is_a_whole_number(name):
 def test_lr_min_must_be_less_than_lr_max(lr_min, lr_max):
     with pytest.raises(ValueError, match=r'lr_min is 0\.\d: give less than lr_max \(0\.1\)'): TrainSettings(lr_min=lr_min, lr_max=lr_max)
 
-def test_one_epoch_has_its_peak_within_it(): assert TrainSettings(epochs=1).peak_epoch == pytest.approx(5/24)
+def test_one_epoch_has_its_peak_within_it(): assert TrainSettings(epochs=1).resolved().peak_epoch == pytest.approx(5/24)
 
 def test_settings_do_not_change():
     with pytest.raises(AttributeError): TrainSettings().epochs = 3
@@ -92,10 +158,10 @@ def test_unknown_settings_are_refused_by_name():
 
 def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
     old = {k: v for k, v in asdict(TrainSettings(recipe='seed')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
-    assert settings_from(old) == TrainSettings(recipe='seed')
+    assert settings_from(old).resolved() == TrainSettings(recipe='seed').resolved()
 
 def test_a_run_of_best_from_before_it_had_an_end_of_its_own_keeps_the_one_that_was_found():
-    assert settings_from(asdict(TrainSettings()) | dict(lr_min='find')).lr_min == 'find' != TrainSettings().lr_min
+    assert settings_from(asdict(TrainSettings()) | dict(lr_min='find')).lr_min == 'find' != TrainSettings().resolved().lr_min
 
 def test_a_run_of_before_the_scale_of_logits_and_the_whitening_has_neither():
     old = {k: v for k, v in asdict(TrainSettings(logit_scale=.125, whiten=True)).items() if k not in ('logit_scale', 'whiten')}

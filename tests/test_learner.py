@@ -19,9 +19,11 @@ cpu = torch.device('cpu')
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
-def on(event, f, order=0):
-    "A callback that runs `f(callback)` at `event`"
-    return type(f'On_{event}', (Callback,), {event: lambda cb: f(cb) and None, 'order': order})()
+class on(Callback):
+    "Runs `f(callback)` at `event`"
+    def __init__(self, event, f, order=0):
+        self.order = order
+        setattr(self, event, lambda: f(self) and None)
 
 # ---- Adam
 

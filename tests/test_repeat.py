@@ -57,8 +57,19 @@ def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
 # ---- what is taken away
 
 def test_an_ingredient_that_is_taken_away_is_as_in_the_seed_recipe():
-    for name in recipes['best']: assert getattr(RepeatSettings(without=(name,)), name) == recipes['seed'][name]
-    assert RepeatSettings(without=('flip',)).label_smoothing == recipes['best']['label_smoothing']
+    for name in recipes['best']:
+        settings = RepeatSettings(without=(name,))
+        assert getattr(settings, name) is None and getattr(settings.resolved(), name) == recipes['seed'][name] == getattr(settings.run(0, 'runs'), name)
+    assert RepeatSettings(without=('flip',)).resolved().label_smoothing == recipes['best']['label_smoothing']
+
+def test_an_ingredient_that_is_no_longer_taken_away_is_that_of_the_recipe():
+    settings = replace(RepeatSettings(without=('wd', 'flip')), without=('flip',))
+    assert settings == RepeatSettings(without=('flip',)) and settings.resolved().wd == recipes['best']['wd'] and settings.resolved().flip == recipes['seed']['flip']
+    assert settings.resolved().without == ('flip',) and settings.resolved().resolved() == settings.resolved()
+
+@pytest.mark.parametrize('without', [('luck',), ({},), 'flip', ['flip']])
+def test_an_ingredient_that_is_none_is_refused(without):
+    with pytest.raises(ValueError, match='without is'): RepeatSettings(without=without)
 
 @pytest.mark.parametrize('changes, message', [(dict(n=0), 'n is 0: give 1 or more'), (dict(ablate=True), "valid is 'test': an ablation chooses"), (dict(without=('luck',)), 'without is'),
                                               (dict(ablate=True, valid='holdout', without=('flip',)), "flip is 'random': leave it, or ablate, away"),

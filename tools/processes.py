@@ -27,7 +27,7 @@ def measure(out, turn, steps, exchange):
             if len(times) == steps + 3: raise CancelFitException # two to warm up, and one whose end is the beginning
 
     times, processes = [], launched_processes('cpu')
-    settings = TrainSettings(device='cpu', epochs=2, lr_min=1e-4, lr_max=1e-3)
+    settings = TrainSettings(device='cpu', epochs=2, lr_min=1e-4, lr_max=1e-3).resolved()
     learn, data = settings_learner(settings, None, processes)
     with processes.train(learn), learn.no_logging(): learn.fit(1, cbs=Clock())
     seconds = [b - a for a, b in zip(times[2:], times[3:])]
