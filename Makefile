@@ -56,7 +56,7 @@ demo: $(installed) ## train on the handwritten digits that ship with scikit-lear
 train: $(installed) ## train on CIFAR-10, found or downloaded; options go in ARGS="--epochs 3 …"
 	$(bin)/cifar_train $(ARGS)
 
-test: chromium check test-nbs test-py test-newest ## run every check
+test: chromium check test-nbs test-py ## run the checks of one environment; what takes longer is in test-full and test-newest
 
 check: $(installed) ## notebooks are clean, the package is their export, README.md is made from the index
 	$(call timed,clean and in sync,$(bin)/python tools/check_sync.py)
@@ -71,7 +71,7 @@ test-py: $(installed) ## run pytest, without what is marked slow
 
 # The package is installed here, not linked, and without the extras that have nothing to do with fastai, so that it is seen to
 # work without them; in tests/ the checkout's own copy is out of reach.
-test-newest: ## the same in a second environment, with the newest fastai
+test-newest: ## pytest in a second environment, with the newest fastai
 	@test -x .venv-newest/bin/pip || $(PYTHON) -m venv .venv-newest
 	@rm -rf build
 	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade '.[tensorboard]' fastai pytest pytest-xdist hypothesis)
@@ -79,7 +79,7 @@ test-newest: ## the same in a second environment, with the newest fastai
 	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
 	$(call timed,pytest with the newest fastai,cd tests && OMP_NUM_THREADS=$(NB_THREADS) ../$(newest) -m pytest -m "not slow" $(in_parallel) -p no:cacheprovider --import-mode=importlib $(without_fastai) .)
 
-test-full: check ## the notebooks and pytest with all that is marked slow
+test-full: chromium check test-newest ## every check: all that is marked slow, and the newest fastai
 	$(call timed,notebooks,$(nbdev_test) --flags slow)
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest $(in_parallel))
 
