@@ -80,8 +80,8 @@ def test_replacing_the_epochs_moves_the_peak_along(cls):
 other_values = dict(
     data='digits', recipe='seed', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group',
     n_groups=4, ghost=8, logit_scale=.5, whiten=False, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
-    label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item', num_workers=0,
-    checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
+    label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
+    num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
     plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True)
 
 @pytest.mark.parametrize('cls', every_settings)
