@@ -202,7 +202,8 @@ def take_turns(
     try:
         for name, (way, settings, n_images) in cases.items():
             here, there = ctx.Pipe()
-            children[name] = ctx.Process(target=_case, args=(there, way, settings.resolved(), n_images), daemon=False), here
+            args = there, way, settings.resolved(), n_images
+            children[name] = ctx.Process(target=_case, args=args, daemon=False), here
             start = time.time()
             children[name][0].start()
             there.close()

@@ -51,8 +51,12 @@ def _command(f):
                 sys.exit(1 if rank else said)
     return command
 
-def _parse(settings, default=tyro.MISSING_NONPROP, **options): # dataclass, an instance whose values are the defaults of the options -> dict
-    "Return the values that the command line gives, not yet checked: of a dataclass that refuses them, tyro draws a box round the error"
+def _parse(
+    settings, # dataclass
+    default=tyro.MISSING_NONPROP, # an instance whose values are the defaults of the options
+    **options, # of `tyro.cli`
+): # -> dict
+    "Return the values that the command line gives, not yet checked: tyro draws a box around what a dataclass refuses"
     info = StructTypeInfo.make(settings, default, in_union_context=False)
     spec, registry = replace(ConstructorRegistry.get_struct_spec(info), instantiate=dict), ConstructorRegistry()
     registry.struct_rule(lambda info: spec if info.type is settings else None)
@@ -73,7 +77,9 @@ class RunSettings(TrainSettings):
     def recorded(cls, resume): # -> the settings of the run to go on with, or `None`
         if resume is None: return None
         path = Path(resume)/'config.json'
-        if not path.exists(): raise FileNotFoundError(f'{resume or "an empty name"} is no run folder: give one that cifar_train has written')
+        if not path.exists():
+            name = resume or 'an empty name'
+            raise FileNotFoundError(f'{name} is no run folder: give one that cifar_train has written')
         return cls(**asdict(settings_from(read_json(path).get('settings')).resolved()), resume=resume)
 
     @property
@@ -81,7 +87,8 @@ class RunSettings(TrainSettings):
 
     def agree_with(self, given): # before the values are checked together, so that the option itself is named
         from cifar_fastai.training import differences
-        if other := differences(asdict(self.run), given): raise ValueError(f'{"; ".join(other)}: that would be another run')
+        if other := '; '.join(differences(asdict(self.run), given)):
+            raise ValueError(f'{other}: that would be another run')
 
 @_command
 def cifar_train(settings:RunSettings):
@@ -214,8 +221,8 @@ def cifar_repeat(settings:RepeatSettings):
     "Train several times, each with a seed of its own, and say how accuracy is spread; with --ablate, also without each ingredient of the recipe."
     from cifar_fastai.repeat import ablate_recipe, ablation_effects, repeat_runs, repeat_table
     settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
-    resolved = settings.resolved()
-    changed = [f'{name} {getattr(resolved, name)}' for name, value in recipes[resolved.recipe].items() if getattr(resolved, name) != value]
+    values = asdict(settings.resolved())
+    changed = [f'{name} {values[name]}' for name, value in recipes[settings.recipe].items() if values[name] != value]
     results = ablate_recipe(settings) if settings.ablate else {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
     print('\n' + repeat_table(results).to_string())
     if settings.ablate: print('\nwhat an ingredient brings, in points of accuracy\n' + ablation_effects(results).to_string())

@@ -45,7 +45,8 @@ recipes = dict(
 # %% ../nbs/00_core.ipynb #a1bcb5ee
 @dataclass(frozen=True)
 class TrainSettings:
-    "What a run depends on. `None` is the value of the recipe or of the data set, which `resolved` fills in. Invalid values raise `ValueError`."
+    """What a run depends on. `None` is the value of the recipe or of the data set, which `resolved` fills in.
+    Invalid values raise `ValueError`."""
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     recipe: Literal['best', 'seed'] = 'best' # what the assignment leaves free: best, or seed, which is the assignment, plain
     epochs: int|None = None # passes over the training images; 24, or 10 for digits
@@ -94,10 +95,12 @@ class TrainSettings:
         _check_types(s, fields(self))
         _check(s.epochs >= 1, 'epochs', s.epochs, 'give 1 or more')
         _check(s.bs >= 2, 'bs', s.bs, 'give 2 or more images a batch')
-        _check(0 < s.peak_epoch < s.epochs, 'peak_epoch', s.peak_epoch, f'give a number between 0 and epochs ({s.epochs})')
+        within = 0 < s.peak_epoch < s.epochs
+        _check(within, 'peak_epoch', s.peak_epoch, f'give a number between 0 and epochs ({s.epochs})')
         for name, lr in dict(lr_max=s.lr_max, lr_min=s.lr_min).items():
             _check(lr == 'find' or _positive(lr), name, lr, "give a positive number or 'find'")
-        if 'find' not in (s.lr_min, s.lr_max): _check(s.lr_min < s.lr_max, 'lr_min', s.lr_min, f'give less than lr_max ({s.lr_max})')
+        if 'find' not in (s.lr_min, s.lr_max):
+            _check(s.lr_min < s.lr_max, 'lr_min', s.lr_min, f'give less than lr_max ({s.lr_max})')
         _check(s.ghost == 0 or s.ghost >= 2, 'ghost', s.ghost, 'give 2 or more images, or 0 for the whole batch')
         _check(_positive(s.logit_scale), 'logit_scale', s.logit_scale, 'give a positive number')
         _check(0 <= s.dropout < 1, 'dropout', s.dropout, 'give 0 or more and less than 1')
@@ -114,7 +117,8 @@ class TrainSettings:
     def network(self): # -> keyword arguments of `CustomResNet`
         "What the network depends on"
         s = self.resolved()
-        return dict(norm=s.norm, n_groups=s.n_groups, ghost=s.ghost, dropout=s.dropout, conv_bias=s.conv_bias, logit_scale=s.logit_scale)
+        return dict(norm=s.norm, n_groups=s.n_groups, ghost=s.ghost, dropout=s.dropout,
+                    conv_bias=s.conv_bias, logit_scale=s.logit_scale)
 
     @property
     def optimization(self): # -> keyword arguments of `cifar_learner`
@@ -125,7 +129,7 @@ class TrainSettings:
 # %% ../nbs/00_core.ipynb #df423139
 @dataclass(frozen=True)
 class BenchSettings:
-    "What a benchmark measures. `None` is the value of the data set or of the device. Invalid values raise `ValueError`."
+    "What a benchmark measures. `None` is the data set's or the device's value. Invalid values raise `ValueError`."
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     cases: tuple[Literal['plain', 'fastai', 'package', 'bare', 'limit'], ...] = ('plain', 'fastai', 'package', 'bare', 'limit') # what takes turns
     bs: int|None = None # images a batch; 512, or 64 for digits
@@ -144,12 +148,14 @@ class BenchSettings:
         s = SimpleNamespace(**vars(self) | self._left_out())
         _check_types(s, fields(self))
         _check(s.cases, 'cases', s.cases, 'give one or more')
-        for name, n in dict(steps=s.steps, repeats=s.repeats, warmup=s.warmup).items(): _check(n is None or n >= 1, name, n, 'give 1 or more')
+        for name, n in dict(steps=s.steps, repeats=s.repeats, warmup=s.warmup).items():
+            _check(n is None or n >= 1, name, n, 'give 1 or more')
         _check(s.bs >= 2, 'bs', s.bs, 'give 2 or more images a batch')
-        _check(s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir(), 'out', s.out, 'give a file in a folder that exists')
+        writable = s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir()
+        _check(writable, 'out', s.out, 'give a file in a folder that exists')
 
     def resolved(self): # -> `BenchSettings`
-        "Return the same settings with the batch size of the data set in place of `None`; `steps` and `warmup` depend on the device, and are left to `bench`"
+        "Return the settings with the data set's batch size in place of `None`; `bench` chooses `steps` and `warmup`"
         return replace(self, **self._left_out())
 
     def _left_out(self): return dict(bs=source_defaults(self.data)['bs']) if self.bs is None else {}
@@ -164,22 +170,28 @@ class RepeatSettings(TrainSettings):
     out: str|None = None # folder of run folders; an existing one is gone on with; runs/repeat_<date-time>
 
     def _left_out(self):
-        without = {name: value for name, value in recipes['seed'].items() if isinstance(self.without, tuple) and name in self.without}
-        return super()._left_out() | {name: value for name, value in without.items() if getattr(self, name) is None}
+        without = self.without if isinstance(self.without, tuple) else () # other types are refused later
+        taken = {name: value for name, value in recipes['seed'].items() if name in without}
+        return super()._left_out() | {name: value for name, value in taken.items() if getattr(self, name) is None}
 
     def _check_values(self, s):
         super()._check_values(s)
-        for name in s.without: _check(getattr(s, name) == recipes['seed'][name], name, getattr(s, name), f'give it, or {name} among without')
+        for name in s.without:
+            value = getattr(s, name)
+            _check(value == recipes['seed'][name], name, value, f'give it, or {name} among without')
         _check(s.n >= 1, 'n', s.n, 'give 1 or more runs')
         if not s.ablate: return
-        _check(s.valid != 'test', 'valid', s.valid, 'an ablation chooses, and the test images have no part in that: give holdout')
+        holdout = 'an ablation chooses, and the test images have no part in that: give holdout'
+        _check(s.valid != 'test', 'valid', s.valid, holdout)
         _check(s.recipe == 'best', 'recipe', s.recipe, 'an ablation is one of best')
         for name, value in recipes['best'].items():
-            _check(getattr(s, name) == value, name, getattr(s, name), f'leave it, or ablate, away: an ablation begins with the {value} of best')
+            remedy = f'leave it, or ablate, away: an ablation begins with the {value} of best'
+            _check(getattr(s, name) == value, name, getattr(s, name), remedy)
 
     def run(self, seed, folder): # -> `TrainSettings` of one of the runs
         s = self.resolved()
-        return TrainSettings(**{f.name: getattr(s, f.name) for f in fields(TrainSettings)} | dict(seed=seed, out=str(Path(folder)/f'seed-{seed}')))
+        values = {f.name: getattr(s, f.name) for f in fields(TrainSettings)}
+        return TrainSettings(**values | dict(seed=seed, out=str(Path(folder)/f'seed-{seed}')))
 
 # %% ../nbs/00_core.ipynb #2463b0ee
 def _positive(x): return isinstance(x, (int, float)) and math.isfinite(x) and x > 0
@@ -194,7 +206,9 @@ def _fits(value, kind):
     return isinstance(value, kind)
 
 def _check_types(settings, fields):
-    for f in fields: _check(_fits(getattr(settings, f.name), f.type), f.name, getattr(settings, f.name), f'give {_in_words(f.type)}')
+    for f in fields:
+        value = getattr(settings, f.name)
+        _check(_fits(value, f.type), f.name, value, f'give {_in_words(f.type)}')
 
 def _in_words(kind):
     if get_origin(kind) is Literal: return ('one of ' if len(get_args(kind)) > 1 else '') + ', '.join(get_args(kind))

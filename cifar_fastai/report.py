@@ -59,7 +59,8 @@ def read_run(run): # run folder -> `RunRecord`
     if not (run/'summary.json').is_file() or (summary := read_json(run/'summary.json')).get('interrupted'):
         raise ValueError(f'{run} is not finished: go on with it first, by cifar_train --resume')
     try:
-        settings, data, bounds = settings_from(config['settings']).resolved(), config['data'], LRBounds(*map(float, LRBounds(**config['bounds'])))
+        settings, data = settings_from(config['settings']).resolved(), config['data']
+        bounds = LRBounds(*map(float, LRBounds(**config['bounds'])))
         if not 0 < bounds.lr_min < bounds.lr_max < math.inf: raise ValueError(f'its bounds are {tuple(bounds)}')
         if not isinstance(data['vocab'], list) or not data['vocab'] or not all(isinstance(label, str) for label in data['vocab']): raise ValueError('its class names are none')
         if np.asarray(data['stats'], dtype=float).shape != (2, 3) or len(data['fingerprint']) != 2 or not data['n_train'] > 0 or not data['n_test'] > 0: raise ValueError('it does not say what its images are')

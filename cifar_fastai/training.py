@@ -50,7 +50,8 @@ def run_config(
     "What `config.json` holds"
     facts = dict(vocab=list(data.vocab), stats=data.stats, fingerprint=data.fingerprint, is_cifar10=data.fingerprint == cifar10_fingerprint,
                  n_train=len(data.train_y), n_test=len(data.test_y))
-    return dict(settings=asdict(settings.resolved()), bounds=bounds and bounds._asdict(), data=facts, environment=run_environment(learn) if learn else environment())
+    return dict(settings=asdict(settings.resolved()), bounds=bounds and bounds._asdict(), data=facts,
+                environment=run_environment(learn) if learn else environment())
 
 def run_environment(learn:Learner): # -> dict
     "`environment()`, and where and how `learn` trains: what the last bits of the weights depend on"
@@ -191,7 +192,8 @@ def save_plots(
 
 # %% ../nbs/07_training.ipynb #3fa18d52
 class TensorBoardLog(Callback):
-    "Write the history for TensorBoard after each epoch, and pictures at the end; `close` it then. Raises `ModuleNotFoundError`, which says what to install"
+    """Write the history for TensorBoard after each epoch, and pictures at the end; `close` it then.
+    Without tensorboard, raises `ModuleNotFoundError`, which says what to install."""
     order = SaveRun.order + .5 # behind what adds to the history, before the checkpoint that keeps how far it is written
     curves = {'loss/train': 'train_loss', 'loss/valid': 'valid_loss', 'accuracy/train': 'train_accuracy', 'accuracy/valid': 'accuracy', 'lr': 'lr'}
 
@@ -201,7 +203,9 @@ class TensorBoardLog(Callback):
         require_extra('tensorboard', 'tensorboard')
         self.saved, self.log_dir, self.writer, self.written = saved, saved.path/'tensorboard', None, 0
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib() == 0
+    def before_fit(self):
+        trains = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        self.run = trains and rank_distrib() == 0
 
     def after_epoch(self):
         if self.recorder.trained: self.write(self.recorder.history) # no epoch that is left out, since it is done already
@@ -421,12 +425,14 @@ def differences(
     "Which of the settings that are given would make it another run"
     settings = settings_from(recorded).resolved()
     run = asdict(settings)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in run} # JSON has lists only
+    given = {name: value for name, value in given.items() if name in run}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)} # JSON has lists only
     def others(now):
         changed = [name for name in given if name not in may_change and now[name] != run[name]]
         return [f'{name} is {run[name]!r} in the run and {now[name]!r} now' for name in changed]
     named = {name: value for name, value in given.items() if value is not None}
-    return others(run | named) or others(asdict(replace(settings, **given).resolved())) # first those that need not be resolved, which checks them together
+    if other := others(run | named): return other # before values are checked together, so that the option is named
+    return others(asdict(replace(settings, **given).resolved()))
 
 # %% ../nbs/07_training.ipynb #0e067c12
 def other_surroundings(config, learn): # what `config.json` holds -> (list of str, list of str)

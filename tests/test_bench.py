@@ -46,8 +46,9 @@ def test_the_pictures_show_every_case(measured):
     sizes = {n: result['cases']['package'] for n in ('10', '50')}
     assert len(plot_growth({**result, 'sizes': sizes, 'batch_sizes': sizes}).axes) == 4
 
-def test_a_batch_size_that_is_left_out_is_that_of_the_data(tmp_path):
-    result = bench(BenchSettings(**{name: value for name, value in quick.items() if name != 'bs'} | dict(cases=('limit',), repeats=1, batches=False, out=str(tmp_path/'b.json'))))
+def test_a_batch_size_that_is_left_out_is_that_of_the_data():
+    settings = BenchSettings(**quick | dict(bs=None, cases=('limit',), repeats=1, batches=False))
+    result = bench(settings)
     assert result['settings']['bs'] == 64 and len(result['cases']['limit']['images_per_second']) == 1
 
 def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):

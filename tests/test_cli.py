@@ -8,15 +8,17 @@ import pytest
 from PIL import Image
 
 from cifar_fastai import cli
-from cifar_fastai.cli import AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings, ReportSettings, RunSettings
-from cifar_fastai.cli import cifar_bench, cifar_interpret, cifar_lr_find, cifar_predict, cifar_repeat, cifar_report, cifar_train
-from cifar_fastai.core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, data_variable, read_json
+from cifar_fastai.cli import (AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings,
+                              ReportSettings, RunSettings, cifar_bench, cifar_interpret, cifar_lr_find, cifar_predict,
+                              cifar_repeat, cifar_report, cifar_train)
+from cifar_fastai.core import BenchSettings, RepeatSettings, cifar10_classes, cifar10_stats, data_variable, read_json
 from cifar_fastai.data import read_image
 from cifar_fastai.interpret import class_probabilities, load_run
 from cifar_fastai.models import load_pretrained
 
-commands = dict(cifar_train=RunSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings, cifar_predict=PredictSettings, cifar_bench=BenchSettings,
-                cifar_repeat=RepeatSettings, cifar_report=ReportSettings, cifar_app=AppSettings, cifar_export=ExportSettings)
+commands = dict(cifar_train=RunSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings,
+                cifar_predict=PredictSettings, cifar_bench=BenchSettings, cifar_repeat=RepeatSettings,
+                cifar_report=ReportSettings, cifar_app=AppSettings, cifar_export=ExportSettings)
 scripts = Path(sys.executable).parent
 
 def refused(command, *args):
@@ -56,12 +58,18 @@ def test_help_says_what_every_option_means(help_of, command):
 
 def test_the_source_of_every_class_that_options_are_made_from_can_be_found():
     "Python 3.13 finds none for a class that is made by `type(name, bases, dict)`, and tyro has no explanations then"
-    assert set(commands.values()) == {command.__annotations__['settings'] for command in cli._commands.values()}
-    for settings in commands.values():
-        assert f'class {settings.__name__}' in inspect.getsource(settings) and set(comments(settings)) >= {field.name for field in fields(settings)}
+    for command, settings in commands.items():
+        assert getattr(cli, command).__annotations__['settings'] is settings
+        assert f'class {settings.__name__}' in inspect.getsource(settings)
+        assert set(comments(settings)) >= {field.name for field in fields(settings)}
+
+def test_no_class_is_made_at_run_time():
     for module in Path(cli.__file__).parent.glob('*.py'):
-        calls = [node for node in ast.walk(ast.parse(module.read_text(encoding='utf8'))) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-        assert not [node.lineno for node in calls if node.func.id == 'type' and len(node.args) > 1 or node.func.id == 'make_dataclass'], module.name
+        nodes = ast.walk(ast.parse(module.read_text(encoding='utf8')))
+        calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        for call in calls:
+            makes_a_class = call.func.id == 'make_dataclass' or call.func.id == 'type' and len(call.args) > 1
+            assert not makes_a_class, f'{module.name}, line {call.lineno}'
 
 def test_a_reader_that_goes_away_is_no_traceback():
     done = subprocess.run(f'"{scripts/"cifar_repeat"}" --help | head -n 1', shell=True, capture_output=True, text=True)
@@ -137,23 +145,29 @@ def test_a_process_that_is_refused_prints_one_line_and_exits_with_1(command):
     done = command('train', '--epochs', 0)
     assert (done.returncode, done.stdout, done.stderr) == (1, '', 'cifar_train: epochs is 0: give 1 or more\n')
 
-@pytest.mark.parametrize('command, args, said', [(cifar_lr_find, ['--bs', 0], 'bs is 0: '), (cifar_bench, ['--bs', 1], 'bs is 1: '), (cifar_bench, ['--repeats', 0], 'repeats is 0: '), (cifar_repeat, ['--n', 0], 'n is 0: '),
-                                                 (cifar_repeat, ['--without', 'wd', '--wd', .5], 'wd is 0.5: '), (cifar_train, ['--epochs', 2, '--peak_epoch', 3], 'peak_epoch is 3.0: '),
-                                                 (cifar_train, ['--data', 'digits', '--peak_epoch', 12], 'peak_epoch is 12.0: '), (cifar_train, ['--recipe', 'best', '--lr_max', 1e-5], 'lr_min is 2.5e-05: ')])
+@pytest.mark.parametrize('command, args, said', [
+    (cifar_lr_find, ['--bs', 0], 'bs is 0: '), (cifar_bench, ['--bs', 1], 'bs is 1: '),
+    (cifar_bench, ['--repeats', 0], 'repeats is 0: '), (cifar_repeat, ['--n', 0], 'n is 0: '),
+    (cifar_repeat, ['--without', 'wd', '--wd', .5], 'wd is 0.5: '),
+    (cifar_train, ['--epochs', 2, '--peak_epoch', 3], 'peak_epoch is 3.0: '),
+    (cifar_train, ['--data', 'digits', '--peak_epoch', 12], 'peak_epoch is 12.0: '),
+    (cifar_train, ['--recipe', 'best', '--lr_max', 1e-5], 'lr_min is 2.5e-05: ')])
 def test_every_command_refuses_a_value_in_one_sentence_without_a_box(command, args, said, capsys, folder_of_its_own):
     assert refused(command, *args).startswith(f'{command.__name__}: {said}') and capsys.readouterr() == ('', '')
     assert list(folder_of_its_own.iterdir()) == []
 
 # ---- going on with a run
 
-@pytest.mark.parametrize('args, said', [(['--ghost', None], 'ghost is 4 in the run and 32 now'), (['--epochs', 1], 'epochs is 2 in the run and 1 now'), (['--epochs', 0], 'epochs is 2 in the run and 0 now'),
-                                        (['--recipe', 'seed'], "recipe is 'best' in the run and 'seed' now"), (['--lr_min', 1], 'lr_min is 0.001 in the run and 1.0 now')])
+@pytest.mark.parametrize('args, said', [
+    (['--ghost', None], 'ghost is 4 in the run and 32 now'), (['--epochs', 1], 'epochs is 2 in the run and 1 now'),
+    (['--epochs', 0], 'epochs is 2 in the run and 0 now'), (['--lr_min', 1], 'lr_min is 0.001 in the run and 1.0 now'),
+    (['--recipe', 'seed'], "recipe is 'best' in the run and 'seed' now")])
 def test_an_option_that_makes_another_run_is_refused_by_its_name(finished, args, said):
     assert f'{said}: that would be another run' in refused(cifar_train, '--resume', finished[0], *args)
 
 def test_an_option_that_says_what_the_run_has_is_none(finished, tmp_path, capsys):
     run = shutil.copytree(finished[0], tmp_path/'run')
-    cifar_train(['--resume', str(run), '--wd', 'None', '--peak_epoch', 'None', '--bs', '16', '--recipe', 'best', '--num_workers', '1'])
+    cifar_train(['--resume', str(run), *'--wd None --peak_epoch None --bs 16 --recipe best --num_workers 1'.split()])
     assert 'is finished: 2 epochs' in capsys.readouterr().out
 
 # ---- a run, typed

@@ -5,8 +5,9 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from cifar_fastai.cli import LRFindSettings, RunSettings
-from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, data_variable, environment, named_source,
-                               read_json, recipes, settings_from, source_defaults, write_json)
+from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats,
+                               data_variable, environment, named_source, read_json, recipes, settings_from,
+                               source_defaults, write_json)
 
 
 def test_classes_are_the_ten_in_alphabetical_order():
@@ -20,7 +21,8 @@ def test_stats_are_those_of_the_training_images():
 def test_defaults_are_the_assignment():
     s = TrainSettings().resolved()
     assert (s.data, s.epochs, s.bs, s.peak_epoch) == ('cifar10', 24, 512, 5)
-    assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear') and TrainSettings(recipe='seed').resolved().lr_min == 'find'
+    assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear')
+    assert TrainSettings(recipe='seed').resolved().lr_min == 'find'
     assert (s.norm, s.dropout, s.conv_bias, s.valid, s.precision) == ('batch', 0, False, 'test', 'auto')
 
 def test_digits_have_defaults_of_their_own():
@@ -70,13 +72,17 @@ def test_replacing_the_recipe_replaces_its_values(cls):
 
 @pytest.mark.parametrize('cls', every_settings[:-1])
 def test_replacing_the_epochs_moves_the_peak_along(cls):
-    for changes, epochs, peak in (dict(epochs=5), 5, 25/24), (dict(data='digits'), 10, 50/24), (dict(epochs=48, peak_epoch=3), 48, 3):
+    cases = (dict(epochs=5), 5, 25/24), (dict(data='digits'), 10, 50/24), (dict(epochs=48, peak_epoch=3), 48, 3)
+    for changes, epochs, peak in cases:
         settings = replace(cls(), **changes).resolved()
         assert (settings.epochs, settings.peak_epoch) == (epochs, pytest.approx(peak))
 
-other_values = dict(data='digits', recipe='seed', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group', n_groups=4, ghost=8, logit_scale=.5, whiten=False, dropout=.1,
-                    conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3, label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item', num_workers=0,
-                    checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True, plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True)
+other_values = dict(
+    data='digits', recipe='seed', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group',
+    n_groups=4, ghost=8, logit_scale=.5, whiten=False, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
+    label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
+    num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
+    plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True)
 
 @pytest.mark.parametrize('cls', every_settings)
 def test_replacing_any_setting_is_the_same_as_giving_it(cls, tmp_path, monkeypatch):
@@ -85,7 +91,8 @@ def test_replacing_any_setting_is_the_same_as_giving_it(cls, tmp_path, monkeypat
     values = other_values | (dict(recipe='best') if cls is BenchSettings else {})
     for name in {f.name for f in fields(cls)} - {'ablate'}: # which goes with the hold-out alone
         settings = replace(cls(), **{name: values[name]})
-        assert settings == cls(**{name: values[name]}) and getattr(settings, name) == values[name] != getattr(cls(), name)
+        assert getattr(settings, name) == values[name] != getattr(cls(), name)
+        assert settings == cls(**{name: values[name]})
         assert replace(settings, **{name: getattr(cls(), name)}).resolved() == cls().resolved() # and back
 
 def test_what_is_left_out_is_checked_as_it_resolves(monkeypatch):
@@ -105,7 +112,8 @@ def test_the_environment_is_read_when_settings_are_resolved(monkeypatch):
     assert resolved.resolved() == resolved and resolved.epochs == 10 # what is resolved stays
 
 def test_network_and_optimizer_get_values_and_never_none():
-    assert TrainSettings().network == TrainSettings().resolved().network and TrainSettings().network['ghost'] == recipes['best']['ghost']
+    assert TrainSettings().network == TrainSettings().resolved().network
+    assert TrainSettings().network['ghost'] == recipes['best']['ghost']
     assert TrainSettings(recipe='seed').optimization['wd'] == recipes['seed']['wd']
 
 # ---- refusals
@@ -161,7 +169,8 @@ def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
     assert settings_from(old).resolved() == TrainSettings(recipe='seed').resolved()
 
 def test_a_run_of_best_from_before_it_had_an_end_of_its_own_keeps_the_one_that_was_found():
-    assert settings_from(asdict(TrainSettings()) | dict(lr_min='find')).lr_min == 'find' != TrainSettings().resolved().lr_min
+    settings = TrainSettings().resolved()
+    assert settings_from(asdict(settings) | dict(lr_min='find')).lr_min == 'find' != settings.lr_min
 
 def test_a_run_of_before_the_scale_of_logits_and_the_whitening_has_neither():
     old = {k: v for k, v in asdict(TrainSettings(logit_scale=.125, whiten=True)).items() if k not in ('logit_scale', 'whiten')}

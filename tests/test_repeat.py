@@ -59,13 +59,17 @@ def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
 def test_an_ingredient_that_is_taken_away_is_as_in_the_seed_recipe():
     for name in recipes['best']:
         settings = RepeatSettings(without=(name,))
-        assert getattr(settings, name) is None and getattr(settings.resolved(), name) == recipes['seed'][name] == getattr(settings.run(0, 'runs'), name)
+        assert getattr(settings, name) is None
+        for resolved in settings.resolved(), settings.run(0, 'runs'):
+            assert getattr(resolved, name) == recipes['seed'][name]
     assert RepeatSettings(without=('flip',)).resolved().label_smoothing == recipes['best']['label_smoothing']
 
 def test_an_ingredient_that_is_no_longer_taken_away_is_that_of_the_recipe():
     settings = replace(RepeatSettings(without=('wd', 'flip')), without=('flip',))
-    assert settings == RepeatSettings(without=('flip',)) and settings.resolved().wd == recipes['best']['wd'] and settings.resolved().flip == recipes['seed']['flip']
-    assert settings.resolved().without == ('flip',) and settings.resolved().resolved() == settings.resolved()
+    resolved = settings.resolved()
+    assert settings == RepeatSettings(without=('flip',))
+    assert resolved.without == ('flip',) and resolved.resolved() == resolved
+    assert (resolved.wd, resolved.flip) == (recipes['best']['wd'], recipes['seed']['flip'])
 
 @pytest.mark.parametrize('without', [('luck',), ({},), 'flip', ['flip']])
 def test_an_ingredient_that_is_none_is_refused(without):
