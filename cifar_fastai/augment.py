@@ -9,13 +9,14 @@ __all__ = ['CropFlipCutout', 'item_pipeline', 'flipped_in_epoch', 'ItemAugment',
 # %% ../nbs/01_augment.ipynb #a82e5fbe
 import os, random
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.vision.all import PILImage, Transform
+from torch.utils.data import get_worker_info
 
 from .core import cifar10_stats
 
@@ -45,12 +46,45 @@ def _albumentations():
     import albumentations
     return albumentations
 
+@cache
+def _fresh_compose(): # -> class; inside a function, so that albumentations is imported when a pipeline is first made
+    class FreshCompose(_albumentations().Compose):
+        "A `Compose` that does not repeat the draws of the process it was copied or sent from"
+        def set_random_seed(self, seed):
+            super().set_random_seed(seed)
+            self.process = os.getpid()
+
+        def set_random_state(self, random_generator, py_random):
+            super().set_random_state(random_generator, py_random)
+            self.process = os.getpid()
+
+        def __call__(self, *args, **data):
+            if self.process != os.getpid(): self._begin_anew()
+            return super().__call__(*args, **data)
+
+        def _begin_anew(self):
+            worker = get_worker_info() # its seed is another one for each worker, and in each epoch that starts it
+            seed = None if worker is None else (worker.seed, int(self.random_generator.integers(2**63)))
+            rng = np.random.default_rng(seed)
+            self.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+
+        def to_dict_private(self): return super().to_dict_private() | dict(__class_fullname__='Compose')
+
+        def __reduce__(self): return _empty_pipeline, (), self.__dict__
+    return FreshCompose
+
+def _empty_pipeline(): return _fresh_compose().__new__(_fresh_compose()) # to be filled by pickle
+
+# %% ../nbs/01_augment.ipynb #4d7e2c10
 def item_pipeline(
     aug:CropFlipCutout=CropFlipCutout(), # what to do
     mean=cifar10_stats[0], # mean colour of the data set, pixels in [0, 1]: the fill of the hole
     normalize=None, # (means, standard deviations): then normalise, too, and give a float tensor (3, H, W)
 ): # -> `albumentations.Compose` on `uint8` images (H, W, 3)
-    "`aug` as an albumentations pipeline, without flips that alternate. Without a seed of its own it draws from fresh entropy"
+    """Return `aug` as an albumentations pipeline, without flips that alternate.
+
+    It draws from fresh entropy, or as its `set_random_seed` or `set_random_state` says. In a worker of a torch `DataLoader`
+    the draws follow the worker's seed as well, and in any other process that gets a copy they are fresh again."""
     A = _albumentations()
     import cv2
     fill = tuple(round(255*m) for m in mean)
@@ -64,7 +98,7 @@ def item_pipeline(
     if normalize is not None:
         from albumentations.pytorch import ToTensorV2
         steps += [A.Normalize(*normalize), ToTensorV2()]
-    return A.Compose(steps)
+    return _fresh_compose()(steps)
 
 # %% ../nbs/01_augment.ipynb #d3b43d52
 def flipped_in_epoch(

@@ -121,11 +121,12 @@ class LRFindSettings(TrainSettings):
 @_command
 def cifar_lr_find(settings:LRFindSettings):
     "Find LRMIN and LRMAX by a range test, print them and save the plot."
+    from cifar_fastai.data import lost_worker_in_words
     from cifar_fastai.training import settings_learner
     from cifar_fastai.schedule import bounds_from, plot_range_test, range_test
     if not Path(settings.plot).absolute().parent.is_dir(): raise ValueError(f'plot is {settings.plot}: give a file in a folder that exists')
     settings = settings.resolved()
-    lrs, losses = range_test(settings_learner(settings)[0])
+    with lost_worker_in_words(): lrs, losses = range_test(settings_learner(settings)[0])
     bounds = bounds_from(lrs, losses)
     plot_range_test(lrs, losses, bounds).figure.savefig(settings.plot, dpi=110)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}\nplot {settings.plot}')
@@ -146,13 +147,16 @@ def cifar_interpret(settings:InterpretSettings):
     "Run a trained network over the images that validated it: what is right, what is wrong, and the plots."
     from cifar_fastai.interpret import CifarInterpretation
     from cifar_fastai.core import read_json
+    from cifar_fastai.data import lost_worker_in_words
     from cifar_fastai.training import best_is, read_history, save_plots
     history = read_history(settings.run)
-    interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
+    with lost_worker_in_words():
+        interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
+        averaged = interp.flip_averaged().accuracy if settings.flip_average else None
     valid = read_json(Path(settings.run)/'config.json')['settings']['valid']
     chosen = f', by the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
     print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}')
-    if settings.flip_average: print(f'averaged with mirror images {interp.flip_averaged().accuracy:.2%}')
+    if settings.flip_average: print(f'averaged with mirror images {averaged:.2%}')
     print()
     print(interp.per_class().to_string(float_format='{:.3f}'.format), '\n')
     for actual, predicted, n in interp.most_confused()[:settings.k]: print(f'{actual} taken for {predicted}: {n}')

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'max_pixels', 'max_bytes', 'picture_formats', 'CIFAR10Data', 'load_digits',
-           'first_of_each_class', 'read_images', 'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'cifar_block',
-           'SeededDL', 'NormalizeBytes', 'Resident', 'BatchDL', 'find_device', 'cifar_dls', 'read_image']
+           'first_of_each_class', 'read_images', 'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'read_image',
+           'NetworkImage', 'cifar_block', 'SeededDL', 'lost_worker_in_words', 'NormalizeBytes', 'Resident', 'BatchDL',
+           'find_device', 'cifar_dls']
 
 # %% ../nbs/02_data.ipynb #c4e1935d
 import gzip, hashlib, io, os, pickle, pickletools, re, signal, tarfile, tempfile, warnings, zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from http.client import HTTPException
 from itertools import islice
@@ -23,8 +24,10 @@ from urllib.request import urlopen
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_cfg
-from fastai.vision.all import (Categorize, CategoryBlock, DataBlock, Datasets, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, Normalize, Pipeline, TensorCategory,
-                               TensorImage, TfmdDL, ToTensor, default_device, to_detach)
+from fastai.vision.all import (Categorize, CategoryBlock, DataBlock, Datasets, FuncSplitter, ImageBlock,
+                               IntToFloatTensor, ItemGetter, Normalize, PILImage, TensorCategory, TensorImage,
+                               TensorImageBase, TfmdDL, ToTensor, Transform, compose_tfms, default_device, to_cpu,
+                               to_detach)
 from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
@@ -343,6 +346,97 @@ def load_cifar10(
             _write_cache(cache, data)
     return data
 
+# %% ../nbs/02_data.ipynb #b46686b0
+max_pixels = 25_000_000 # of a picture that is to be decoded; a JPEG may have more when it can be decoded smaller
+max_bytes = 50_000_000 # of its file
+
+picture_formats = 'PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF' # others are not tried: EPS would be a program to run, an icon may hold any picture
+
+@contextmanager
+def _decoding(name):
+    "Have whatever a decoder raises, at what it was not made for, become a `ValueError` that names the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of Pillow, about what is odd and can be read
+            yield
+    except UnidentifiedImageError: raise ValueError(f'{name} is no image that can be read: it is none of {", ".join(picture_formats)}') from None
+    except Exception as e: raise ValueError(f'{name} is no image that can be read: {" ".join(str(e).split()) or type(e).__name__}') from None
+
+def _read_content(content, name='the picture'): # of a file -> `uint8` (32, 32, 3)
+    if len(content) > max_bytes: raise ValueError(f'{name} has more than {max_bytes:,} bytes: give a smaller picture')
+    with _decoding(name), Image.open(io.BytesIO(content), formats=picture_formats) as img: return _as_network_takes_it(img, content)
+
+def read_image(path): # -> `uint8` (32, 32, 3)
+    "Any picture as the network takes it: shorter side to 32, centre crop, RGB; raises `FileNotFoundError` or `ValueError`"
+    path = Path(path)
+    if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)): raise ValueError(f'{str(path)!a} has a name with a line break or another control character: give it another')
+    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
+    if not path.is_file(): raise ValueError(f'{path} is no file')
+    with open(path, 'rb') as f: content = f.read(max_bytes + 1)
+    return _read_content(content, path)
+
+def _is_animated(img): # a camera's MPO is a photo and its preview
+    try: return getattr(img, 'is_animated', False) and img.format != 'MPO'
+    except ValueError: return False # its file is closed, and one frame is there
+
+def _as_network_takes_it(img, content=None): # a picture, and its file while it is still to be decoded -> upright, 8 bits a channel, on white where it is transparent, 32×32
+    passes = content.count(b'\xff\xda') if content and img.info.get('progressive') else 1 # over all of its pixels
+    if content and img.width*img.height > 4_000_000 and passes == 1: img.draft('RGB', (512, 512)) # a JPEG at an eighth to a half of its size
+    if img.width*img.height > max_pixels: raise ValueError(f'{img.width}×{img.height} pixels are more than {max_pixels:,}')
+    if img.width*img.height*passes > 16*max_pixels: raise ValueError(f'{img.width}×{img.height} pixels in {passes} passes are too much work')
+    if _is_animated(img): raise ValueError('it is animated or has several pages: give one picture of it')
+    if img.format == 'PNG' and img.mode != 'P' and 'transparency' in img.info:
+        bits = content[24] if content else 16 if img.mode.startswith('I') else 8
+        if bits != 8: raise ValueError(f'it has a transparent colour at {bits} bits a channel: give it 8')
+    if img.format == 'TIFF' and (img.mode == 'I' or img.mode.startswith('I;') and img.tag_v2.get(262) == 0): raise ValueError('its grey values are of 32 bits, or white is 0: give a PNG')
+    if content: ImageOps.exif_transpose(img, in_place=True)
+    else: img = ImageOps.exif_transpose(img) # a copy: the caller's picture stays as it is
+    if img.mode.startswith('I'): # 16 bits, of which Pillow would cut off what is over 255
+        grey = np.asarray(img)
+        if grey.min() < 0 or grey.max() > 65535: raise ValueError('its grey values are not of 16 bits')
+        img = Image.fromarray((grey >> 8).astype(np.uint8))
+    if img.mode == 'F': raise ValueError('its pixels are floating-point numbers: what is white cannot be told')
+    transparent = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
+    img = ImageOps.fit(img.convert('RGBA' if transparent else 'RGB'), (32, 32))
+    if transparent: img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
+    return np.asarray(img)
+
+# %% ../nbs/02_data.ipynb #3f1c0a53
+def _from_array(x): # -> PIL image
+    "An array (H, W) or (H, W, C) with 1 to 4 channels: grey, grey and alpha, RGB, or RGBA"
+    if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
+    if 0 in x.shape or not (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (2, 3, 4)):
+        raise ValueError(f'its shape is {x.shape}: give (height, width) or (height, width, channels), 1 to 4 channels')
+    if x.dtype == np.uint16: x = x >> 8
+    elif x.dtype != np.uint8:
+        if x.dtype.kind not in 'biuf': raise ValueError(f'its dtype is {x.dtype}: give uint8')
+        low, high, most = x.min(), x.max(), 255 if x.dtype.kind in 'iu' else 1
+        if not 0 <= low <= high <= most: raise ValueError(f'its {x.dtype} values go from {low:g} to {high:g}: give uint8, or floats from 0 to 1')
+        if most == 1: x = np.rint(x*255.)
+    return Image.fromarray(np.ascontiguousarray(x, dtype=np.uint8))
+
+class NetworkImage(PILImage):
+    "fastai's `PILImage` with the 32×32 RGB pixels that `read_image` makes of any picture"
+    @classmethod
+    def create(cls, fn:Path|str|torch.Tensor|np.ndarray|bytes|Image.Image):
+        """From a path, the content of a file, a PIL image, an array (H, W) or (H, W, C), or a tensor, channels first.
+        `uint8`, 16 bits as `uint16`, floats from 0 to 1. Raises `FileNotFoundError` or `ValueError`"""
+        if isinstance(fn, (str, Path)): pixels = read_image(fn)
+        elif isinstance(fn, bytes): pixels = _read_content(fn)
+        elif isinstance(fn, np.ndarray) and fn.dtype == np.uint8 and fn.shape == (32, 32, 3): pixels = fn
+        else:
+            with _decoding(getattr(fn, 'filename', '') or 'the picture'):
+                if isinstance(fn, torch.Tensor): fn = _channels_last(fn)
+                pixels = _as_network_takes_it(_from_array(fn) if isinstance(fn, np.ndarray) else fn)
+        return cls(Image.fromarray(pixels))
+
+def _channels_last(x): # -> array
+    "A tensor as an array (H, W, C): fastai's image tensors have channels first, others where there are 1 to 4"
+    first = isinstance(x, TensorImageBase) or x.ndim == 3 and x.shape[-1] > 4
+    x = x.detach().as_subclass(torch.Tensor).cpu()
+    if x.is_floating_point(): x = x.float()
+    return (x.permute(1, 2, 0) if first and x.ndim == 3 else x).numpy()
+
 # %% ../nbs/02_data.ipynb #eb2ea697
 def _items(source, valid):
     "(image, class name, is it for validation) of every image that is used"
@@ -363,12 +457,16 @@ def cifar_block(
 ): # -> `DataBlock` on whatever `load_cifar10` takes
     "Images to classes: augment each training item, normalise each batch"
     if valid not in ('test', 'holdout'): raise ValueError(f"valid is {valid!r}: give 'test' or 'holdout'")
-    return DataBlock(blocks=(ImageBlock, CategoryBlock(vocab=list(vocab), sort=False)),
+    return DataBlock(blocks=(ImageBlock(NetworkImage), CategoryBlock(vocab=list(vocab), sort=False)),
                      get_items=partial(_items, valid=valid),
                      get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=FuncSplitter(itemgetter(2)),
                      item_tfms=ItemAugment(aug, stats[0]), batch_tfms=Normalize.from_stats(*stats))
 
 # %% ../nbs/02_data.ipynb #13d876a1
+class _WorkerSeeds(torch.Generator):
+    "What the seeds of worker processes are drawn from. torch cannot send its state to a worker, which needs none of it"
+    def __reduce__(self): return _WorkerSeeds, ()
+
 class SeededDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation depend on `seed` and `epoch` alone; each pass counts `epoch` up by one"
     def __init__(self, dataset, seed:int=0, **kwargs):
@@ -376,7 +474,6 @@ class SeededDL(TfmdDL):
         self.start = self.first = 0 # batches to leave out of the next pass, and of this one: for a run that is continued
         self.share = 0, 1 # which part of each batch is made here, and of how many: for processes that train together
         super().__init__(dataset, **kwargs)
-        self.fake_l.generator = torch.Generator() # of the seeds of worker processes; else each pass would draw from the global one
 
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **{'seed': self.seed, **kwargs} if cls is None else kwargs)
@@ -388,11 +485,20 @@ class SeededDL(TfmdDL):
         "Single numbers (losses, metrics) stay where they are: to copy them is to wait for them. Nothing is gathered from other processes, which have shares of their own"
         return to_detach(b, cpu and getattr(b, 'ndim', 1) > 0, gather=False)
 
-    def before_iter(self): # in the main process: workers are forked after it
+    def before_iter(self): # in the main process: workers are started after it
         super().before_iter()
         self.drawing, self.epoch = self.epoch, self.epoch + 1
         self.first, self.start = self.start, 0
-        self.augments = [f for f in self.after_item.fs if hasattr(f, 'reseed')]
+        self.augments = [f for f in _steps(self.after_item) if hasattr(f, 'reseed')]
+        self.fake_l.generator = _WorkerSeeds() # in place of torch's global generator, which starting workers leaves alone
+        self.fake_l.generator.manual_seed(int(np.random.default_rng((self.seed, self.drawing, 2)).integers(2**63)))
+
+    def __iter__(self):
+        try: yield from super().__iter__()
+        except (ValueError, FileNotFoundError) as e:
+            _, in_worker, original = str(e).rpartition(f'\n{type(e).__name__}: ') # behind the traceback of a worker
+            if not in_worker: raise
+            raise type(e)(original.strip()) from e
 
     def get_idxs(self): return super().get_idxs()[self.first*self.bs:]
 
@@ -420,30 +526,47 @@ class SeededDL(TfmdDL):
         for f in self.augments: f.reseed(self.seed, self.drawing, s or 0)
         return super().do_item(s)
 
+# %% ../nbs/02_data.ipynb #6b0d9e22
+@contextmanager
+def lost_worker_in_words():
+    "Raise what torch raises when a worker process has died as a `ChildProcessError` with one sentence"
+    try: yield
+    except RuntimeError as e:
+        said = str(e).split('\n\t')[-1] # without fastai's prefix
+        if 'DataLoader worker (pid' not in said: raise
+        raise ChildProcessError(f'{said.split(". ")[0].strip(" .")}: try fewer num_workers if memory ran out, or 0 to see the error itself') from None
+
 # %% ../nbs/02_data.ipynb #542ae8ac
+def _normalize_bytes(x, mean, std):
+    plain = x.as_subclass(torch.Tensor)
+    plain = plain.float().div_(255) if plain.dtype == torch.uint8 else plain.clone()
+    return TensorImage(plain.sub_(mean).div_(std))
+
 class NormalizeBytes(Normalize):
     "fastai's `IntToFloatTensor` and `Normalize` in one, the same numbers with less memory moved"
-    def encodes(self, x:TensorImage):
-        plain = x.as_subclass(torch.Tensor)
-        plain = plain.float().div_(255) if plain.dtype == torch.uint8 else plain.clone()
-        return TensorImage(plain.sub_(self.mean).div_(self.std))
+    def encodes(self, x:TensorImage): return _normalize_bytes(x, self.mean, self.std)
 
     def decodes(self, x:TensorImage): return (super().decodes(x).clamp(0, 1)*255).round().long() # as `IntToFloatTensor` does, to the nearest
 
 # %% ../nbs/02_data.ipynb #a95a5292
-def _in_one(after_batch):
-    "The batch transforms, with `IntToFloatTensor` and `Normalize` made one where they stand side by side"
-    fs = list(after_batch.fs)
-    for i, (first, then) in enumerate(zip(fs, fs[1:])):
-        if type(first) is IntToFloatTensor and first.div == 255 and type(then) is Normalize:
-            return Pipeline([*fs[:i], NormalizeBytes(then.mean, then.std), *fs[i + 2:]])
-    return after_batch
+def _steps(tfms): # -> list of the transforms of a `Pipeline`, or of the function that stands in its place
+    return list(getattr(tfms, 'fs', [tfms]))
+
+def _byte_normalizer(after_batch): # -> the `Normalize`, or `None`
+    "Do the batch transforms begin with fastai's `IntToFloatTensor` and `Normalize`, so that `NormalizeBytes` can do both at once?"
+    first, then, *_ = [*_steps(after_batch), None, None]
+    if type(first) is not IntToFloatTensor or type(then) is not Normalize: return None
+    in_fp32 = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in (then.mean, then.std))
+    of_both_sets = first.split_idx is None and then.split_idx is None
+    return then if in_fp32 and of_both_sets and first.div == 255 else None
 
 # %% ../nbs/02_data.ipynb #f09bcd12
 def _only(tl, k, pairs, last):
     "Does a `TfmdLists` nothing but take part `k` of an item, where items have parts, and then `last`?"
     *before, f = tl.tfms.fs
     return last(f) and [type(g) for g in before] == [ItemGetter]*pairs and all(g.i == k for g in before)
+
+def _makes_image(f): return f.name in ('PILBase.create', 'NetworkImage.create') # an array as it is; `NetworkImage`: if it has the network's size
 
 class Resident:
     "The images of a data set as two tensors, where batches are made from them"
@@ -458,7 +581,7 @@ class Resident:
         items = getattr(dataset, 'items', None)
         if not isinstance(dataset, Datasets) or items is None or not len(items) or len(dataset.tls) > 2: return None
         pairs = isinstance(items[0], tuple)
-        makers = (lambda f: f.name == 'PILBase.create'), (lambda f: type(f) is Categorize)
+        makers = _makes_image, (lambda f: type(f) is Categorize)
         if not all(_only(tl, k, pairs, maker) for k, (tl, maker) in enumerate(zip(dataset.tls, makers))): return None
         imgs = [item[0] if pairs else item for item in items]
         if any(type(img) is not np.ndarray or img.dtype != np.uint8 or img.shape != imgs[0].shape for img in imgs): return None
@@ -495,33 +618,60 @@ class BatchDL(SeededDL):
     """A `SeededDL` that makes whole batches where the images lie: on the device, or on the host when they do not fit there.
 
     Items that are no arrays of one size (files, PIL images, as `test_dl` may be given) go one by one, as in any `DataLoader`."""
+    _item_methods = 'create_item', 'create_batch', 'create_batches', 'do_batch', 'retain', 'sample'
+
     def __init__(self, dataset, resident=None, **kwargs):
         self.resident = resident or Resident.of(dataset)
         super().__init__(dataset, **kwargs)
-        self.after_batch = _in_one(self.after_batch)
-        unknown = [type(f).__name__ for f in [*self.after_item.fs, *self.before_batch.fs] if not isinstance(f, (ItemAugment, ToTensor))]
-        if unknown: raise ValueError(f"the batch pipeline knows no transform {', '.join(unknown)} of items: give pipeline='item'")
-        if self.resident: self.resident.to(torch.device(self.device or 'cpu')) # now, and not in the first epoch
+        if self.resident is None: return
+        self._refuse_item_tfms()
+        self.resident.to(torch.device(self.device or 'cpu')) # now, and not in the first epoch
+
+    def _refuse_item_tfms(self):
+        "Raise `ValueError` for what acts on single items, which are not made here"
+        item_tfms = _steps(self.after_item) + _steps(self.before_batch)
+        unknown = [f for f in item_tfms if type(f) not in (ItemAugment, ToTensor)]
+        unknown += [f for f in item_tfms if type(f) is ItemAugment][1:]
+        unknown += [f for tl in self.dataset.tls for f in tl.tfms.fs if not (_makes_image(f) or type(f) in (ItemGetter, Categorize))]
+        names = [f.name if type(f) is Transform else getattr(f, '__name__', type(f).__name__) for f in unknown]
+        names += [name for name in self._item_methods if name in vars(self)] # given to `new`
+        if names: raise ValueError(f"the batch pipeline knows no transform {', '.join(names)} of items: give pipeline='item'")
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dataset is None or dataset is self.dataset
         return super().new(dataset, cls, **{'resident': self.resident if same else None, **kwargs} if cls is None else kwargs)
 
+    def shuffle_fn(self, idxs): return np.random.default_rng((self.seed, self.drawing)).permutation(idxs)
+
     def get_idxs(self): # an array: a list of so many numbers takes longer than to draw them
-        idxs = np.random.default_rng((self.seed, self.drawing)).permutation(self.n) if self.shuffle else np.arange(self.n)
+        idxs = self.shuffle_fn(np.arange(self.n)) if self.shuffle else np.arange(self.n)
         return idxs if self.resident else idxs[self.first*self.bs:]
+
+    def decode(self, b):
+        "As `TfmdDL.decode`, with pixels rounded to the nearest value and not cut off"
+        if (then := _byte_normalizer(self.after_batch)) is None: return super().decode(b)
+        tfms = [NormalizeBytes(then.mean, then.std), *self.after_batch.fs[2:]]
+        return to_cpu(compose_tfms(self._retain_dl(b), tfms, is_enc=False, reverse=True, split_idx=self.after_batch.split_idx))
+
+    def _transformed(self, x, *y):
+        "What `after_batch` makes of a batch of bytes"
+        if (then := _byte_normalizer(self.after_batch)) is None: return self.after_batch((x, *y))
+        x = _normalize_bytes(x, then.mean, then.std)
+        return compose_tfms((x, *y), self.after_batch.fs[2:], split_idx=self.after_batch.split_idx)
 
     def __iter__(self):
         if self.resident is None:
             yield from super().__iter__()
             return
+        self._refuse_item_tfms() # some may have been added
         resident = self.resident.to(torch.device(self.device or 'cpu'))
         self.randomize()
         self.before_iter()
         pixels, labels = resident.pixels, resident.labels
         idxs = np.fromiter(islice(self.get_idxs(), self.n), np.int64) # `show_batch(unique=True)` has it give noughts without end
         n = len(idxs) if not self.drop_last else len(idxs)//self.bs*self.bs
-        aug = next((f for f in self.after_item.fs if isinstance(f, ItemAugment)), None) if getattr(self.dataset, 'split_idx', 0) == 0 else None
+        of_this_set = None, self.dataset.split_idx
+        aug = next((f for f in self.after_item.fs if type(f) is ItemAugment and f.split_idx in of_this_set), None)
         order = sent(torch.from_numpy(idxs), pixels.device)
         if aug is not None:
             flips = flipped_in_epoch(self.seed, self.drawing, self.n)[idxs[:n]] if aug.aug.flip == 'alternate' else None
@@ -535,7 +685,7 @@ class BatchDL(SeededDL):
             y = None if labels is None else labels.index_select(0, order[part])
             if self.device is not None and batch.device.type != self.device.type: batch, y = (t if t is None else sent(t, self.device) for t in (batch, y))
             x = TensorImage(unpack_pixels(batch).permute(0, 3, 1, 2))
-            yield self.after_batch((x,) if y is None else (x, TensorCategory(y)))
+            yield self._transformed(x) if y is None else self._transformed(x, TensorCategory(y))
         self.after_iter()
 
 # %% ../nbs/02_data.ipynb #ec79a368
@@ -571,44 +721,3 @@ def cifar_dls(
     block = cifar_block(stats or data.stats, data.vocab, aug or CropFlipCutout(flip=recipes[recipe]['flip']), valid)
     dl_type = dict(batch=BatchDL, item=SeededDL)[pipeline]
     return block.dataloaders(data, bs=bs, drop_last=False, dl_type=dl_type, seed=seed, num_workers=num_workers, device=find_device(device))
-
-# %% ../nbs/02_data.ipynb #b46686b0
-max_pixels = 25_000_000 # of a picture that is to be decoded; a JPEG may have more when it can be decoded smaller
-max_bytes = 50_000_000 # of its file
-
-picture_formats = 'PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF' # others are not tried: EPS would be a program to run, an icon may hold any picture
-
-def read_image(path): # -> `uint8` (32, 32, 3)
-    "Any picture as the network takes it: shorter side to 32, centre crop, RGB; raises `FileNotFoundError` or `ValueError`"
-    path = Path(path)
-    if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)): raise ValueError(f'{str(path)!a} has a name with a line break or another control character: give it another')
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
-    if not path.is_file(): raise ValueError(f'{path} is no file')
-    with open(path, 'rb') as f: content = f.read(max_bytes + 1)
-    if len(content) > max_bytes: raise ValueError(f'{path} has more than {max_bytes:,} bytes: give a smaller picture')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # of Pillow, about what is odd and can be read
-            with Image.open(io.BytesIO(content), formats=picture_formats) as img: return _as_network_takes_it(img, content)
-    except UnidentifiedImageError: raise ValueError(f'{path} is no image that can be read: it is none of {", ".join(picture_formats)}') from None
-    except Exception as e: # whatever a decoder raises at what it was not made for
-        raise ValueError(f'{path} is no image that can be read: {" ".join(str(e).split()) or type(e).__name__}') from None
-
-def _as_network_takes_it(img, content): # an open picture and its file -> decoded, upright, 8 bits a channel, on white where it is transparent, 32×32
-    passes = content.count(b'\xff\xda') if img.info.get('progressive') else 1 # over all of its pixels
-    if img.width*img.height > 4_000_000 and passes == 1: img.draft('RGB', (512, 512)) # a JPEG at an eighth to a half of its size
-    if img.width*img.height > max_pixels: raise ValueError(f'{img.width}×{img.height} pixels are more than {max_pixels:,}')
-    if img.width*img.height*passes > 16*max_pixels: raise ValueError(f'{img.width}×{img.height} pixels in {passes} passes are too much work')
-    if getattr(img, 'is_animated', False) and img.format != 'MPO': raise ValueError('it is animated or has several pages: give one picture of it') # a camera's MPO is a photo and its preview
-    if img.format == 'PNG' and img.mode != 'P' and 'transparency' in img.info and content[24] != 8: raise ValueError(f'it has a transparent colour at {content[24]} bits a channel: give it 8')
-    if img.format == 'TIFF' and (img.mode == 'I' or img.mode.startswith('I;') and img.tag_v2.get(262) == 0): raise ValueError('its grey values are of 32 bits, or white is 0: give a PNG')
-    ImageOps.exif_transpose(img, in_place=True)
-    if img.mode.startswith('I'): # 16 bits, of which Pillow would cut off what is over 255
-        grey = np.asarray(img)
-        if grey.min() < 0 or grey.max() > 65535: raise ValueError('its grey values are not of 16 bits')
-        img = Image.fromarray((grey >> 8).astype(np.uint8))
-    if img.mode == 'F': raise ValueError('its pixels are floating-point numbers: what is white cannot be told')
-    transparent = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
-    img = ImageOps.fit(img.convert('RGBA' if transparent else 'RGB'), (32, 32))
-    if transparent: img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
-    return np.asarray(img)

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from .augment import CropFlipCutout, plot_augmented
 from .core import TrainSettings, environment, peak_memory, read_json, require_extra, settings_from, write_json, write_whole
-from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10
+from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10, lost_worker_in_words
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
 from .learner import Checkpoints, FiniteLoss, Processes, bars_for_people, checkpoints_in, cifar_learner, first_images, precision_callbacks, precision_of, save_weights
 from .models import CustomResNet, whiten_first_layer
@@ -348,6 +348,7 @@ def _same_images(processes, data, fingerprint=None): # `None`: that of the first
         if theirs == (fingerprint or found[0]): continue
         raise ValueError(f'the images are not those of the run: {data}, {data.origin}' if processes.n == 1 else f'the images of process {i + 1} are not those of the run')
 
+@lost_worker_in_words()
 def _run(settings, learn, data, saved):
     "The range test, unless it is made, the fit and what comes behind it"
     saved.begin()

@@ -1,14 +1,18 @@
 """Pad → crop → flip → cutout: the exact pixels, the distribution of the draws, and who is spared."""
-import pickle, random
+import copy, json, multiprocessing, pickle, random, subprocess, sys
 from collections import Counter
+from pathlib import Path
 
+import albumentations
 import numpy as np
 import pytest
+import torch
 from fastai.vision.all import PILImage
 from scipy.stats import binomtest, chisquare
 
 from cifar_fastai.augment import CropFlipCutout, ItemAugment, item_pipeline, plot_augmented
 from cifar_fastai.core import cifar10_stats
+from workers import drawn, drawn_elsewhere
 
 only_crop = CropFlipCutout(flip_p=0, cutout=0)
 only_hole = CropFlipCutout(pad=0, flip_p=0)
@@ -134,6 +138,71 @@ def test_the_transform_survives_pickling(img):
 def test_the_result_is_an_image_of_the_same_kind(img):
     x = ItemAugment()(PILImage.create(img), split_idx=0)
     assert isinstance(x, PILImage) and x.size == (32, 32) and x.mode == 'RGB'
+
+# ---- in other processes
+
+workers = Path(__file__).with_name('workers.py')
+fork = pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='processes cannot be forked here')
+
+def few_repeat(texts): return len(set(texts)) >= len(texts) - 2 # of 101,250 results, two may be the same by chance
+
+@fork
+@pytest.mark.parametrize('persistent', [False, True])
+@pytest.mark.parametrize('seeded', [False, True])
+def test_workers_and_epochs_draw_afresh(persistent, seeded, img):
+    pipeline = item_pipeline()
+    if seeded: pipeline.set_random_seed(0)
+    pipeline(image=img) # what was drawn before makes no difference
+    first, second = drawn(pipeline, 'fork', persistent=persistent)
+    assert few_repeat(first + second)
+
+@fork
+def test_two_pipelines_of_a_worker_draw_differently():
+    torch.manual_seed(0)
+    first = drawn(item_pipeline(), 'fork')
+    torch.manual_seed(0)
+    assert few_repeat(sum(first + drawn(item_pipeline(), 'fork'), []))
+
+@fork
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_with_fixed_seeds_the_draws_are_the_same_again(num_workers):
+    def twice():
+        pipeline = item_pipeline()
+        pipeline.set_random_seed(5)
+        torch.manual_seed(5)
+        return drawn(pipeline, 'fork', num_workers=num_workers)
+    assert twice() == twice()
+
+@fork
+def test_other_forked_processes_draw_afresh(img):
+    pipeline = item_pipeline()
+    pipeline(image=img)
+    assert few_repeat(drawn_elsewhere(pipeline, multiprocessing.get_context('fork'), 4))
+
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_processes_of_another_start_method_draw_afresh(method, tmp_path):
+    if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
+    done = subprocess.run([sys.executable, '-W', 'ignore', workers, 'augment', method, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    epochs, elsewhere = json.loads(done.stdout)
+    assert few_repeat(sum(epochs, [])) and few_repeat(elsewhere)
+
+@pytest.mark.parametrize('again', [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy])
+def test_a_copy_in_the_same_process_goes_on_where_the_pipeline_stands(again, img):
+    pipeline = item_pipeline()
+    twin = again(pipeline)
+    assert isinstance(twin, albumentations.Compose)
+    for _ in range(3): assert np.array_equal(pipeline(image=img)['image'], twin(image=img)['image'])
+
+def test_a_pipeline_obeys_the_generators_it_is_given(img):
+    def with_state(seed):
+        pipeline = item_pipeline()
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        return [pipeline(image=img)['image'].tobytes() for _ in range(5)]
+    assert with_state(1) == with_state(1) != with_state(2)
+
+def test_a_pipeline_is_described_as_albumentations_own():
+    assert albumentations.to_dict(item_pipeline())['transform']['__class_fullname__'] == 'Compose' # read back without this package
 
 # ---- refusals and picture
 

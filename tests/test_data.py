@@ -1,18 +1,19 @@
 """CIFAR-10 found, fetched, read, refused, cached, and made into `DataLoaders`."""
-import gzip, hashlib, io, os, pickle, tarfile, time
+import gzip, hashlib, io, json, multiprocessing, os, pickle, random, signal, subprocess, sys, tarfile, time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from fastai.data.external import fastai_cfg
-from fastai.vision.all import PILImage, TensorCategory, TensorImage
+from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
 from cifar_fastai.augment import CropFlipCutout
 from cifar_fastai.core import cifar10_classes, cifar10_stats, data_variable
 from cifar_fastai.data import (CIFAR10Data, cifar10_fingerprint, cifar_block, cifar_dls, fetch_cifar10, find_cifar10, first_of_each_class, load_cifar10,
-                               load_digits, read_image, read_images)
+                               load_digits, lost_worker_in_words, read_image, read_images)
 
 
 def same(a, b): return all(np.array_equal(x, y) for x, y in zip(a, b))
@@ -465,6 +466,63 @@ def test_show_batch_does_not_change_what_training_sees(small_dls, tiny_learner):
 def test_what_makes_no_sense_is_refused(small, change):
     [(name, value)] = change.items()
     with pytest.raises(ValueError, match=f'{name} is {value!r}: give '): cifar_dls(small, **change)
+
+# ---- worker processes
+
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_workers_of_another_start_method_give_the_same_batches(method, digits, tmp_path):
+    if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
+    for i, size in enumerate([(32, 32), (50, 40), (64, 64)]): Image.fromarray(digits.test_x[i]).resize(size).save(tmp_path/f'{i}.png')
+    command = [sys.executable, '-W', 'ignore', Path(__file__).with_name('workers.py'), 'loaders', method, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (batches, by_workers), (sums, sums_by_workers) = json.loads(done.stdout)
+    assert batches == by_workers and len(batches) == 4
+    assert sums == sums_by_workers and len(sums[0]) == 3
+
+def test_what_a_worker_is_sent_has_the_size_of_its_images(small, small_dls, tmp_path):
+    item = small_dls(pipeline='item', num_workers=1)
+    list(item.train)
+    assert len(pickle.dumps(item.train.fake_l)) < 2*small.train_x.nbytes
+    Image.fromarray(small.test_x[0]).save(tmp_path/'a.png')
+    dl = small_dls().test_dl([tmp_path/'a.png'], num_workers=1)
+    list(dl)
+    assert len(pickle.dumps(dl.fake_l)) < 100_000
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_a_dataloader_survives_pickling_in_the_middle_of_a_run(pipeline, small_dls):
+    dl = small_dls(pipeline=pipeline).train
+    batches_of(dl)
+    again = pickle.loads(pickle.dumps(dl))
+    assert equal(batches_of(dl), batches_of(again))
+
+class OneNumber(Transform):
+    "An item transform that draws from Python's global generator"
+    def encodes(self, x:PILImage): return PILImage.create(np.full((32, 32, 3), random.randrange(256), np.uint8))
+
+def test_what_other_transforms_draw_in_a_worker_depends_on_seed_and_epoch(small_dls):
+    def drawn(seed):
+        dl = small_dls(pipeline='item', num_workers=1, seed=seed).valid
+        dl.after_item.add(OneNumber())
+        return [str([x[:, 0, 0, 0].tolist() for x, _ in dl]) for _ in range(2)]
+    assert drawn(1) == drawn(1) and len({*drawn(1), *drawn(2)}) == 4
+
+class Dies(Transform):
+    "An item transform that ends a worker process as the system does when memory runs out"
+    def __init__(self): self.main = os.getpid()
+    def encodes(self, x:PILImage):
+        if os.getpid() != self.main: os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no such signal')
+def test_a_worker_that_dies_is_one_sentence(small_dls):
+    dls = small_dls(pipeline='item', num_workers=1)
+    dls.add_tfms([Dies()], 'after_item')
+    with pytest.raises(ChildProcessError, match=r'pid.*num_workers') as e, lost_worker_in_words(): list(dls.train)
+    assert '\n' not in str(e.value)
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match='^shape$'), lost_worker_in_words(): raise RuntimeError('shape')
 
 # ---- plain fastai
 

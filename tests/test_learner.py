@@ -1,15 +1,18 @@
 """Adam, precision, history, repeatability and checkpoints, seen where they happen."""
-import random
+import json, random, subprocess, sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, GradientClip, Learner, ProgressCallback, ReduceLROnPlateau, accuracy, error_rate, load_learner, set_seed
+from fastai.vision.all import (Callback, GradientClip, Learner, PILImage, ProgressCallback, ReduceLROnPlateau, TensorImage, accuracy,
+                               error_rate, load_learner, set_seed)
+from PIL import Image
 from torch import nn
 
 from cifar_fastai.core import TrainSettings, recipes
-from cifar_fastai.data import cifar_dls
+from cifar_fastai.data import cifar_dls, read_image
+from cifar_fastai.interpret import class_probabilities
 from cifar_fastai.learner import (FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks,
                                   precision_of, save_weights)
 from cifar_fastai.models import CustomResNet
@@ -362,3 +365,123 @@ def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
 @pytest.mark.parametrize('make', [cifar_dls, cifar_learner], ids=lambda f: f.__name__)
 def test_an_unknown_recipe_is_refused(small_dls, small, make):
     with pytest.raises(ValueError, match="recipe is 'secret': give 'seed' or 'best'"): make(small if make is cifar_dls else small_dls(), recipe='secret')
+
+# ---- pictures of any kind
+
+def some_photo(mode='RGB', size=(90, 60)):
+    "A picture that is not symmetric, and not of one colour in its corners"
+    w, h = size
+    rows, cols = np.mgrid[:h, :w]
+    rgb = np.stack([255*cols/w, 255*rows/h, 128 + 100*np.sin(rows/7 + cols/11)], axis=-1).astype(np.uint8)
+    img = Image.fromarray(rgb)
+    if mode in ('RGBA', 'LA'):
+        img = img.convert(mode)
+        img.putalpha(Image.fromarray((255*(rows/h)**2).astype(np.uint8)))
+    if mode == 'I;16': img = Image.fromarray((rows*700 + cols*100).astype(np.uint16))
+    return img.convert(mode) if img.mode != mode else img
+
+def rotated(orientation): # as a camera saves it
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return dict(exif=exif)
+
+photos = {
+    'RGB.jpg': {}, 'RGB.webp': {}, 'RGB.bmp': {}, 'L.png': {}, 'LA.png': {}, 'RGBA.png': {}, 'RGBA.tif': {}, 'P.gif': {},
+    'P.png': dict(transparency=7), '1.png': {}, 'I;16.png': {}, 'I;16.tif': {}, 'CMYK.jpg': {}, 'CMYK.tif': {},
+    'RGB-6.jpg': rotated(6), 'RGB-3.jpg': rotated(3), 'RGB-8.png': rotated(8), 'RGB-6.tif': rotated(6)}
+
+@pytest.fixture
+def photo(request, tmp_path):
+    path = tmp_path/request.param
+    some_photo(path.stem.split('-')[0]).save(path, **photos[request.param])
+    return path
+
+def as_given(path, kind):
+    if kind == 'PIL, loaded':
+        with Image.open(path) as img: img.load()
+        return img
+    return dict(str=str, Path=lambda p: p, bytes=lambda p: p.read_bytes(), PIL=Image.open)[kind](path)
+
+def by_the_command(learn, small, path): # what `cifar_predict` prints
+    return class_probabilities(learn.model, [read_image(path)], small.stats)[0]
+
+@pytest.mark.parametrize('photo', photos, indirect=True)
+def test_predict_sees_a_picture_as_the_command_does(photo, small, tiny_learner):
+    learn = tiny_learner()
+    expected = by_the_command(learn, small, photo)
+    for kind in 'str', 'Path', 'bytes', 'PIL', 'PIL, loaded':
+        given = as_given(photo, kind)
+        name, label, probs = learn.predict(given)
+        if kind == 'PIL': given.close()
+        assert torch.allclose(probs, expected, atol=1e-5), kind
+        assert name == small.vocab[label] == small.vocab[expected.argmax()]
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'I;16', '1'])
+def test_predict_takes_what_is_in_memory(mode, small, tiny_learner, tmp_path):
+    img, learn = some_photo(mode), tiny_learner()
+    array = np.asarray(img)
+    first = torch.from_numpy(array.copy().reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+    img.save(tmp_path/'a.png')
+    expected = by_the_command(learn, small, tmp_path/'a.png')
+    for given in array, first, TensorImage(first), img, PILImage(img.copy()):
+        assert torch.allclose(learn.predict(given)[2], expected, atol=1e-5), type(given)
+    assert np.array_equal(np.asarray(img), array) and type(img) is Image.Image # the picture given is left as it was
+
+@pytest.mark.parametrize('given', [lambda x: x.astype(np.int64), lambda x: x/255, lambda x: (x/255).astype(np.float32), lambda x: x.astype(np.uint16)*256,
+                                   lambda x: TensorImage(torch.from_numpy(x/255).permute(2, 0, 1)), lambda x: TensorImage(torch.from_numpy(x).long().permute(2, 0, 1))],
+                         ids=['int64', 'float64', 'float32', 'uint16', 'float TensorImage', 'int64 TensorImage'])
+def test_arrays_of_other_types_are_read_by_their_range(given, tiny_learner):
+    x, learn = np.array(some_photo()), tiny_learner()
+    assert torch.allclose(learn.predict(given(x))[2], learn.predict(x)[2], atol=1e-5)
+
+@pytest.mark.parametrize('given, words', [(np.zeros((3, 40, 40), np.uint8), r'shape is \(3, 40, 40\)'), (np.zeros((0, 4, 3), np.uint8), 'shape is'), (np.zeros(9, np.uint8), 'shape is'),
+                                          (np.full((9, 9, 3), -1.), '-1'), (np.full((9, 9), 300), '300'), (np.full((9, 9), np.nan), 'nan'), (np.full((9, 9), 'a'), 'dtype is'),
+                                          (TensorImage(torch.full((3, 9, 9), 2.)), '2'), (Image.new('F', (40, 40)), 'floating-point')],
+                         ids=['channels first', 'empty', 'one axis', 'negative', 'over 255', 'no numbers', 'text', 'over 1', 'floats of PIL'])
+def test_predict_refuses_what_is_no_picture(given, words, tiny_learner):
+    with pytest.raises(ValueError, match=words): tiny_learner().predict(given)
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('name, kind, words', [('nothing.png', FileNotFoundError, 'nothing.png does not exist'), ('text.png', ValueError, 'text.png is no image'), ('', ValueError, 'is no file')])
+def test_files_that_cannot_be_read_are_refused_as_the_command_does(name, kind, words, num_workers, tiny_learner, tmp_path):
+    (tmp_path/'text.png').write_text('no picture')
+    with pytest.raises(kind) as expected: read_image(tmp_path/name)
+    learn = tiny_learner()
+    with pytest.raises(kind, match=words) as e: learn.get_preds(dl=learn.dls.test_dl([tmp_path/name], num_workers=num_workers))
+    assert str(e.value) == str(expected.value)
+    if not num_workers:
+        with pytest.raises(kind, match=words): learn.predict(tmp_path/name)
+
+def test_predict_refuses_bytes_that_are_no_picture(tiny_learner):
+    with pytest.raises(ValueError, match='no image that can be read'): tiny_learner().predict(b'no picture')
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_files_of_several_sizes_and_kinds_are_predicted_together(pipeline, num_workers, small, small_dls, tiny_learner, tmp_path):
+    learn, paths = tiny_learner(small_dls(pipeline=pipeline)), []
+    for i, (mode, size) in enumerate([('RGB', (90, 60)), ('L', (32, 32)), ('RGBA', (20, 70)), ('I;16', (640, 480)), ('RGB', (32, 32))]):
+        paths.append(tmp_path/f'{i}.png')
+        some_photo(mode, size).save(paths[-1])
+    probs, _ = learn.get_preds(dl=learn.dls.test_dl(paths, bs=2, num_workers=num_workers))
+    assert torch.allclose(probs, torch.stack([by_the_command(learn, small, path) for path in paths]), atol=1e-5)
+    arrays = [np.asarray(some_photo('RGB', (64, 64))), np.asarray(some_photo('RGB', (64, 64)))[::-1].copy()] # square, and all of one size
+    probs, _ = learn.get_preds(dl=learn.dls.test_dl(arrays, num_workers=num_workers))
+    assert torch.allclose(probs, torch.stack([learn.predict(Image.fromarray(x))[2] for x in arrays]), atol=1e-5)
+
+def test_an_exported_learner_predicts_a_photo_in_another_process(small, tiny_learner, tmp_path):
+    learn = tiny_learner()
+    learn.path = tmp_path
+    learn.export('learner.pkl')
+    some_photo('RGBA').save(tmp_path/'photo.png')
+    code = """
+import json, sys
+from fastai.vision.all import load_learner
+learn = load_learner('learner.pkl')
+with learn.no_bar():
+    probs = [learn.predict('photo.png')[2], learn.get_preds(dl=learn.dls.test_dl(['photo.png', 'photo.png'], num_workers=0))[0][1]]
+print(json.dumps([p.tolist() for p in probs]))
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for probs in json.loads(done.stdout.splitlines()[-1]):
+        assert np.allclose(probs, by_the_command(learn, small, tmp_path/'photo.png'), atol=1e-5)

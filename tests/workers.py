@@ -1,0 +1,54 @@
+"""What test_data.py and test_augment.py have done by worker processes of another start method: `workers.py WHAT METHOD FOLDER`."""
+import hashlib, json, multiprocessing, sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cifar_fastai.augment import item_pipeline
+from cifar_fastai.data import cifar_dls, load_digits
+
+class Draws(Dataset):
+    "One picture, augmented again and again; an item says what came out"
+    def __init__(self, pipeline): self.pipeline, self.image = pipeline, load_digits().train_x[0]
+    def __len__(self): return 32
+    def __getitem__(self, i): return hashlib.sha256(self.pipeline(image=self.image)['image'].tobytes()).hexdigest()
+
+def drawn(pipeline, context, epochs=2, num_workers=2, persistent=False):
+    "What each epoch draws, a set of texts each"
+    dl = DataLoader(Draws(pipeline), 4, num_workers=num_workers, multiprocessing_context=context if num_workers else None, persistent_workers=persistent)
+    return [[text for batch in dl for text in batch] for _ in range(epochs)]
+
+def put_one(pipeline, queue): queue.put(Draws(pipeline)[0])
+
+def drawn_elsewhere(pipeline, context, n=2):
+    "What `n` processes draw that are no workers of torch"
+    queue = context.Queue()
+    processes = [context.Process(target=put_one, args=(pipeline, queue)) for _ in range(n)]
+    for p in processes: p.start()
+    texts = [queue.get() for _ in processes]
+    for p in processes: p.join()
+    return texts
+
+def batches(num_workers):
+    dls = cifar_dls(load_digits().first(60, 20), 16, 'item', seed=1, num_workers=num_workers)
+    state = torch.get_rng_state()
+    seen = [hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x, _ in dls.train]
+    assert torch.equal(torch.get_rng_state(), state)
+    return seen
+
+def from_files(folder, num_workers): # as `get_preds` takes them
+    dls = cifar_dls(load_digits().first(60, 20), 16, seed=1)
+    dl = dls.test_dl(sorted(folder.glob('*.png')), num_workers=num_workers)
+    return [x.sum(dim=(1, 2, 3)).tolist() for x, in dl]
+
+if __name__ == '__main__':
+    what, method, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    multiprocessing.set_start_method(method)
+    if method == 'forkserver': multiprocessing.set_forkserver_preload(['albumentations', 'cifar_fastai.data']) # imported once
+    if what == 'loaders': said = [[batches(n) for n in (0, 2)], [from_files(folder, n) for n in (0, 1)]]
+    else:
+        pipeline, epochs = item_pipeline(), 2 if method == 'forkserver' else 1 # starting a spawned process takes seconds
+        said = [drawn(pipeline, method, epochs), [Draws(pipeline)[0], *drawn_elsewhere(pipeline, multiprocessing.get_context(method), epochs)]]
+    print(json.dumps(said))
