@@ -22,7 +22,7 @@ from fastai.vision.all import Callback, CancelFitException, CancelValidException
 
 from .augment import item_pipeline
 from .core import BenchSettings, environment, peak_memory, recipes, write_json
-from .data import CIFAR10Data, cifar_block, cifar_dls, find_device, load_cifar10
+from .data import CIFAR10Data, cifar_block, cifar_dls, resolve_device, load_cifar10
 from .learner import FusedAdam, best_precision, cifar_learner, keep_memory, precision_callbacks, precision_of
 from .models import CustomResNet
 from .schedule import OneCycle, one_cycle_lr
@@ -174,7 +174,7 @@ def _case(conn, way, settings, n_images):
     sys.stderr = open(os.devnull, 'w')
     try:
         torch.manual_seed(0)
-        device, data = find_device(settings.device), load_cifar10(settings.data)
+        device, data = resolve_device(settings.device), load_cifar10(settings.data)
         turns = Turns(conn, device, settings.warmup, settle=2*min(os.cpu_count(), 16) if device.type == 'cuda' else 0)
         ways[way](data if n_images is None else _of_size(data, n_images), settings, device, turns)
     except SystemExit:
@@ -283,7 +283,7 @@ def bench(
 ): # -> dict, JSON-ready
     "Measure the cases in turns, making batches alone and, when asked to, how the cost grows. Raises `ValueError` or `ChildProcessError`"
     settings = settings.resolved()
-    device = find_device(settings.device)
+    device = resolve_device(settings.device)
     precision_callbacks(settings.precision, device) # refuses what the device lacks
     n_images = len(load_cifar10(settings.data).train_y) # and all processes find the images in the cache
     gpu, epoch = device.type == 'cuda', -(-n_images//settings.bs)
@@ -337,7 +337,7 @@ def profile_step(
 ): # -> dict, JSON-ready: seconds of each part of `package`, and of `bare`, one a step
     "Where the time of a step goes: `package` and `bare` in turns, in this process, so that memory and machine are the same"
     settings = settings.resolved()
-    device = find_device(settings.device)
+    device = resolve_device(settings.device)
     data = load_cifar10(settings.data)
     learn = cifar_learner(cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device), None, settings.precision, recipe=settings.recipe)
     dls, _, step = _bare(data, settings, device)

@@ -6,7 +6,7 @@
 __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'max_pixels', 'max_bytes', 'picture_formats', 'CIFAR10Data', 'load_digits',
            'first_of_each_class', 'read_images', 'fetch_cifar10', 'find_cifar10', 'load_cifar10', 'read_image',
            'NetworkImage', 'cifar_block', 'SeededDL', 'lost_worker_in_words', 'NormalizeBytes', 'Resident', 'BatchDL',
-           'find_device', 'cifar_dls']
+           'resolve_device', 'cifar_dls']
 
 # %% ../nbs/02_data.ipynb #c4e1935d
 import gzip, hashlib, io, os, pickle, pickletools, re, signal, tarfile, tempfile, warnings, zlib
@@ -689,7 +689,7 @@ class BatchDL(SeededDL):
         self.after_iter()
 
 # %% ../nbs/02_data.ipynb #ec79a368
-def find_device(name='auto'): # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device` -> `torch.device`
+def resolve_device(name='auto'): # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device` -> `torch.device`
     "The device of that name, or a GPU when there is one; raises `ValueError` when it is not there"
     if name in (None, 'auto'): return torch.device(default_device())
     try: device = torch.device(name)
@@ -720,4 +720,4 @@ def cifar_dls(
     data = load_cifar10(source)
     block = cifar_block(stats or data.stats, data.vocab, aug or CropFlipCutout(flip=recipes[recipe]['flip']), valid)
     dl_type = dict(batch=BatchDL, item=SeededDL)[pipeline]
-    return block.dataloaders(data, bs=bs, drop_last=False, dl_type=dl_type, seed=seed, num_workers=num_workers, device=find_device(device))
+    return block.dataloaders(data, bs=bs, drop_last=False, dl_type=dl_type, seed=seed, num_workers=num_workers, device=resolve_device(device))

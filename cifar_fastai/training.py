@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from .augment import CropFlipCutout, plot_augmented
 from .core import TrainSettings, environment, peak_memory, read_json, require_extra, settings_from, write_json, write_whole
-from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, find_device, load_cifar10, lost_worker_in_words
+from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, resolve_device, load_cifar10, lost_worker_in_words
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs
 from .learner import Checkpoints, FiniteLoss, Processes, bars_for_people, checkpoints_in, cifar_learner, first_images, precision_callbacks, precision_of, save_weights
 from .models import CustomResNet, whiten_first_layer
@@ -299,7 +299,7 @@ def settings_learner(
 ): # -> (`Learner`, `CIFAR10Data`)
     "A fresh learner as `settings` describe it, with every random state seeded"
     settings = settings.resolved()
-    device = find_device(settings.device)
+    device = resolve_device(settings.device)
     precision_callbacks(settings.precision, device) # refuses what the device lacks, before anything is fetched
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
     data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cifar_fastai.data as data_module
 from cifar_fastai.augment import CropFlipCutout, ItemAugment, augment_batch, draw, item_pipeline, pack_colour, pack_pixels, unpack_pixels
 from cifar_fastai.core import cifar10_stats
-from cifar_fastai.data import BatchDL, NormalizeBytes, SeededDL, cifar_block, cifar_dls, find_device
+from cifar_fastai.data import BatchDL, NormalizeBytes, SeededDL, cifar_block, cifar_dls, resolve_device
 from cifar_fastai.interpret import CifarInterpretation
 from cifar_fastai.learner import EpochProgress, _read, cifar_learner
 from cifar_fastai.schedule import OneCycle
@@ -399,7 +399,7 @@ def test_images_that_fit_are_brought_to_the_device(dls, capsys, monkeypatch):
 def test_a_device_that_is_not_there_is_refused(small, name, words):
     with pytest.raises(ValueError, match=f'device is {name!r}.*{words}'): cifar_dls(small, device=name)
 
-def test_a_device_can_be_named(): assert find_device('cpu') == find_device(cpu) == cpu
+def test_a_device_can_be_named(): assert resolve_device('cpu') == resolve_device(cpu) == cpu
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_on_the_processor(small):
