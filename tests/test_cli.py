@@ -3,7 +3,6 @@ import ast, hashlib, inspect, json, os, re, shutil, signal, subprocess, sys, tim
 from dataclasses import fields
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -15,6 +14,7 @@ from cifar_fastai.core import BenchSettings, RepeatSettings, cifar10_classes, ci
 from cifar_fastai.data import read_image
 from cifar_fastai.interpret import class_probabilities, load_run
 from cifar_fastai.models import load_pretrained
+from cifar_fastai.training import read_csv_exact
 
 commands = dict(cifar_train=RunSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings,
                 cifar_predict=PredictSettings, cifar_bench=BenchSettings, cifar_repeat=RepeatSettings,
@@ -205,7 +205,8 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
         if process.poll() is None: process.kill(); process.communicate()
     assert process.returncode == 130
     assert 'Traceback' not in out + err and 'interrupted: checkpoint, history and last model are in' in out
-    history, summary = pd.read_csv(run/'history.csv'), json.loads((run/'summary.json').read_text())
+    history = read_csv_exact(run/'history.csv')
+    summary = json.loads((run/'summary.json').read_text())
     assert summary['interrupted'] is True and summary['epochs'] == len(history)
     assert len(history) == 0 and summary['accuracy'] is None if at_once else summary['accuracy'] == pytest.approx(history['accuracy'].iloc[-1])
     assert summary['weights_sha256'] == hashlib.sha256((run/'model.safetensors').read_bytes()).hexdigest()

@@ -1,5 +1,5 @@
 """The checkout: README.md and notebooks as they should be committed, and commands that exist."""
-import ast, importlib, json, posixpath, re, shutil
+import ast, importlib, json, posixpath, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -25,6 +25,9 @@ def cells(notebook, kind=None):
     return [cell for cell in json.loads(notebook.read_text(encoding='utf8'))['cells'] if kind in (None, cell['cell_type'])]
 
 def source(cell): return ''.join(cell['source'])
+
+def python(cell): # its source without lines that only IPython knows
+    return re.sub(r'^(\s*)[%!].*', r'\1pass', source(cell), flags=re.MULTILINE)
 
 @pytest.fixture(scope='module')
 def config():
@@ -201,10 +204,49 @@ def test_the_tutorial_opens_in_colab_and_installs_the_package_there(config, name
     first = source(cells(notebook, 'code')[0])
     assert 'pip install' in first and f'git+{config["git_url"]}' in first and 'colab' in first.lower()
 
+opened_in_colab = [p for p in notebooks if f'/nbs/{p.relative_to(root/"nbs").as_posix()})' in p.read_text(encoding='utf8')]
+
+def test_a_notebook_that_runs_a_network_asks_colab_for_a_gpu_and_says_so():
+    "Colab starts a notebook on a processor unless its metadata ask for more; those that only read records need none"
+    assert len(opened_in_colab) == 3
+    for notebook in opened_in_colab:
+        metadata = json.loads(notebook.read_text(encoding='utf8'))['metadata']
+        runs = any('cifar_learner(' in source(cell) for cell in cells(notebook, 'code'))
+        assert metadata.get('accelerator') == ('GPU' if runs else None), notebook.name
+        assert metadata.get('colab') == (dict(gpuType='T4', provenance=[]) if runs else None), notebook.name
+        assert ('T4 GPU' in '\n'.join(map(source, cells(notebook, 'markdown')))) == runs, notebook.name
+    assert 'GPU' in re.search(r'^In Colab.*$', (root/'README.md').read_text(encoding='utf8'), re.MULTILINE)[0]
+
+def test_cleaning_keeps_what_a_notebook_asks_of_colab(tmp_path):
+    pytest.importorskip('nbdev', reason='the development tools')
+    shutil.copy(root/'settings.ini', tmp_path)
+    for notebook in opened_in_colab:
+        copy = tmp_path/'nbs'/notebook.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(notebook, copy)
+        code = f"from nbdev.clean import nbdev_clean; nbdev_clean({str(copy)!r})"
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, timeout=120)
+        assert copy.read_bytes() == notebook.read_bytes()
+
 def test_the_tutorial_is_committed_with_the_outputs_of_a_run():
     shown = [output for cell in cells(root/'nbs/tutorials/train_cifar10.ipynb', 'code') for output in cell['outputs']]
     assert sum('image/png' in output.get('data', {}) for output in shown) >= 5
     assert any('train_loss' in str(output.get('data', {}).get('text/html', '')) for output in shown) # the table of epochs
+
+# ---- numbers read from files
+
+readers = 'read_csv', 'read_table', 'read_fwf' # before 3.1, pandas rounds what they read unless it is told not to
+
+def calls_of(names, text, where): # -> list of places
+    named = lambda f: getattr(f, 'attr', getattr(f, 'id', None)) in names
+    return [f'{where}:{node.lineno}' for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and named(node.func)]
+
+def test_csv_files_are_read_by_read_csv_exact_alone():
+    files = [p for folder in ('cifar_fastai', 'tools', 'tests') for p in (root/folder).rglob('*.py')]
+    found = [call for p in files for call in calls_of(readers, p.read_text(encoding='utf8'), p.name)]
+    for notebook in notebooks:
+        for cell in cells(notebook, 'code'): found += calls_of(readers, python(cell), f"{notebook.name} {cell['id']}")
+    assert [where.split(':')[0] for where in found] == ['training.py', '07_training.ipynb 0efad4a2'] # `read_csv_exact` itself
 
 # ---- the package
 

@@ -19,7 +19,8 @@ from cifar_fastai.learner import cifar_learner, first_images, load_weights
 from cifar_fastai.models import whitening_filters
 from cifar_fastai.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
 from cifar_fastai.training import (SaveRun, differences, finish_run, history_columns, new_run_folder, read_history,
-                                   read_range_test, resume, run_config, settings_learner, settle_bounds, train)
+                                   read_range_test, resume, run_config, settings_learner, settle_bounds, train,
+                                   write_range_test)
 
 @pytest.fixture(scope='module')
 def history(finished): return read_history(finished[0])
@@ -100,6 +101,15 @@ def test_the_range_test_is_kept_to_the_last_digit(tiny_learner, small, settings,
     finish_run(learn, saved, (lrs, losses, bounds))
     again = read_range_test('run')
     assert np.array_equal(again[0], lrs) and np.array_equal(again[1], losses) and bounds_from(*again) == bounds
+
+def test_numbers_of_a_run_are_read_back_to_the_last_bit(tmp_path):
+    "pandas 2 reads floats inexactly unless it is told to"
+    numbers = np.random.default_rng(0).uniform(0, 3, (500, len(history_columns) - 1))*10.**np.random.default_rng(1).integers(-8, 2, (500, 1))
+    rows = '\n'.join(','.join([str(i), *map(repr, row)]) for i, row in enumerate(numbers.tolist(), 1))
+    (tmp_path/'history.csv').write_text(f"{','.join(history_columns)}\n{rows}\n")
+    assert np.array_equal(read_history(tmp_path)[history_columns[1:]].to_numpy(), numbers)
+    write_range_test(tmp_path, *numbers[:, :2].T)
+    assert np.array_equal(np.transpose(read_range_test(tmp_path)), numbers[:, :2])
 
 def test_a_run_without_a_range_test_says_so(finished):
     with pytest.raises(FileNotFoundError, match='range_test.csv does not exist: the learning rates of the run were given'): read_range_test(finished[0])
