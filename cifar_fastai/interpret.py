@@ -8,23 +8,64 @@ __all__ = ['Misclassified', 'MirrorBatch', 'CifarInterpretation', 'plot_images',
 
 # %% ../nbs/06_interpret.ipynb #e7d11138
 import math
+from numbers import Real
 from pathlib import Path
+from textwrap import wrap
 from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.interpret import ClassificationInterpretation
-from fastai.vision.all import Callback, Learner, TensorBase, to_device
+import torch.nn.functional as F
+from fastai.interpret import ClassificationInterpretation, Interpretation
+from fastai.vision.all import Callback, DataLoader, Learner, getcallable, noop
+from matplotlib.textpath import TextPath
+from PIL import Image
 from safetensors.torch import load_file, save
-from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix, precision_recall_fscore_support
+from torch import nn
 
 from .augment import CropFlipCutout
 from .core import TrainSettings, read_json, settings_from, write_whole
 from .data import cifar_dls, load_cifar10
-from .learner import bars_for_people, cifar_learner, load_weights
+from .learner import bars_for_people, cifar_learner, class_names, load_weights, make_batch
 from .models import CustomResNet
+
+# %% ../nbs/06_interpret.ipynb #40f7c2d9
+def _in_order(dl):
+    "All images of a `DataLoader`, fastai's or torch's, in the order of its data set"
+    if hasattr(dl, 'new'): return dl.new(shuffle=False, drop_last=False)
+    if not hasattr(dl, 'dataset'): return dl
+    return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+
+def _loader(dls, ds_idx):
+    if ds_idx >= len(dls) or not len(dls[ds_idx].dataset):
+        raise ValueError(f"the learner has no {('training', 'validation')[ds_idx] if ds_idx < 2 else 'such'} images "
+                         f'(ds_idx is {ds_idx}): give another ds_idx, or dl')
+    return _in_order(dls[ds_idx])
+
+# %% ../nbs/06_interpret.ipynb #7a62e0c3
+def _sum_to_one(probs): return bool((probs >= 0).all()) and bool(((probs.sum(dim=1) - 1).abs() < 1e-3).all())
+
+def _probabilities(outputs, loss_func):
+    "What suits `loss_func`: its activation, and a softmax where that does not make probabilities"
+    if isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is F.cross_entropy: return outputs.softmax(dim=1)
+    probs = getcallable(loss_func, 'activation')(outputs)
+    return probs if _sum_to_one(probs) else probs.softmax(dim=1)
+
+def _predict(learn, dl, act=None): # -> (outputs of the model, probabilities (N, classes), labels (N,), losses (N,)), plain tensors
+    "Run the model once; raises `ValueError` unless each image has one class, and the model an output for each class"
+    outputs, targs, losses = learn.get_preds(dl=dl, with_loss=True, act=noop)
+    if not isinstance(targs, torch.Tensor) or targs.is_floating_point() or targs.numel() != len(targs):
+        raise ValueError("the targets are not one class an image: fastai's Interpretation takes several labels or numbers")
+    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(f'the model gives {tuple(getattr(outputs, "shape", ()))[1:]} for an image: it must give one number a class')
+    outputs, targs = (torch.as_tensor(o).as_subclass(torch.Tensor) for o in (outputs, targs))
+    probs = _probabilities(outputs, learn.loss_func) if act is None else act(outputs)
+    if probs.shape != outputs.shape or (probs < 0).any() or (probs > 1 + 1e-3).any():
+        raise ValueError(f'act gives {tuple(probs.shape)} from {probs.min():.3g} to {probs.max():.3g}: it must give probabilities')
+    return outputs, probs, targs.reshape(-1), losses
 
 # %% ../nbs/06_interpret.ipynb #b247074e
 class Misclassified(NamedTuple):
@@ -37,7 +78,7 @@ class Misclassified(NamedTuple):
 class MirrorBatch(Callback):
     "Show the network the mirror image of each image"
     order = 100 # behind whatever else is done to a batch
-    def before_batch(self): self.learn.xb = tuple(x.flip(-1) for x in self.xb)
+    def before_batch(self): self.learn.xb = tuple(x.flip(-1) if x.ndim == 4 else x for x in self.xb)
 
 class CifarInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation`, from one run of the model"
@@ -49,20 +90,22 @@ class CifarInterpretation(ClassificationInterpretation):
         losses, # (N,)
         act=None,
     ):
-        super().__init__(learn, dl, losses, act)
+        Interpretation.__init__(self, learn, dl, losses, act) # its child takes a plain list of names for a list of vocabs
         self.probs, self.targs, self.decoded = probs, targs, probs.argmax(dim=1)
+        names = list(map(str, class_names(dl) or (class_names(learn.dls) if learn else [])))
+        self.vocab = names + [str(i) for i in range(len(names), probs.shape[1])] # outputs without a name have their number
 
     @classmethod
     def from_learner(cls,
         learn:Learner,
         ds_idx:int=1, # 1: the validation images; 0: the training images, augmented as in training
         dl=None, # another `DataLoader`, with labels
-        act=None, # what makes probabilities of logits; the loss function's own
+        act=None, # what makes probabilities of the model's outputs; by default what suits the loss function
     ):
-        "Run the model over the data once, in the precision of the learner"
-        if dl is None: dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
-        probs, targs, losses = learn.get_preds(dl=dl, with_loss=True, act=act)
-        return cls(learn, dl, *(torch.as_tensor(o).as_subclass(torch.Tensor) for o in (probs, targs)), losses, act)
+        "Run the model over the data once, in its precision; raises `ValueError` unless each image has one class and the model an output a class"
+        dl = _loader(learn.dls, ds_idx) if dl is None else dl if isinstance(dl, DataLoader) else _in_order(dl)
+        _, probs, targs, losses = _predict(learn, dl, act)
+        return cls(learn, dl, probs, targs, losses, act)
 
     @classmethod
     def from_run(cls,
@@ -83,28 +126,31 @@ class CifarInterpretation(ClassificationInterpretation):
         try: kept = load_file(path)
         except Exception as e: raise ValueError(f'{path} holds no predictions: {" ".join(str(e).split())}') from None
         if kept.keys() != {'probs', 'targs', 'losses'}: raise ValueError(f'{path} holds no predictions, but {", ".join(kept) or "nothing"}')
-        if len(kept['targs']) != dl.n: raise ValueError(f"{path} has predictions of {len(kept['targs']):,} images, and these are {dl.n:,}")
+        n = dl.n if hasattr(dl, 'n') else len(dl.dataset)
+        if len(kept['targs']) != n: raise ValueError(f"{path} has predictions of {len(kept['targs']):,} images, and these are {n:,}")
         return cls(None, dl, **kept)
 
     def flip_averaged(self): # -> `CifarInterpretation`
-        "The same of logits that are averaged over each image and its mirror image: one more run of the model. For probabilities that are a softmax; `ValueError` without the network"
+        "The same of logits that are averaged over each image and its mirror image: one more run of the model. `ValueError` without the network, or with an `act` whose probabilities do not sum to one"
         if self.learn is None: raise ValueError('predictions from a file have no network to be asked again: take from_learner or from_run')
-        with self.learn.added_cbs(MirrorBatch()): mirrored = torch.as_tensor(self.learn.get_preds(dl=self.dl, act=self.act)[0]).as_subclass(torch.Tensor)
+        if not _sum_to_one(self.probs): raise ValueError('act gives probabilities that do not sum to one, and logits cannot be averaged: give act=None')
+        with self.learn.added_cbs(MirrorBatch()): outputs, mirrored, *_ = _predict(self.learn, self.dl, self.act)
         tiny = torch.finfo(mirrored.dtype).tiny
         logits = torch.stack([self.probs, mirrored]).clamp_min(tiny).log().mean(dim=0) # but for a constant in each row, which changes nothing
-        with self.learn.loss_not_reduced(): losses = self.learn.loss_func(logits, self.targs)
-        return type(self)(self.learn, self.dl, logits.softmax(dim=1), self.targs, losses, self.act)
+        probs = logits.softmax(dim=1)
+        takes_probs = torch.equal(_probabilities(outputs, self.learn.loss_func), outputs)
+        with self.learn.loss_not_reduced():
+            losses = self.learn.loss_func(probs if takes_probs else logits.log_softmax(dim=1), self.targs)
+        return type(self)(self.learn, self.dl, probs, self.targs, losses, self.act)
 
     def save_predictions(self, path): # -> the path
         "Probabilities (N, classes), labels (N,) and losses (N,) as safetensors"
         return write_whole(path, save({k: torch.as_tensor(getattr(self, k)).as_subclass(torch.Tensor).contiguous() for k in ('probs', 'targs', 'losses')}))
 
     def __getitem__(self, idxs):
-        "Inputs, probabilities, targets, decisions and losses at `idxs`, without running the model"
+        "Inputs (not augmented), probabilities, targets, decisions and losses at `idxs`, without running the model"
         idxs = torch.as_tensor(idxs).reshape(-1).tolist()
-        inputs = self.dl.do_batch([self.dl.do_item(i) for i in idxs])
-        if self.dl.device is not None: inputs = to_device(inputs, self.dl.device)
-        inputs = self.dl.after_batch(inputs)[:self.dl.n_inp]
+        inputs = make_batch(self.dl, [self.dl.dataset[i] for i in idxs])[:getattr(self.dl, 'n_inp', 1)]
         return inputs, self.probs[idxs], self.targs[idxs], self.decoded[idxs], self.losses[idxs]
 
     @property
@@ -125,7 +171,7 @@ class CifarInterpretation(ClassificationInterpretation):
     def per_class(self): # -> `DataFrame`, a row a class
         "Precision, recall, F1 and number of images of each class"
         scores = precision_recall_fscore_support(self.targs, self.decoded, labels=range(len(self.vocab)), zero_division=0)
-        return pd.DataFrame(dict(zip(['precision', 'recall', 'f1', 'images'], scores)), index=pd.Index(list(self.vocab), name='class'))
+        return pd.DataFrame(dict(zip(['precision', 'recall', 'f1', 'images'], scores)), index=pd.Index(self.vocab, name='class'))
 
     def confusion_matrix(self): # -> counts (classes, classes), actual by predicted
         "How often each class (row) was taken for each (column)"
@@ -139,11 +185,11 @@ class CifarInterpretation(ClassificationInterpretation):
 
     def print_classification_report(self):
         "scikit-learn's report"
-        print(classification_report(self.targs, self.decoded, labels=range(len(self.vocab)), target_names=list(self.vocab), zero_division=0))
+        print(classification_report(self.targs, self.decoded, labels=range(len(self.vocab)), target_names=self.vocab, zero_division=0))
 
-    def image(self, idx): # -> `uint8` (32, 32, 3)
-        "The image at `idx` as it was loaded"
-        return np.asarray(self.dl.dataset[idx][0])
+    def image(self, idx) -> np.ndarray: # `uint8` (H, W, 3)
+        "Return the image at `idx` as the data set gives it"
+        return _as_picture(self.dl.dataset[idx][0])
 
     def plot_misclassified(self,
         k:int=25, # how many, the surest first
@@ -153,7 +199,7 @@ class CifarInterpretation(ClassificationInterpretation):
         wrong = self.misclassified(k)
         titles = [f'{m.actual}\n→ {m.predicted} {m.probability:.0%}' for m in wrong]
         fig = plot_images([self.image(m.idx) for m in wrong], titles, cols)
-        fig.suptitle(f'{self.n_wrong:,} of {len(self.targs):,} wrong: actual → predicted, probability')
+        fig.suptitle(f'{self.n_wrong:,} of {len(self.targs):,} wrong: actual → predicted, probability', wrap=True)
         return fig
 
     def plot_confusion_matrix(self,
@@ -165,22 +211,72 @@ class CifarInterpretation(ClassificationInterpretation):
         **kwargs, # of `plt.figure`
     ): # -> `Figure`
         "Actual classes in rows, predicted ones in columns"
-        super().plot_confusion_matrix(normalize, title, cmap, norm_dec, plot_txt, **{'figsize': (7, 6.5), **kwargs})
-        return plt.gcf()
+        matrix = self.confusion_matrix()
+        if normalize: matrix = matrix/matrix.sum(axis=1, keepdims=True).clip(min=1)
+        numbers = (f'.{norm_dec}f' if normalize else 'd') if plot_txt else None
+        return _plot_matrix(matrix, self.vocab, numbers, cmap, title, **kwargs)
 
 # %% ../nbs/06_interpret.ipynb #8cd6db62
+def _as_picture(x):
+    "A picture of a data set (PIL, array (H, W, C), tensor (C, H, W)) as `uint8` (H, W, 3); numbers beyond [0, 1] are scaled"
+    if isinstance(x, Image.Image): x = x.convert('RGB')
+    if isinstance(x, torch.Tensor): x = x.detach().cpu().movedim(0, -1) if x.ndim == 3 else x.detach().cpu()
+    x = np.asarray(x)
+    if x.dtype.kind == 'f':
+        low, high = min(0, x.min()), max(1, x.max())
+        x = (255*(x - low)/(high - low)).round()
+    x = np.atleast_3d(x).astype(np.uint8)
+    return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x
+
+def _width(text, size): # -> inches of the widest line in the font of the plots
+    return max(TextPath((0, 0), line, size=size).get_extents().width for line in (text or ' ').split('\n'))/72
+
+def _shorten(text, n=36): # from the middle, since names of classes often differ in their ends
+    return text if len(text) <= n else f'{text[:n//2 - 1]}…{text[-n//2:]}'
+
 def plot_images(
-    imgs, # `uint8` images (32, 32, 3)
+    imgs, # images (H, W, 3), `uint8`, of any sizes
     titles, # one an image
     cols:int=5, # pictures a row
 ): # -> `Figure`
-    "Small images, enlarged without blur, each under its title"
+    "Small images, enlarged without blur, each under its title. Lines of more than 36 letters are broken"
     rows = max(1, -(-len(imgs)//cols))
-    fig, axs = plt.subplots(rows, cols, figsize=(1.75*cols, 2.05*rows), squeeze=False, layout='constrained')
+    titles = ['\n'.join(part for line in title.split('\n') for part in wrap(line, 36)) for title in titles]
+    width = max([1.75, *(_width(title, 9) + .15 for title in titles)])
+    height = 1.73 + .16*max([2, *(title.count('\n') + 1 for title in titles)])
+    fig, axs = plt.subplots(rows, cols, figsize=(width*cols, height*rows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax, img, title in zip(axs.flat, imgs, titles):
         ax.imshow(img, interpolation='nearest')
         ax.set_title(title, fontsize=9)
+    return fig
+
+# %% ../nbs/06_interpret.ipynb #93e6a1d8
+def _plot_matrix(
+    matrix, # (classes, classes)
+    vocab, # class names
+    numbers, # format of the numbers, or `None`
+    cmap,
+    title,
+    **kwargs, # of `plt.figure`
+): # -> `Figure`
+    "A confusion matrix with actual classes in rows. Where numbers of 7 points do not fit into their cells, colours stand alone"
+    n, names = len(vocab), [_shorten(name) for name in vocab]
+    side = min(max(6, .5*n), 15) # inches
+    label = .5 + max(_width(name, min(10, .9*72*side/n)) for name in names)
+    width, height = kwargs.pop('figsize', (side + label, side + label))
+    cell = 72*(min(width, height) - label)/n # points
+    font = min(10, .9*cell)
+    widest = max(_width(format(v, numbers), 1) for v in (matrix.min(), matrix.max())) if numbers else 1
+    size = min(10, .5*cell, .8*cell/72/widest)
+    shown = bool(numbers) and size >= 7
+    fig = plt.figure(figsize=(width, height), **{'layout': 'constrained', **kwargs})
+    ax = fig.add_subplot()
+    ConfusionMatrixDisplay(matrix, display_labels=names).plot(
+        ax=ax, cmap=cmap, colorbar=not shown, include_values=shown, values_format=numbers, xticks_rotation='vertical',
+        text_kw=dict(fontsize=size) if shown else None)
+    ax.tick_params(labelsize=font)
+    ax.set(title=title, xlabel='Predicted', ylabel='Actual')
     return fig
 
 # %% ../nbs/06_interpret.ipynb #d281e489
@@ -191,23 +287,41 @@ def plot_classes(
     n:int=10, # images a class
 ): # -> `Figure`
     "The first `n` images of each class, a class a row"
-    fig, axs = plt.subplots(len(vocab), n, figsize=(.85*n + 1, .85*len(vocab)), squeeze=False, layout='constrained')
+    names = [_shorten(str(name)) for name in vocab]
+    width = .85*n + max(_width(name, 10) for name in names) + .3
+    fig, axs = plt.subplots(len(vocab), n, figsize=(width, .85*len(vocab)), squeeze=False, layout='constrained')
     for label, row in enumerate(axs):
         for ax in row: ax.axis('off')
         for ax, i in zip(row, np.flatnonzero(y == label)): ax.imshow(x[i], interpolation='nearest')
-        row[0].text(-.15, .5, vocab[label], transform=row[0].transAxes, ha='right', va='center')
+        row[0].text(-.15, .5, names[label], transform=row[0].transAxes, ha='right', va='center')
     return fig
 
 # %% ../nbs/06_interpret.ipynb #33cd9aca
+def _curves(history):
+    "What is drawn: loss or metric -> {'training' or 'validation': its numbers}, of the columns that hold numbers"
+    numbers = history.map(lambda v: v if isinstance(v, Real) else np.nan)
+    if len(numbers): numbers = numbers.dropna(axis=1, how='all')
+    curves = {}
+    for column in numbers.columns.difference(['epoch', 'lr', 'time', 'seconds'], sort=False):
+        prefix, _, name = column.partition('_')
+        if prefix not in ('train', 'valid'): name = column
+        curves.setdefault(name, {})['training' if prefix == 'train' else 'validation'] = numbers[column]
+    return curves
+
 def plot_history(
     history, # rows as `learn.recorder.history` has them, or the `DataFrame` of a run's `history.csv`
 ): # -> `Figure`
-    "Loss and accuracy of both sets over epochs"
+    "Loss and every metric over epochs, of both sets where both were recorded; `ValueError` when there is nothing to draw"
     history = pd.DataFrame(history)
-    fig, axs = plt.subplots(1, 2, figsize=(10, 3.8), layout='constrained')
-    for ax, columns, label in zip(axs, [('train_loss', 'valid_loss'), ('train_accuracy', 'accuracy')], ['loss', 'accuracy']):
-        for column, name in zip(columns, ['training', 'validation']): ax.plot(history['epoch'], history[column], marker='.', label=name)
-        ax.set(xlabel='epoch', ylabel=label)
+    curves = _curves(history)
+    if not curves: raise ValueError(f'history has no losses or metrics but {len(history)} rows: give learn.recorder.history of a fit')
+    cols = min(len(curves), 2)
+    rows = -(-len(curves)//cols)
+    fig, axs = plt.subplots(rows, cols, figsize=(5*cols, 3.8*rows), squeeze=False, layout='constrained')
+    for ax in axs.flat[len(curves):]: ax.remove()
+    for ax, (name, sets) in zip(axs.flat, curves.items()):
+        for label, values in sets.items(): ax.plot(history.get('epoch', range(1, len(history) + 1)), values, marker='.', label=label)
+        ax.set(xlabel='epoch', ylabel=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.3); ax.legend()
     return fig

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['FusedAdam', 'scaled_optimizer', 'Autocast', 'best_precision', 'resolve_precision', 'precision_callbacks',
-           'precision_of', 'keep_memory', 'DeviceSmoothLoss', 'EpochRecorder', 'EpochProgress', 'Processes',
-           'CifarLearner', 'SetEpoch', 'bars_for_people', 'first_images', 'cifar_learner', 'save_weights',
-           'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint', 'check_finite',
-           'FiniteLoss', 'Checkpoints']
+           'precision_of', 'keep_memory', 'DeviceSmoothLoss', 'EpochRecorder', 'EpochProgress', 'class_names',
+           'make_batch', 'first_images', 'Processes', 'CifarLearner', 'SetEpoch', 'bars_for_people', 'cifar_learner',
+           'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint',
+           'check_finite', 'FiniteLoss', 'Checkpoints']
 
 # %% ../nbs/05_learner.ipynb #e8ff9678
 import ctypes, hashlib, json, math, random, sys, time, warnings
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +26,13 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
 from fastai.learner import AvgSmoothLoss
-from fastai.vision.all import (IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, L, Learner, Recorder, TensorImage,
-                               accuracy, to_float)
+from fastai.vision.all import (IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, DataLoader, DataLoaders, Datasets,
+                               L, Learner, Pipeline, Recorder, accuracy, default_device, get_c, to_device, to_float)
+from fastcore.basics import chunked
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch.utils.data import IterableDataset, Subset
+from torchvision.datasets import VisionDataset
 
 from .core import TrainSettings, recipes, write_whole
 from .data import SeededDL
@@ -112,12 +117,12 @@ class Autocast(Callback):
 
     def context(self):
         "Return a new context: one that is shared would be entered by two threads at once"
-        return torch.autocast(torch.device(self.dls.device).type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
+        return torch.autocast(_device_of(self.dls).type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
     def before_fit(self):
         if not isinstance(self.learn, CifarLearner): raise ValueError('Autocast needs a learner of cifar_learner')
         scaled = self.precision == 'fp16'
-        self.learn.scaler = torch.amp.GradScaler(torch.device(self.dls.device).type, **self.kwargs) if scaled else None
+        self.learn.scaler = torch.amp.GradScaler(_device_of(self.dls).type, **self.kwargs) if scaled else None
 
     def after_pred(self): self.learn.pred = to_float(self.pred)
 
@@ -295,6 +300,92 @@ class EpochProgress(ProgressCallback):
         running = [f'{m.name} {v:.4f}' if isinstance(v, float) else f'{m.name} {v}' for m, v in zip(self.recorder.metrics, running)]
         self.pbar.comment = ', '.join([f'loss {loss:.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
 
+# %% ../nbs/05_learner.ipynb #3b9e60c4
+def class_names(
+    dl, # `DataLoaders` or one `DataLoader`, fastai's or torch's
+) -> list: # empty where the data do not say
+    "Return the names of the classes in label order: fastai's `vocab`, or `classes` of a torchvision data set"
+    names = list(getattr(dl, 'vocab', None) or ())
+    several = names and not isinstance(names[-1], str) and hasattr(names[-1], '__len__') # a vocab for each target
+    if names: return list(names[-1]) if several else names
+    dataset = getattr(dl, 'dataset', None) or getattr(dl, 'train_ds', None)
+    while not hasattr(dataset, 'classes') and hasattr(dataset, 'dataset'): dataset = dataset.dataset # a `Subset`
+    return list(getattr(dataset, 'classes', ()))
+
+def _n_classes(dls):
+    n = get_c(dls) or len(class_names(dls))
+    if not n: raise ValueError('the data do not say how many classes there are: set dls.c, or give a model')
+    return n
+
+def _device_of(dls):
+    "The device that a `Learner` trains on: that of `dls`, or fastai's default where the loaders are torch's"
+    return torch.device(getattr(dls, 'device', default_device()) or 'cpu')
+
+# %% ../nbs/05_learner.ipynb #84d2e6f9
+def _not_augmented(dataset, valid):
+    "A torchvision data set, or a part of one, with the transforms of the validation set; others as they are"
+    if isinstance(dataset, Subset):
+        dataset = copy(dataset)
+        dataset.dataset = _not_augmented(dataset.dataset, getattr(valid, 'dataset', valid))
+    elif isinstance(dataset, VisionDataset) and isinstance(valid, VisionDataset):
+        dataset = copy(dataset)
+        dataset.transform, dataset.transforms = valid.transform, valid.transforms
+    return dataset
+
+def make_batch(
+    dl, # `DataLoader`, fastai's or torch's
+    items:list, # items of a data set
+) -> tuple: # on the device of `dl`
+    "Return the batch that `dl` makes of items for validation, not augmented; raises `ValueError` when they have several sizes"
+    if not isinstance(dl, DataLoader): return dl.collate_fn(items)
+    dl = copy(dl)
+    for event in ('after_item', 'before_batch', 'after_batch'):
+        if isinstance(f := getattr(dl, event), Pipeline): setattr(dl, event, Pipeline(f, split_idx=1))
+    items = [dl.after_item(item) for item in items]
+    try: batch = dl.do_batch(items)
+    except RuntimeError:
+        sizes = sorted({'×'.join(map(str, x.shape)) for x, *_ in items})
+        if len(sizes) == 1: raise
+        raise ValueError(f"the images have several sizes ({', '.join(sizes[:3])}): give item_tfms=Resize(32)") from None
+    return dl.after_batch(batch if dl.device is None else to_device(batch, dl.device))
+
+def _is_indexed(dl):
+    dataset = getattr(dl, 'dataset', None)
+    return hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset)
+
+def _first_batches(dls, n):
+    "The first `n` training items in batches, not augmented where that can be told apart"
+    train, valid = dls[0], dls[min(1, len(dls) - 1)]
+    if not _is_indexed(train): return list(islice(train, math.ceil(n/(getattr(train, 'batch_size', None) or 1))))
+    dataset = _not_augmented(train.dataset, getattr(valid, 'dataset', None))
+    with dataset.set_split_idx(1) if isinstance(dataset, Datasets) else nullcontext():
+        return [make_batch(valid, [dataset[i] for i in idxs]) for idxs in chunked(range(min(n, len(dataset))), 500)]
+
+def first_images(
+    dls:DataLoaders, # of `cifar_dls`, or any other
+    n:int=5000, # at most
+) -> torch.Tensor: # (n, C, H, W) on the device
+    "Return the first training images with the transforms of validation: resized and normalised, not augmented"
+    images = torch.cat([x for x, *_ in _first_batches(dls, n)])[:n]
+    return images.to(_device_of(dls)).as_subclass(torch.Tensor)
+
+# %% ../nbs/05_learner.ipynb #0e7b52ad
+def _check_data(
+    dls,
+    images, # must the images be (3, 32, 32), as `CustomResNet` takes them?
+    targets, # must the targets be one class an image, as cross-entropy takes them?
+):
+    "Look at the first training image; raise `ValueError` when it or its target is something else"
+    if not images and not (targets and _is_indexed(dls[0])): return
+    x, *y = _first_batches(dls, 1)[0]
+    if images and tuple(x.shape[1:]) != (3, 32, 32):
+        raise ValueError(f"the images are {'×'.join(map(str, x.shape[1:]))} and CustomResNet takes 3×32×32: "
+                         'load them as RGB with item_tfms=Resize(32), or give a model')
+    if targets and not (len(y) == 1 and y[0].numel() == len(x) and not y[0].is_floating_point()):
+        shapes = ', '.join(f'{t.dtype} {tuple(t.shape[1:])}' for t in y)
+        raise ValueError(f'the target of an image is {shapes or "missing"} and must be one class: '
+                         'give loss_func and a model for other targets')
+
 # %% ../nbs/05_learner.ipynb #e0405139
 class Processes:
     "The processes that train together: here, this one alone. `LaunchedProcesses` has several"
@@ -354,7 +445,7 @@ class CifarLearner(Learner):
         return super().add_cb(cb)
 
     def _set_precision(self, precision, **kwargs):
-        precision = resolve_precision(precision, torch.device(self.dls.device))
+        precision = resolve_precision(precision, _device_of(self.dls))
         self.remove_cb(Autocast)
         self.scaler = None
         return self if precision == 'fp32' else self.add_cb(Autocast(precision, **kwargs))
@@ -410,15 +501,6 @@ def bars_for_people(learn:Learner): # -> `learn`
     "Take the progress bars away where nobody sees them: a file or a pipe gets a line an epoch"
     return learn if IN_NOTEBOOK or sys.stdout.isatty() else learn.remove_cbs(ProgressCallback)
 
-def first_images(
-    dls, # fastai `DataLoaders`, from `cifar_dls`
-    n:int=5000, # at most
-): # -> tensor (n, 3, 32, 32) on the device
-    "The first training images, normalised and not augmented"
-    images = np.stack([np.asarray(dls.train_ds[i][0]) for i in range(min(n, len(dls.train_ds)))])
-    x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2).to(dls.device))
-    return dls.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
-
 def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`
     model=None, # logits (N, `dls.c`); `None` is a new `CustomResNet`, with batch statistics, scale and beginning as in the recipe
@@ -441,6 +523,7 @@ def cifar_learner(
     Raises `ValueError` for an argument that the given `loss_func` or `opt_func` would ignore. On a processor it calls
     `keep_memory`, which lasts as long as the process."""
     if recipe not in recipes: raise ValueError(f"recipe is {recipe!r}: give {' or '.join(map(repr, recipes))}")
+    _check_data(dls, images=model is None, targets=loss_func is None)
     if loss_func is None:
         smoothing = recipes[recipe]['label_smoothing'] if label_smoothing is None else label_smoothing
         loss_func = CrossEntropyLossFlat(label_smoothing=smoothing)
@@ -449,10 +532,10 @@ def cifar_learner(
     if opt_func is None: opt_func, wd = FusedAdam, recipes[recipe]['wd'] if wd is None else wd
     opt_func, wd = _with_options(opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
     if model is None:
-        model = CustomResNet(n_out=dls.c, ghost=recipes[recipe]['ghost'], logit_scale=recipes[recipe]['logit_scale'])
+        model = CustomResNet(_n_classes(dls), ghost=recipes[recipe]['ghost'], logit_scale=recipes[recipe]['logit_scale'])
         if recipes[recipe]['whiten']: whiten_first_layer(model, first_images(dls).cpu())
     if compile: model.compile()
-    device = torch.device(dls.device)
+    device = _device_of(dls)
     if device.type == 'cpu': keep_memory()
     learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, **kwargs,
                          cbs=[SetEpoch(), *precision_callbacks(precision, device), *L(cbs)])

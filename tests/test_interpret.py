@@ -1,20 +1,31 @@
 """What the network gets wrong: one run of the model, and every answer against scikit-learn or NumPy."""
 import json, shutil
+from functools import partial
 from operator import itemgetter
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import ProgressCallback
+import torch.nn.functional as F
+from fastai.losses import BaseLoss, FocalLoss
+from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, F1Score, FocalLossFlat, ImageBlock, ImageDataLoaders,
+                               IntToFloatTensor, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat,
+                               MultiCategoryBlock, Perplexity, ProgressCallback, RegressionBlock, Resize, RocAuc, ToTensor, accuracy,
+                               error_rate, set_seed, top_k_accuracy)
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
+from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import TensorDataset
 
 from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, learner_from_run, load_run, plot_classes, plot_history, plot_images,
                                     plot_lrs)
 from cifar_fastai.learner import cifar_learner, save_weights
-from cifar_fastai.schedule import OneCycle
+from cifar_fastai.schedule import OneCycle, bounds_from, plot_range_test
 from cifar_fastai.training import read_history
 
 
@@ -312,3 +323,286 @@ def test_class_probabilities_are_those_of_the_learner(finished, small):
     by_bytes = {img.tobytes(): p for img, p in zip((interp.image(i) for i in range(40)), interp.probs)}
     assert torch.allclose(probs, torch.stack([by_bytes[x.tobytes()] for x in small.test_x]), atol=1e-4)
     assert torch.allclose(probs.sum(1), torch.ones(40)) and probs.dtype == torch.float32
+
+# ---- losses, metrics and data from elsewhere
+
+class LogOfProbabilities(nn.Module):
+    "A loss for models that end in a softmax"
+    reduction = 'mean'
+    def forward(self, probs, targs): return F.nll_loss(probs.log(), targs, reduction=self.reduction)
+
+heads = {nn.Identity: [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy, FocalLoss(),
+                       FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()],
+         partial(nn.LogSoftmax, dim=1): [nn.NLLLoss(), F.nll_loss, BaseLoss(nn.NLLLoss)], partial(nn.Softmax, dim=1): [LogOfProbabilities()]}
+losses_and_heads = [pytest.param(loss, head(), id=getattr(loss, '__name__', repr(loss))) for head, losses in heads.items() for loss in losses]
+
+def with_loss(learn, loss_func, head, dls=None):
+    "A learner of the same network with another loss, and with what that wants at the end of the network"
+    return cifar_learner(dls or learn.dls, nn.Sequential(*learn.model, head), 'fp32', loss_func=loss_func).remove_cbs(ProgressCallback)
+
+@pytest.mark.parametrize('loss_func, head', losses_and_heads)
+def test_probabilities_are_those_of_the_network_whatever_the_loss(learn, predicted, loss_func, head):
+    targs, decoded, probs = predicted
+    own = with_loss(learn, loss_func, head)
+    interp = CifarInterpretation.from_learner(own)
+    assert np.allclose(interp.probs, probs, atol=1e-5) and (interp.decoded.numpy() == decoded).all()
+    plain = [[t.as_subclass(torch.Tensor) for t in batch] for batch in own.dls.valid]
+    with own.loss_not_reduced(), torch.no_grad(): expected = torch.cat([own.loss_func(own.model.eval()(x), y) for x, y in plain])
+    assert torch.allclose(interp.losses, expected, atol=1e-5)
+    assert all(0 <= m.probability <= 1 for m in interp.misclassified())
+    interp.plot_misclassified(4)
+
+@pytest.mark.parametrize('loss_func, head', losses_and_heads)
+def test_flip_averaging_is_the_same_whatever_the_loss(learn, loss_func, head):
+    own = with_loss(learn, loss_func, head)
+    with torch.no_grad(): logits = torch.cat([learn.model.eval()(x) + learn.model(x.flip(-1)) for x, _ in learn.dls.valid])/2
+    both = CifarInterpretation.from_learner(own).flip_averaged()
+    assert torch.allclose(both.probs, logits.softmax(1), atol=1e-5)
+    with own.loss_not_reduced(): expected = own.loss_func(logits.softmax(1) if isinstance(head, nn.Softmax) else logits.log_softmax(1), both.targs)
+    assert torch.allclose(both.losses, expected, atol=1e-4)
+
+def test_cross_entropy_takes_logits_even_if_they_look_like_probabilities(learn, predicted):
+    interp = CifarInterpretation.from_learner(with_loss(learn, nn.CrossEntropyLoss(), nn.Softmax(dim=1)))
+    assert np.allclose(interp.probs, torch.from_numpy(predicted[2]).softmax(1), atol=1e-5)
+
+def test_an_activation_can_be_given(learn, predicted):
+    make = lambda act: CifarInterpretation.from_learner(with_loss(learn, nn.CrossEntropyLoss(), nn.Identity()), act=act)
+    assert np.allclose(make(partial(torch.softmax, dim=1)).probs, predicted[2], atol=1e-5)
+    assert torch.equal(make(partial(torch.softmax, dim=1)).flip_averaged().probs, make(None).flip_averaged().probs)
+    assert (make(torch.sigmoid).decoded.numpy() == predicted[1]).all()
+    with pytest.raises(ValueError, match='act'): make(torch.sigmoid).flip_averaged()
+    for act in (partial(torch.log_softmax, dim=1), lambda x: x, lambda x: x.argmax(dim=1)):
+        with pytest.raises(ValueError, match='act'): make(act)
+
+class Named(TensorDataset):
+    "Tensors with names of the classes"
+    vocab = ['cat', 'dog', 'owl']
+
+def small_tensors(small, cls=TensorDataset, n_classes=3, split='test'):
+    x, y = (small.test_x, small.test_y) if split == 'test' else (small.train_x, small.train_y)
+    return cls(torch.from_numpy(x[y < n_classes]).permute(0, 3, 1, 2)/255, torch.from_numpy(y[y < n_classes]))
+
+def test_a_list_of_names_is_not_taken_apart(small, tiny_net, tmp_path):
+    dls = DataLoaders.from_dsets(*(small_tensors(small, Named, split=split) for split in ('train', 'test')), bs=8, num_workers=0)
+    interp = CifarInterpretation.from_learner(cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback))
+    path = interp.save_predictions(tmp_path/'p.safetensors')
+    again = CifarInterpretation.from_predictions(path, SimpleNamespace(n=12, vocab=Named.vocab))
+    for i in (interp, again, CifarInterpretation.from_predictions(path, dls.valid)):
+        assert list(i.vocab) == Named.vocab and list(i.per_class().index) == Named.vocab and i.confusion_matrix().shape == (3, 3)
+        assert {m.actual for m in i.misclassified()} <= set(Named.vocab)
+        assert [t.get_text() for t in i.plot_confusion_matrix().axes[0].get_yticklabels()] == Named.vocab
+
+def test_names_come_from_the_learner_where_the_data_set_has_none(small, tiny_net):
+    dls = DataLoaders.from_dsets(small_tensors(small, split='train'), small_tensors(small), bs=8, num_workers=0)
+    learn = cifar_learner(dls, tiny_net(4), 'fp32').remove_cbs(ProgressCallback)
+    assert list(CifarInterpretation.from_learner(learn).vocab) == ['0', '1', '2', '3']
+    dls.vocab = Named.vocab
+    assert list(CifarInterpretation.from_learner(learn).vocab) == ['cat', 'dog', 'owl', '3']
+
+@pytest.mark.parametrize('ds_idx', [0, 1])
+def test_loaders_of_torch_are_interpreted_in_the_order_of_their_data(small, tiny_net, ds_idx):
+    train, valid = small_tensors(small, split='train'), small_tensors(small)
+    dls = DataLoaders(TorchDataLoader(train, 7, shuffle=True), TorchDataLoader(valid, 5))
+    learn = cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback)
+    for interp in (CifarInterpretation.from_learner(learn, ds_idx), CifarInterpretation.from_learner(learn, dl=dls[ds_idx])):
+        x, y = (train, valid)[ds_idx].tensors
+        with torch.no_grad(): assert torch.allclose(interp.probs, learn.model.eval()(x).softmax(1), atol=1e-5)
+        assert torch.equal(interp.targs, y) and torch.equal(interp[[2, 3]][0][0], x[[2, 3]])
+        assert (interp.image(3) == (small.train_x, small.test_x)[ds_idx][3]).all()
+        interp.plot_misclassified(4); interp.plot_confusion_matrix(); interp.flip_averaged(); interp.print_classification_report()
+
+@pytest.fixture
+def mixed_sizes(small, tmp_path):
+    "`DataLoaders` of pictures of several sizes, two of them grey"
+    for label in range(3):
+        (tmp_path/'pictures'/f'class {label}').mkdir(parents=True)
+        for i, x in enumerate(small.train_x[small.train_y == label]):
+            img = Image.fromarray(x).resize([(40, 30), (50, 60), (32, 32)][i % 3])
+            (img.convert('L') if i == 5 else img).save(tmp_path/'pictures'/f'class {label}'/f'{i}.png')
+    return ImageDataLoaders.from_folder(tmp_path/'pictures', valid_pct=.5, seed=0, item_tfms=Resize(32), bs=4, num_workers=0)
+
+@pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # fastai hands matplotlib a tensor
+def test_pictures_of_several_sizes_are_shown_as_they_are(mixed_sizes, tiny_net):
+    learn = cifar_learner(mixed_sizes, tiny_net(3), 'fp32').remove_cbs(ProgressCallback)
+    interp = CifarInterpretation.from_learner(learn)
+    shown, wrong = pictures(interp.plot_misclassified(9)), interp.misclassified(9)
+    assert len({img.shape for img in shown}) > 1 and len(shown) == len(wrong)
+    for img, m in zip(shown, wrong): assert (img == np.asarray(Image.open(mixed_sizes.valid_ds.items[m.idx]).convert('RGB'))).all()
+    x = interp[list(range(4))][0][0]
+    assert torch.allclose(x, next(iter(mixed_sizes.valid))[0]) # cut from the middle, as validation does
+    interp.plot_top_losses(4, figsize=(4, 4)); interp.flip_averaged()
+
+@pytest.mark.parametrize('x', [np.full((5, 4), 7, np.uint8), np.full((5, 4, 1), 7, np.uint8), torch.full((1, 5, 4), 7/255), torch.full((3, 5, 4), 7/255),
+                               torch.full((3, 5, 4), 7, dtype=torch.uint8), Image.fromarray(np.full((5, 4), 7, np.uint8))], ids=str)
+def test_a_picture_is_shown_whatever_holds_it(x):
+    dl = SimpleNamespace(n=1, vocab=['a', 'b'], dataset=[(x, 0)])
+    interp = CifarInterpretation(None, dl, torch.tensor([[.2, .8]]), torch.tensor([0]), torch.tensor([1.]))
+    assert interp.image(0).dtype == np.uint8 and (interp.image(0) == np.full((5, 4, 3), 7)).all()
+    assert len(pictures(interp.plot_misclassified(1))) == 1
+
+def test_a_normalised_picture_is_scaled_to_be_seen():
+    x = torch.linspace(-2, 3, 48).reshape(3, 4, 4)
+    dl = SimpleNamespace(n=1, vocab=['a', 'b'], dataset=[(x, 0)])
+    img = CifarInterpretation(None, dl, torch.tensor([[.2, .8]]), torch.tensor([0]), torch.tensor([1.])).image(0)
+    assert (img.min(), img.max()) == (0, 255) and (np.diff(img.transpose(2, 0, 1).ravel().astype(int)) >= 0).all()
+
+def test_two_classes(small, tiny_net):
+    dls = DataLoaders.from_dsets(*(small_tensors(small, n_classes=2, split=split) for split in ('train', 'test')), bs=8, num_workers=0)
+    dls.vocab = ['no', 'yes']
+    interp = CifarInterpretation.from_learner(cifar_learner(dls, tiny_net(2), 'fp32').remove_cbs(ProgressCallback))
+    assert interp.confusion_matrix().sum() == 8 and list(interp.per_class().index) == ['no', 'yes']
+    interp.plot_confusion_matrix(); interp.plot_misclassified(); interp.print_classification_report(); interp.flip_averaged()
+
+def test_what_has_not_one_class_an_image_is_refused(small, tiny_net):
+    for block, target, loss in [(MultiCategoryBlock(vocab=['a', 'b']), lambda i: ['a', 'b'][:i % 3], nn.BCEWithLogitsLoss()),
+                                (RegressionBlock(), lambda i: i/2, MSELossFlat())]:
+        data = DataBlock((ImageBlock, block), get_x=lambda i: small.train_x[i], get_y=target)
+        dls = data.dataloaders(range(20), bs=4, num_workers=0)
+        net = tiny_net(2 if isinstance(loss, nn.Module) else 1)
+        learn = Learner(dls, net, loss).remove_cbs(ProgressCallback)
+        with pytest.raises(ValueError, match='one class'): CifarInterpretation.from_learner(learn)
+
+def test_one_output_for_two_classes_is_refused(small, tiny_net):
+    dls = DataLoaders.from_dsets(small_tensors(small), small_tensors(small), bs=8, num_workers=0)
+    loss = lambda x, y, reduction='mean': F.binary_cross_entropy_with_logits(x[:, 0], y.float(), reduction=reduction)
+    with pytest.raises(ValueError, match='one number a class'): CifarInterpretation.from_learner(Learner(dls, tiny_net(1), loss).remove_cbs(ProgressCallback))
+
+def test_missing_validation_images_are_said_to_be_missing(small, tiny_net):
+    tensors = small_tensors(small)
+    empty = Datasets(list(range(12)), [[lambda i: tensors[i][0]], [lambda i: tensors[i][1]]], splits=(list(range(12)), []))
+    for dls in (DataLoaders.from_dsets(tensors, bs=4, num_workers=0), empty.dataloaders(bs=4, num_workers=0)):
+        learn = cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback)
+        with pytest.raises(ValueError, match='no validation images'): CifarInterpretation.from_learner(learn)
+        assert len(CifarInterpretation.from_learner(learn, ds_idx=0).targs) == 12
+
+def test_a_learner_of_fastai_can_be_interpreted(learn, predicted):
+    "Without anything of this package but the network"
+    plain = Learner(learn.dls, learn.model, nn.CrossEntropyLoss(), metrics=error_rate).remove_cbs(ProgressCallback)
+    assert np.allclose(CifarInterpretation.from_learner(plain).probs, predicted[2], atol=1e-5)
+
+@pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # fastai hands matplotlib a tensor
+def test_training_images_of_the_best_recipe_can_be_looked_at(small, tiny_net):
+    from cifar_fastai.data import cifar_dls
+    for pipeline in ('batch', 'item'):
+        learn = cifar_learner(cifar_dls(small, bs=16, num_workers=0, pipeline=pipeline), tiny_net(), 'fp32').remove_cbs(ProgressCallback)
+        CifarInterpretation.from_learner(learn, ds_idx=0).plot_top_losses(4, figsize=(4, 4))
+
+# ---- curves of other metrics
+
+def top_2(preds, targs): return top_k_accuracy(preds, targs, k=2)
+
+def counts(preds, targs): return torch.bincount(preds.argmax(dim=1), minlength=10) # no number
+
+metric_lists = {'none': ([], []), 'error_rate': ([error_rate], ['error_rate']), 'F1Score': ([F1Score(average='macro')], ['f1_score']),
+                'top k': ([top_2], ['top_2']), 'partial': ([partial(top_k_accuracy, k=2)], ['top_k_accuracy']), 'RocAuc': ([RocAuc()], ['roc_auc_score']),
+                'Perplexity': ([Perplexity()], ['perplexity']), 'three': ([accuracy, error_rate, Perplexity()], ['accuracy', 'error_rate', 'perplexity'])}
+
+@pytest.mark.parametrize('name', metric_lists)
+def test_curves_are_drawn_of_whatever_was_measured(tiny_learner, name):
+    metrics, names = metric_lists[name]
+    learn = tiny_learner(metrics=metrics)
+    learn.fit(2, .01)
+    history = learn.recorder.history
+    for rows in (history, pd.DataFrame(history), pd.DataFrame(history).drop(columns='epoch')):
+        fig = plot_history(rows)
+        assert [ax.get_ylabel() for ax in fig.axes] == ['loss', *names]
+        for ax, columns in zip(fig.axes, [('train_loss', 'valid_loss'), *((f'train_{n}', n) for n in names)]):
+            assert [line.get_ydata().tolist() for line in ax.lines] == [[row[c] for row in history] for c in columns]
+            assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2]]*2
+            assert [t.get_text() for t in ax.get_legend().get_texts()] == ['training', 'validation']
+
+def test_what_is_no_number_has_no_curve():
+    row = dict(epoch=1, lr=.1, train_loss=2., train_counts=np.arange(3), valid_loss=None, counts=np.arange(3), accuracy=None, seconds=1.)
+    fig = plot_history([row, row | dict(epoch=2)])
+    assert [ax.get_ylabel() for ax in fig.axes] == ['loss'] and len(fig.axes[0].lines) == 1
+
+def test_curves_of_nothing_are_refused():
+    with pytest.raises(ValueError, match='history'): plot_history([])
+
+# ---- texts lie inside their pictures
+
+def predictions(n, names=None, n_images=None, seed=0):
+    "An interpretation of made-up predictions of `n` classes, which are mostly right"
+    rng = np.random.default_rng(seed)
+    targs = torch.from_numpy(rng.integers(0, n, n_images or 20*n))
+    logits = torch.from_numpy(rng.normal(size=(len(targs), n)))
+    logits[range(len(targs)), targs] += 3
+    probs, img = logits.softmax(dim=1), Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    dl = SimpleNamespace(n=len(targs), vocab=names or [f'class {i}' for i in range(n)], dataset=[(img, 0)]*len(targs))
+    return CifarInterpretation(None, dl, probs, targs, -probs[range(len(targs)), targs].log())
+
+def long_names(n): return [f'a bird of the mountains, {"northern" if i % 2 else "southern"}, with a very long name, number {i}' for i in range(n)]
+
+def assert_all_inside(fig):
+    fig.canvas.draw() # layouts are made now
+    box, (width, height) = fig.get_tightbbox(), fig.get_size_inches()
+    assert -.02 <= box.x0 < box.x1 <= width + .02 and -.02 <= box.y0 < box.y1 <= height + .02
+    labels = [t for ax in fig.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]
+    for t in labels + [t for t in fig.texts if t.get_text()]:
+        inner = t.get_window_extent()
+        assert fig.bbox.x0 <= inner.x0 and inner.x1 <= fig.bbox.x1 and fig.bbox.y0 <= inner.y0 and inner.y1 <= fig.bbox.y1, t.get_text()
+
+sizes = pytest.mark.parametrize('n', [2, 10, 37, 100])
+naming = pytest.mark.parametrize('names', [lambda n: None, long_names], ids=['short names', 'long names'])
+
+@sizes
+@naming
+@pytest.mark.parametrize('normalize', [False, True])
+def test_the_whole_matrix_lies_inside_its_picture(n, names, normalize):
+    fig = predictions(n, names(n)).plot_confusion_matrix(normalize=normalize)
+    assert fig.axes[0].get_xlabel() == 'Predicted' and fig.axes[0].get_ylabel() == 'Actual'
+    assert_all_inside(fig)
+
+@pytest.mark.parametrize('n, normalize, shown', [(2, False, True), (10, False, True), (10, True, True), (37, False, True), (37, True, True), (100, False, False),
+                                                 (100, True, False)])
+def test_numbers_are_left_out_where_they_do_not_fit(n, normalize, shown):
+    interp = predictions(n)
+    fig = interp.plot_confusion_matrix(normalize=normalize)
+    fig.canvas.draw()
+    texts = fig.axes[0].texts
+    assert len(texts) == n**2*shown
+    cell = np.diff(fig.axes[0].transData.transform([[0, 0], [1, 1]]), axis=0)[0]
+    for t in texts[:n + 1]: assert (np.abs(cell) > [t.get_window_extent().width, t.get_window_extent().height]).all()
+    assert np.allclose(pictures(fig)[0], interp.confusion_matrix()/(interp.confusion_matrix().sum(1, keepdims=True) if normalize else 1))
+
+def test_many_images_a_class_still_fit_into_their_cells():
+    texts = predictions(10, n_images=300_000).plot_confusion_matrix().axes[0].texts
+    assert len(texts) == 100
+    for size in [(3, 3), (7, 6.5), (12, 5)]:
+        fig = predictions(10, n_images=300_000).plot_confusion_matrix(figsize=size)
+        assert tuple(fig.get_size_inches()) == size and len(fig.axes[0].texts) == (0 if size == (3, 3) else 100)
+        assert_all_inside(fig)
+
+def test_a_matrix_can_be_drawn_without_numbers(): assert not predictions(10).plot_confusion_matrix(plot_txt=False).axes[0].texts
+
+def test_a_class_without_images_has_no_shares():
+    interp = predictions(3)
+    interp = CifarInterpretation(None, interp.dl, interp.probs, interp.targs.clamp(max=1), interp.losses)
+    assert (pictures(interp.plot_confusion_matrix(normalize=True))[0][2] == 0).all()
+
+def test_names_that_are_shortened_keep_their_ends():
+    labels = [t.get_text() for t in predictions(10, long_names(10)).plot_confusion_matrix().axes[0].get_yticklabels()]
+    assert len(set(labels)) == 10 and all(label.startswith('a bird') and label.endswith(str(i)) for i, label in enumerate(labels))
+
+@naming
+@pytest.mark.parametrize('cols', [1, 5])
+def test_captions_of_the_misclassified_lie_inside_the_picture_and_beside_each_other(names, cols):
+    interp = predictions(10, names(10))
+    fig = interp.plot_misclassified(10, cols)
+    assert_all_inside(fig)
+    boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for ax, m in zip(fig.axes, interp.misclassified(10)): assert f'{m.probability:.0%}' in ax.get_title().replace('\n', ' ')
+    if not names(10): assert [ax.get_title() for ax in fig.axes] == [f'{m.actual}\n→ {m.predicted} {m.probability:.0%}' for m in interp.misclassified(10)]
+
+@naming
+def test_labels_of_the_classes_lie_inside_the_picture(small, names):
+    assert_all_inside(plot_classes(small.train_x, small.train_y, names(10) or small.vocab, n=4))
+
+def test_curves_and_rates_lie_inside_their_pictures(tiny_learner):
+    learn = tiny_learner(metrics=[accuracy, Perplexity(), F1Score(average='macro')])
+    learn.fit(2, cbs=OneCycle(1e-5, 2e-5))
+    assert_all_inside(plot_history(learn.recorder.history))
+    assert_all_inside(plot_lrs(learn.recorder.lrs, 5).figure)
+    lrs, losses = np.geomspace(1e-7, 10, 100), np.r_[np.full(40, 2.3), np.linspace(2.3, .3, 50), np.geomspace(.3, 9, 10)]
+    assert_all_inside(plot_range_test(lrs, losses, bounds_from(lrs, losses)).figure)

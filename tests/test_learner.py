@@ -5,17 +5,22 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, GradientClip, Learner, PILImage, ProgressCallback, ReduceLROnPlateau, TensorImage, accuracy,
-                               error_rate, load_learner, set_seed)
+from fastai.vision.all import (Callback, Categorize, DataBlock, DataLoaders, Datasets, GradientClip, ImageBlock, ImageDataLoaders, IntToFloatTensor,
+                               Learner, MultiCategoryBlock, Normalize, PILImage, PILImageBW, ProgressCallback, RandomCrop,
+                               RandomSplitter, RandTransform, ReduceLROnPlateau, RegressionBlock, Resize, TensorImage, ToTensor,
+                               accuracy, aug_transforms, error_rate, load_learner, set_seed)
 from PIL import Image
 from torch import nn
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, VisionDataset
 
-from cifar_fastai.core import TrainSettings, recipes
+from cifar_fastai.core import TrainSettings, cifar10_stats, recipes
 from cifar_fastai.data import cifar_dls, read_image
 from cifar_fastai.interpret import class_probabilities
-from cifar_fastai.learner import (FusedAdam, best_precision, cifar_learner, load_weights, precision_callbacks,
-                                  precision_of, save_weights)
-from cifar_fastai.models import CustomResNet
+from cifar_fastai.learner import (FusedAdam, best_precision, cifar_learner, first_images, load_weights,
+                                  precision_callbacks, precision_of, save_weights)
+from cifar_fastai.models import CustomResNet, whiten_first_layer, whitening_filters
 from cifar_fastai.schedule import OneCycle
 
 cpu = torch.device('cpu')
@@ -366,122 +371,119 @@ def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
 def test_an_unknown_recipe_is_refused(small_dls, small, make):
     with pytest.raises(ValueError, match="recipe is 'secret': give 'seed' or 'best'"): make(small if make is cifar_dls else small_dls(), recipe='secret')
 
-# ---- pictures of any kind
+# ---- data from elsewhere
 
-def some_photo(mode='RGB', size=(90, 60)):
-    "A picture that is not symmetric, and not of one colour in its corners"
-    w, h = size
-    rows, cols = np.mgrid[:h, :w]
-    rgb = np.stack([255*cols/w, 255*rows/h, 128 + 100*np.sin(rows/7 + cols/11)], axis=-1).astype(np.uint8)
-    img = Image.fromarray(rgb)
-    if mode in ('RGBA', 'LA'):
-        img = img.convert(mode)
-        img.putalpha(Image.fromarray((255*(rows/h)**2).astype(np.uint8)))
-    if mode == 'I;16': img = Image.fromarray((rows*700 + cols*100).astype(np.uint16))
-    return img.convert(mode) if img.mode != mode else img
+def write_pictures(folder, small, sizes, n=6, mode='RGB'):
+    "`n` training images of three classes each as <class>/*.png, resized to `sizes` in turn, (width, height)"
+    for label in range(3):
+        (folder/f'class_{label}').mkdir(parents=True)
+        for i, x in enumerate(small.train_x[small.train_y == label][:n]):
+            Image.fromarray(x).convert(mode).resize(sizes[i % len(sizes)]).save(folder/f'class_{label}'/f'{i}.png')
+    return folder
 
-def rotated(orientation): # as a camera saves it
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return dict(exif=exif)
+def from_folder(folder, **kwargs):
+    return ImageDataLoaders.from_folder(folder, **dict(valid_pct=.25, seed=0, bs=4, num_workers=0) | kwargs)
 
-photos = {
-    'RGB.jpg': {}, 'RGB.webp': {}, 'RGB.bmp': {}, 'L.png': {}, 'LA.png': {}, 'RGBA.png': {}, 'RGBA.tif': {}, 'P.gif': {},
-    'P.png': dict(transparency=7), '1.png': {}, 'I;16.png': {}, 'I;16.tif': {}, 'CMYK.jpg': {}, 'CMYK.tif': {},
-    'RGB-6.jpg': rotated(6), 'RGB-3.jpg': rotated(3), 'RGB-8.png': rotated(8), 'RGB-6.tif': rotated(6)}
+augmenting = dict(item_tfms=[Resize(36), RandomCrop(32)],
+                  batch_tfms=[*aug_transforms(max_rotate=30, p_affine=1), Normalize.from_stats(*cifar10_stats)])
 
-@pytest.fixture
-def photo(request, tmp_path):
-    path = tmp_path/request.param
-    some_photo(path.stem.split('-')[0]).save(path, **photos[request.param])
-    return path
-
-def as_given(path, kind):
-    if kind == 'PIL, loaded':
-        with Image.open(path) as img: img.load()
-        return img
-    return dict(str=str, Path=lambda p: p, bytes=lambda p: p.read_bytes(), PIL=Image.open)[kind](path)
-
-def by_the_command(learn, small, path): # what `cifar_predict` prints
-    return class_probabilities(learn.model, [read_image(path)], small.stats)[0]
-
-@pytest.mark.parametrize('photo', photos, indirect=True)
-def test_predict_sees_a_picture_as_the_command_does(photo, small, tiny_learner):
-    learn = tiny_learner()
-    expected = by_the_command(learn, small, photo)
-    for kind in 'str', 'Path', 'bytes', 'PIL', 'PIL, loaded':
-        given = as_given(photo, kind)
-        name, label, probs = learn.predict(given)
-        if kind == 'PIL': given.close()
-        assert torch.allclose(probs, expected, atol=1e-5), kind
-        assert name == small.vocab[label] == small.vocab[expected.argmax()]
-
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'I;16', '1'])
-def test_predict_takes_what_is_in_memory(mode, small, tiny_learner, tmp_path):
-    img, learn = some_photo(mode), tiny_learner()
-    array = np.asarray(img)
-    first = torch.from_numpy(array.copy().reshape(*array.shape[:2], -1)).permute(2, 0, 1)
-    img.save(tmp_path/'a.png')
-    expected = by_the_command(learn, small, tmp_path/'a.png')
-    for given in array, first, TensorImage(first), img, PILImage(img.copy()):
-        assert torch.allclose(learn.predict(given)[2], expected, atol=1e-5), type(given)
-    assert np.array_equal(np.asarray(img), array) and type(img) is Image.Image # the picture given is left as it was
-
-@pytest.mark.parametrize('given', [lambda x: x.astype(np.int64), lambda x: x/255, lambda x: (x/255).astype(np.float32), lambda x: x.astype(np.uint16)*256,
-                                   lambda x: TensorImage(torch.from_numpy(x/255).permute(2, 0, 1)), lambda x: TensorImage(torch.from_numpy(x).long().permute(2, 0, 1))],
-                         ids=['int64', 'float64', 'float32', 'uint16', 'float TensorImage', 'int64 TensorImage'])
-def test_arrays_of_other_types_are_read_by_their_range(given, tiny_learner):
-    x, learn = np.array(some_photo()), tiny_learner()
-    assert torch.allclose(learn.predict(given(x))[2], learn.predict(x)[2], atol=1e-5)
-
-@pytest.mark.parametrize('given, words', [(np.zeros((3, 40, 40), np.uint8), r'shape is \(3, 40, 40\)'), (np.zeros((0, 4, 3), np.uint8), 'shape is'), (np.zeros(9, np.uint8), 'shape is'),
-                                          (np.full((9, 9, 3), -1.), '-1'), (np.full((9, 9), 300), '300'), (np.full((9, 9), np.nan), 'nan'), (np.full((9, 9), 'a'), 'dtype is'),
-                                          (TensorImage(torch.full((3, 9, 9), 2.)), '2'), (Image.new('F', (40, 40)), 'floating-point')],
-                         ids=['channels first', 'empty', 'one axis', 'negative', 'over 255', 'no numbers', 'text', 'over 1', 'floats of PIL'])
-def test_predict_refuses_what_is_no_picture(given, words, tiny_learner):
-    with pytest.raises(ValueError, match=words): tiny_learner().predict(given)
-
-@pytest.mark.parametrize('num_workers', [0, 2])
-@pytest.mark.parametrize('name, kind, words', [('nothing.png', FileNotFoundError, 'nothing.png does not exist'), ('text.png', ValueError, 'text.png is no image'), ('', ValueError, 'is no file')])
-def test_files_that_cannot_be_read_are_refused_as_the_command_does(name, kind, words, num_workers, tiny_learner, tmp_path):
-    (tmp_path/'text.png').write_text('no picture')
-    with pytest.raises(kind) as expected: read_image(tmp_path/name)
-    learn = tiny_learner()
-    with pytest.raises(kind, match=words) as e: learn.get_preds(dl=learn.dls.test_dl([tmp_path/name], num_workers=num_workers))
-    assert str(e.value) == str(expected.value)
-    if not num_workers:
-        with pytest.raises(kind, match=words): learn.predict(tmp_path/name)
-
-def test_predict_refuses_bytes_that_are_no_picture(tiny_learner):
-    with pytest.raises(ValueError, match='no image that can be read'): tiny_learner().predict(b'no picture')
+@pytest.mark.parametrize('sizes', [[(40, 30), (50, 60)], [(48, 48)], [(32, 32)]], ids=['several', '48', '32'])
+def test_whitening_is_made_from_pictures_as_validation_shows_them(tmp_path, small, sizes):
+    dls = from_folder(write_pictures(tmp_path/'pictures', small, sizes), **augmenting)
+    test_dl = dls.test_dl(dls.train_ds.items, num_workers=0)
+    expected = torch.cat([x.as_subclass(torch.Tensor) for x, in test_dl])
+    assert torch.equal(first_images(dls), expected) and torch.equal(first_images(dls, 5), expected[:5])
+    filters = whitening_filters(expected)
+    learn = cifar_learner(dls, precision='fp32').remove_cbs(ProgressCallback)
+    assert torch.allclose(learn.model.prep[0].weight[:len(filters)], filters, atol=1e-5)
+    learn.fit(1, 1e-3)
+    assert len(learn.recorder.history) == 1
 
 @pytest.mark.parametrize('pipeline', ['batch', 'item'])
-@pytest.mark.parametrize('num_workers', [0, 2])
-def test_files_of_several_sizes_and_kinds_are_predicted_together(pipeline, num_workers, small, small_dls, tiny_learner, tmp_path):
-    learn, paths = tiny_learner(small_dls(pipeline=pipeline)), []
-    for i, (mode, size) in enumerate([('RGB', (90, 60)), ('L', (32, 32)), ('RGBA', (20, 70)), ('I;16', (640, 480)), ('RGB', (32, 32))]):
-        paths.append(tmp_path/f'{i}.png')
-        some_photo(mode, size).save(paths[-1])
-    probs, _ = learn.get_preds(dl=learn.dls.test_dl(paths, bs=2, num_workers=num_workers))
-    assert torch.allclose(probs, torch.stack([by_the_command(learn, small, path) for path in paths]), atol=1e-5)
-    arrays = [np.asarray(some_photo('RGB', (64, 64))), np.asarray(some_photo('RGB', (64, 64)))[::-1].copy()] # square, and all of one size
-    probs, _ = learn.get_preds(dl=learn.dls.test_dl(arrays, num_workers=num_workers))
-    assert torch.allclose(probs, torch.stack([learn.predict(Image.fromarray(x))[2] for x in arrays]), atol=1e-5)
+def test_the_whitening_of_our_own_batches_has_not_changed(small, small_dls, pipeline):
+    dls = small_dls(pipeline=pipeline)
+    whole = dls.valid.after_batch((TensorImage(torch.from_numpy(small.train_x).permute(0, 3, 1, 2)),))[0]
+    before = [random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    assert torch.equal(first_images(dls), whole.as_subclass(torch.Tensor))
+    assert before == [random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    set_seed(0)
+    model = whiten_first_layer(CustomResNet(ghost=32, logit_scale=.125), whole.as_subclass(torch.Tensor))
+    set_seed(0)
+    assert same(cifar_learner(dls).model.state_dict(), model.state_dict())
 
-def test_an_exported_learner_predicts_a_photo_in_another_process(small, tiny_learner, tmp_path):
-    learn = tiny_learner()
-    learn.path = tmp_path
-    learn.export('learner.pkl')
-    some_photo('RGBA').save(tmp_path/'photo.png')
-    code = """
-import json, sys
-from fastai.vision.all import load_learner
-learn = load_learner('learner.pkl')
-with learn.no_bar():
-    probs = [learn.predict('photo.png')[2], learn.get_preds(dl=learn.dls.test_dl(['photo.png', 'photo.png'], num_workers=0))[0][1]]
-print(json.dumps([p.tolist() for p in probs]))
-"""
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for probs in json.loads(done.stdout.splitlines()[-1]):
-        assert np.allclose(probs, by_the_command(learn, small, tmp_path/'photo.png'), atol=1e-5)
+class Inverted(RandTransform):
+    "Training images alone have their colours inverted"
+    def encodes(self, x:PILImage): return PILImage.create(255 - np.asarray(x))
+
+def a_torchvision_set(small, transform, n=12):
+    "torchvision's CIFAR-10, with a few of the small images in place of its files"
+    data = CIFAR10.__new__(CIFAR10)
+    VisionDataset.__init__(data, '.', transform=transform)
+    data.data, data.targets, data.classes = small.train_x[:n], small.train_y[:n].tolist(), small.vocab
+    return data
+
+def from_elsewhere(kind, small):
+    "`DataLoaders` of the first 12 training images, which training shows inverted where the kind of data set can"
+    x, y = small.train_x[:12], small.train_y[:12].tolist()
+    plain, inverted = transforms.ToTensor(), transforms.Compose([transforms.ToTensor(), lambda x: 1 - x])
+    tensors = TensorDataset(torch.from_numpy(x).permute(0, 3, 1, 2)/255, torch.tensor(y))
+    if kind == 'Datasets':
+        tfms = [[lambda i: x[i], PILImage.create, Inverted()], [lambda i: small.vocab[y[i]], Categorize(small.vocab)]]
+        dsets = Datasets(list(range(12)), tfms, splits=(list(range(12)), [0, 1]))
+        return dsets.dataloaders(bs=4, num_workers=0, after_item=[ToTensor], after_batch=[IntToFloatTensor])
+    if kind == 'torchvision':
+        sets = a_torchvision_set(small, inverted), a_torchvision_set(small, plain)
+        return DataLoaders.from_dsets(*sets, bs=4, num_workers=0)
+    if kind == 'torchvision, parts':
+        sets = Subset(a_torchvision_set(small, inverted), range(12)), Subset(a_torchvision_set(small, plain), range(4))
+        return DataLoaders.from_dsets(*sets, bs=4, num_workers=0)
+    if kind == 'tensors': return DataLoaders.from_dsets(tensors, tensors, bs=4, num_workers=0)
+    if kind == 'tensors, training only': return DataLoaders.from_dsets(tensors, bs=4, num_workers=0)
+    if kind == 'torch': return DataLoaders(torch.utils.data.DataLoader(tensors, 4, shuffle=True), torch.utils.data.DataLoader(tensors, 4))
+    if kind == 'stream': return DataLoaders(torch.utils.data.DataLoader(Stream(tensors), 4), torch.utils.data.DataLoader(tensors, 4))
+
+class Stream(IterableDataset):
+    def __init__(self, items): self.items = items
+    def __iter__(self): return iter(self.items)
+
+kinds = ['Datasets', 'torchvision', 'torchvision, parts', 'tensors', 'tensors, training only', 'torch', 'stream']
+
+@pytest.mark.parametrize('kind', kinds)
+def test_first_images_are_not_augmented_whatever_loads_them(small, kind):
+    dls = from_elsewhere(kind, small)
+    images, loaded = first_images(dls, 10), torch.from_numpy(small.train_x[:10]).permute(0, 3, 1, 2)/255
+    assert torch.allclose(images, loaded) and type(images) is torch.Tensor
+    if kind in ('Datasets', 'torchvision'): # and training still sees them inverted
+        x = dls.train.after_batch(dls.train.do_batch([dls.train.after_item(dls.train_ds[i]) for i in range(10)]))[0]
+        assert torch.allclose(x, 1 - loaded, atol=1e-6)
+
+@pytest.mark.filterwarnings('ignore:.*ChannelsLast')
+@pytest.mark.parametrize('kind', ['Datasets', 'torchvision', 'torchvision, parts', 'tensors', 'torch'])
+def test_a_learner_trains_on_data_from_elsewhere(small, kind):
+    dls = from_elsewhere(kind, small)
+    if kind in ('tensors', 'torch'):
+        with pytest.raises(ValueError, match='dls.c'): cifar_learner(dls)
+        dls.c = 10
+    learn = cifar_learner(dls, precision='fp32').remove_cbs(ProgressCallback)
+    assert learn.model.fc.out_features == 10
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.history[0]['valid_loss'])
+
+@pytest.mark.parametrize('sizes, kwargs, said', [([(48, 48)], {}, '3×48×48.*Resize'), ([(48, 48)], dict(item_tfms=Resize(40)), '3×40×40.*Resize'),
+    ([(32, 32), (40, 40)], {}, '(several sizes|3×40×40).*Resize'), ([(32, 32)], dict(img_cls=PILImageBW), '1×32×32')])
+def test_images_that_the_default_model_does_not_take_are_refused(tmp_path, small, tiny_net, sizes, kwargs, said):
+    dls = from_folder(write_pictures(tmp_path/'pictures', small, sizes), **kwargs)
+    with pytest.raises(ValueError, match=said): cifar_learner(dls)
+
+def test_images_of_another_size_are_for_another_model(tmp_path, small, tiny_net):
+    dls = from_folder(write_pictures(tmp_path/'pictures', small, [(48, 48)]))
+    learn = cifar_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 3))).remove_cbs(ProgressCallback)
+    learn.fit(1, 1e-3)
+
+@pytest.mark.parametrize('block', [MultiCategoryBlock(vocab=['a', 'b']), RegressionBlock()], ids=['several classes', 'numbers'])
+def test_targets_that_are_not_one_class_an_image_are_refused(small, tiny_net, block):
+    target = lambda i: ['a', 'b'][:i % 3] if block.type_tfms and 'Multi' in str(block.type_tfms) else i/2
+    data = DataBlock((ImageBlock, block), get_x=lambda i: small.train_x[i], get_y=target, splitter=RandomSplitter(seed=0))
+    dls = data.dataloaders(range(12), bs=4, num_workers=0)
+    for model in (None, tiny_net(2)):
+        with pytest.raises(ValueError, match='one class'): cifar_learner(dls, model)
