@@ -68,7 +68,8 @@ def _fresh_compose(): # -> class; inside a function, so that albumentations is i
             rng = np.random.default_rng(seed)
             self.set_random_state(rng, random.Random(int(rng.integers(2**63))))
 
-        def to_dict_private(self): return super().to_dict_private() | dict(__class_fullname__='Compose')
+        def to_dict_private(self): # albumentations' `from_dict` knows its own class
+            return super().to_dict_private() | dict(__class_fullname__='Compose')
 
         def __reduce__(self): return _empty_pipeline, (), self.__dict__
     return FreshCompose
@@ -83,8 +84,8 @@ def item_pipeline(
 ): # -> `albumentations.Compose` on `uint8` images (H, W, 3)
     """Return `aug` as an albumentations pipeline, without flips that alternate.
 
-    It draws from fresh entropy, or as its `set_random_seed` or `set_random_state` says. In a worker of a torch `DataLoader`
-    the draws follow the worker's seed as well, and in any other process that gets a copy they are fresh again."""
+    It draws from fresh entropy, or as its `set_random_seed` or `set_random_state` says. In a worker of a torch
+    `DataLoader` the draws follow the worker's seed, too, and in any other process that gets a copy they are fresh."""
     A = _albumentations()
     import cv2
     fill = tuple(round(255*m) for m in mean)

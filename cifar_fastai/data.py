@@ -350,92 +350,112 @@ def load_cifar10(
 max_pixels = 25_000_000 # of a picture that is to be decoded; a JPEG may have more when it can be decoded smaller
 max_bytes = 50_000_000 # of its file
 
-picture_formats = 'PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF' # others are not tried: EPS would be a program to run, an icon may hold any picture
-
-@contextmanager
-def _decoding(name):
-    "Have whatever a decoder raises, at what it was not made for, become a `ValueError` that names the picture"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # of Pillow, about what is odd and can be read
-            yield
-    except UnidentifiedImageError: raise ValueError(f'{name} is no image that can be read: it is none of {", ".join(picture_formats)}') from None
-    except Exception as e: raise ValueError(f'{name} is no image that can be read: {" ".join(str(e).split()) or type(e).__name__}') from None
-
-def _read_content(content, name='the picture'): # of a file -> `uint8` (32, 32, 3)
-    if len(content) > max_bytes: raise ValueError(f'{name} has more than {max_bytes:,} bytes: give a smaller picture')
-    with _decoding(name), Image.open(io.BytesIO(content), formats=picture_formats) as img: return _as_network_takes_it(img, content)
+# others are not tried: EPS would be a program to run, an icon may hold any picture
+picture_formats = 'PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF'
 
 def read_image(path): # -> `uint8` (32, 32, 3)
-    "Any picture as the network takes it: shorter side to 32, centre crop, RGB; raises `FileNotFoundError` or `ValueError`"
+    """Read any picture as the network takes it: shorter side to 32, centre crop, RGB.
+    Raises `FileNotFoundError` or `ValueError`"""
     path = Path(path)
-    if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)): raise ValueError(f'{str(path)!a} has a name with a line break or another control character: give it another')
+    if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)):
+        raise ValueError(f'{str(path)!a} has a name with a line break or another control character: give it another')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
     if not path.is_file(): raise ValueError(f'{path} is no file')
     with open(path, 'rb') as f: content = f.read(max_bytes + 1)
     return _read_content(content, path)
 
-def _is_animated(img): # a camera's MPO is a photo and its preview
-    try: return getattr(img, 'is_animated', False) and img.format != 'MPO'
-    except ValueError: return False # its file is closed, and one frame is there
+def _read_content(content, name='the picture'): # of a file -> `uint8` (32, 32, 3)
+    if len(content) > max_bytes: raise ValueError(f'{name} has more than {max_bytes:,} bytes: give a smaller picture')
+    with _decoding(name), Image.open(io.BytesIO(content), formats=picture_formats) as img:
+        return _as_network_takes_it(img, content)
 
-def _as_network_takes_it(img, content=None): # a picture, and its file while it is still to be decoded -> upright, 8 bits a channel, on white where it is transparent, 32×32
+@contextmanager
+def _decoding(name):
+    "Raise whatever a decoder raises, at what it was not made for, as a `ValueError` that names the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of Pillow, about what is odd and can be read
+            yield
+    except Exception as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, UnidentifiedImageError): reason = f'it is none of {", ".join(picture_formats)}'
+        raise ValueError(f'{name} is no image that can be read: {reason}') from None
+
+# %% ../nbs/02_data.ipynb #5e92c7b2
+def _shrink_or_refuse(img, content): # a picture, and its file while it is still to be decoded, else `None`
+    "Have a large JPEG decoded smaller; raise `ValueError` for what is too large or would be misread"
     passes = content.count(b'\xff\xda') if content and img.info.get('progressive') else 1 # over all of its pixels
-    if content and img.width*img.height > 4_000_000 and passes == 1: img.draft('RGB', (512, 512)) # a JPEG at an eighth to a half of its size
-    if img.width*img.height > max_pixels: raise ValueError(f'{img.width}×{img.height} pixels are more than {max_pixels:,}')
-    if img.width*img.height*passes > 16*max_pixels: raise ValueError(f'{img.width}×{img.height} pixels in {passes} passes are too much work')
+    large = img.width*img.height > 4_000_000
+    if content and large and passes == 1: img.draft('RGB', (512, 512)) # a JPEG at an eighth to a half of its size
+    size, pixels = f'{img.width}×{img.height} pixels', img.width*img.height
+    if pixels > max_pixels: raise ValueError(f'{size} are more than {max_pixels:,}')
+    if pixels*passes > 16*max_pixels: raise ValueError(f'{size} in {passes} passes are too much work')
     if _is_animated(img): raise ValueError('it is animated or has several pages: give one picture of it')
     if img.format == 'PNG' and img.mode != 'P' and 'transparency' in img.info:
         bits = content[24] if content else 16 if img.mode.startswith('I') else 8
         if bits != 8: raise ValueError(f'it has a transparent colour at {bits} bits a channel: give it 8')
-    if img.format == 'TIFF' and (img.mode == 'I' or img.mode.startswith('I;') and img.tag_v2.get(262) == 0): raise ValueError('its grey values are of 32 bits, or white is 0: give a PNG')
+    white_is_zero = img.format == 'TIFF' and img.mode.startswith('I;') and img.tag_v2.get(262) == 0
+    if white_is_zero or img.format == 'TIFF' and img.mode == 'I':
+        raise ValueError('its grey values are of 32 bits, or white is 0: give a PNG')
+    if img.mode == 'F': raise ValueError('its pixels are floating-point numbers: what is white cannot be told')
+
+def _is_animated(img): # a camera's MPO is a photo and its preview
+    try: return getattr(img, 'is_animated', False) and img.format != 'MPO'
+    except ValueError: return False # its file is closed, and one frame is there
+
+def _as_network_takes_it(img, content=None): # as for `_shrink_or_refuse` -> `uint8` (32, 32, 3)
+    "Decode a picture, and make it upright, 8 bits a channel, on white where it is transparent, 32×32"
+    _shrink_or_refuse(img, content)
     if content: ImageOps.exif_transpose(img, in_place=True)
     else: img = ImageOps.exif_transpose(img) # a copy: the caller's picture stays as it is
     if img.mode.startswith('I'): # 16 bits, of which Pillow would cut off what is over 255
         grey = np.asarray(img)
         if grey.min() < 0 or grey.max() > 65535: raise ValueError('its grey values are not of 16 bits')
         img = Image.fromarray((grey >> 8).astype(np.uint8))
-    if img.mode == 'F': raise ValueError('its pixels are floating-point numbers: what is white cannot be told')
     transparent = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
     img = ImageOps.fit(img.convert('RGBA' if transparent else 'RGB'), (32, 32))
     if transparent: img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
     return np.asarray(img)
 
 # %% ../nbs/02_data.ipynb #3f1c0a53
-def _from_array(x): # -> PIL image
-    "An array (H, W) or (H, W, C) with 1 to 4 channels: grey, grey and alpha, RGB, or RGBA"
-    if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
-    if 0 in x.shape or not (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (2, 3, 4)):
-        raise ValueError(f'its shape is {x.shape}: give (height, width) or (height, width, channels), 1 to 4 channels')
-    if x.dtype == np.uint16: x = x >> 8
-    elif x.dtype != np.uint8:
-        if x.dtype.kind not in 'biuf': raise ValueError(f'its dtype is {x.dtype}: give uint8')
-        low, high, most = x.min(), x.max(), 255 if x.dtype.kind in 'iu' else 1
-        if not 0 <= low <= high <= most: raise ValueError(f'its {x.dtype} values go from {low:g} to {high:g}: give uint8, or floats from 0 to 1')
-        if most == 1: x = np.rint(x*255.)
-    return Image.fromarray(np.ascontiguousarray(x, dtype=np.uint8))
-
 class NetworkImage(PILImage):
     "fastai's `PILImage` with the 32×32 RGB pixels that `read_image` makes of any picture"
     @classmethod
     def create(cls, fn:Path|str|torch.Tensor|np.ndarray|bytes|Image.Image):
-        """From a path, the content of a file, a PIL image, an array (H, W) or (H, W, C), or a tensor, channels first.
-        `uint8`, 16 bits as `uint16`, floats from 0 to 1. Raises `FileNotFoundError` or `ValueError`"""
+        """Make one of a path, the content of a file, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W).
+
+        Arrays and tensors are `uint8`, `uint16` or floats from 0 to 1. Raises `FileNotFoundError` or `ValueError`."""
         if isinstance(fn, (str, Path)): pixels = read_image(fn)
         elif isinstance(fn, bytes): pixels = _read_content(fn)
         elif isinstance(fn, np.ndarray) and fn.dtype == np.uint8 and fn.shape == (32, 32, 3): pixels = fn
         else:
-            with _decoding(getattr(fn, 'filename', '') or 'the picture'):
-                if isinstance(fn, torch.Tensor): fn = _channels_last(fn)
-                pixels = _as_network_takes_it(_from_array(fn) if isinstance(fn, np.ndarray) else fn)
+            with _decoding(getattr(fn, 'filename', '') or 'the picture'): pixels = _as_network_takes_it(_as_pil(fn))
         return cls(Image.fromarray(pixels))
 
+def _as_pil(x): # PIL image, array or tensor -> PIL image
+    if isinstance(x, torch.Tensor): x = _channels_last(x)
+    if not isinstance(x, np.ndarray): return x
+    if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
+    if 0 in x.shape or not (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (2, 3, 4)): # grey and alpha, RGB, RGBA
+        raise ValueError(f'its shape is {x.shape}: give (height, width) or (height, width, channels), 1 to 4 channels')
+    if x.dtype == np.uint16: x = x >> 8
+    elif x.dtype != np.uint8: x = _as_bytes(x)
+    return Image.fromarray(np.ascontiguousarray(x, dtype=np.uint8))
+
+def _as_bytes(x):
+    "An array of whole numbers from 0 to 255, of floats from 0 to 1 or of truth values, from 0 to 255"
+    if x.dtype.kind not in 'biuf': raise ValueError(f'its dtype is {x.dtype}: give uint8')
+    low, high, highest = x.min(), x.max(), 255 if x.dtype.kind in 'iu' else 1
+    if not 0 <= low <= high <= highest:
+        raise ValueError(f'its {x.dtype} values go from {low:g} to {high:g}: give uint8, or floats from 0 to 1')
+    return x if highest == 255 else np.rint(x*255.)
+
 def _channels_last(x): # -> array
-    "A tensor as an array (H, W, C): fastai's image tensors have channels first, others where there are 1 to 4"
-    first = isinstance(x, TensorImageBase) or x.ndim == 3 and x.shape[-1] > 4
+    "A tensor as an array (H, W, C): fastai's image tensors have channels first, others where the last axis is longer"
+    first = x.ndim == 3 and (isinstance(x, TensorImageBase) or x.shape[-1] > 4)
     x = x.detach().as_subclass(torch.Tensor).cpu()
     if x.is_floating_point(): x = x.float()
-    return (x.permute(1, 2, 0) if first and x.ndim == 3 else x).numpy()
+    return (x.permute(1, 2, 0) if first else x).numpy()
 
 # %% ../nbs/02_data.ipynb #eb2ea697
 def _items(source, valid):
@@ -490,7 +510,7 @@ class SeededDL(TfmdDL):
         self.drawing, self.epoch = self.epoch, self.epoch + 1
         self.first, self.start = self.start, 0
         self.augments = [f for f in _steps(self.after_item) if hasattr(f, 'reseed')]
-        self.fake_l.generator = _WorkerSeeds() # in place of torch's global generator, which starting workers leaves alone
+        self.fake_l.generator = _WorkerSeeds() # in place of torch's global one, from which starting workers would draw
         self.fake_l.generator.manual_seed(int(np.random.default_rng((self.seed, self.drawing, 2)).integers(2**63)))
 
     def __iter__(self):
@@ -534,7 +554,8 @@ def lost_worker_in_words():
     except RuntimeError as e:
         said = str(e).split('\n\t')[-1] # without fastai's prefix
         if 'DataLoader worker (pid' not in said: raise
-        raise ChildProcessError(f'{said.split(". ")[0].strip(" .")}: try fewer num_workers if memory ran out, or 0 to see the error itself') from None
+        what = said.split('. ')[0].strip(' .')
+        raise ChildProcessError(f'{what}: give fewer num_workers if memory ran out, or 0 to see the error') from None
 
 # %% ../nbs/02_data.ipynb #542ae8ac
 def _normalize_bytes(x, mean, std):
@@ -552,8 +573,8 @@ class NormalizeBytes(Normalize):
 def _steps(tfms): # -> list of the transforms of a `Pipeline`, or of the function that stands in its place
     return list(getattr(tfms, 'fs', [tfms]))
 
-def _byte_normalizer(after_batch): # -> the `Normalize`, or `None`
-    "Do the batch transforms begin with fastai's `IntToFloatTensor` and `Normalize`, so that `NormalizeBytes` can do both at once?"
+def _byte_normalizer(after_batch): # -> `Normalize`, or `None` where another way leads to other numbers
+    "The `Normalize` directly behind a leading `IntToFloatTensor`, of which `NormalizeBytes` does both at once"
     first, then, *_ = [*_steps(after_batch), None, None]
     if type(first) is not IntToFloatTensor or type(then) is not Normalize: return None
     in_fp32 = all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in (then.mean, then.std))
@@ -566,7 +587,8 @@ def _only(tl, k, pairs, last):
     *before, f = tl.tfms.fs
     return last(f) and [type(g) for g in before] == [ItemGetter]*pairs and all(g.i == k for g in before)
 
-def _makes_image(f): return f.name in ('PILBase.create', 'NetworkImage.create') # an array as it is; `NetworkImage`: if it has the network's size
+def _makes_image(f): # of an array, with its pixels as they are; `NetworkImage` only where it has the network's size
+    return f.name in ('PILBase.create', 'NetworkImage.create')
 
 class Resident:
     "The images of a data set as two tensors, where batches are made from them"
@@ -632,10 +654,12 @@ class BatchDL(SeededDL):
         item_tfms = _steps(self.after_item) + _steps(self.before_batch)
         unknown = [f for f in item_tfms if type(f) not in (ItemAugment, ToTensor)]
         unknown += [f for f in item_tfms if type(f) is ItemAugment][1:]
-        unknown += [f for tl in self.dataset.tls for f in tl.tfms.fs if not (_makes_image(f) or type(f) in (ItemGetter, Categorize))]
+        type_tfms = [f for tl in self.dataset.tls for f in tl.tfms.fs if type(f) not in (ItemGetter, Categorize)]
+        unknown += [f for f in type_tfms if not _makes_image(f)]
         names = [f.name if type(f) is Transform else getattr(f, '__name__', type(f).__name__) for f in unknown]
         names += [name for name in self._item_methods if name in vars(self)] # given to `new`
-        if names: raise ValueError(f"the batch pipeline knows no transform {', '.join(names)} of items: give pipeline='item'")
+        if not names: return
+        raise ValueError(f"the batch pipeline knows no transform {', '.join(names)} of items: give pipeline='item'")
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dataset is None or dataset is self.dataset
@@ -650,8 +674,8 @@ class BatchDL(SeededDL):
     def decode(self, b):
         "As `TfmdDL.decode`, with pixels rounded to the nearest value and not cut off"
         if (then := _byte_normalizer(self.after_batch)) is None: return super().decode(b)
-        tfms = [NormalizeBytes(then.mean, then.std), *self.after_batch.fs[2:]]
-        return to_cpu(compose_tfms(self._retain_dl(b), tfms, is_enc=False, reverse=True, split_idx=self.after_batch.split_idx))
+        tfms, split_idx = [NormalizeBytes(then.mean, then.std), *self.after_batch.fs[2:]], self.after_batch.split_idx
+        return to_cpu(compose_tfms(self._retain_dl(b), tfms, is_enc=False, reverse=True, split_idx=split_idx))
 
     def _transformed(self, x, *y):
         "What `after_batch` makes of a batch of bytes"

@@ -142,7 +142,7 @@ def test_the_result_is_an_image_of_the_same_kind(img):
 # ---- in other processes
 
 workers = Path(__file__).with_name('workers.py')
-fork = pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='processes cannot be forked here')
+fork = pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
 
 def few_repeat(texts): return len(set(texts)) >= len(texts) - 2 # of 101,250 results, two may be the same by chance
 
@@ -182,12 +182,13 @@ def test_other_forked_processes_draw_afresh(img):
 @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
 def test_processes_of_another_start_method_draw_afresh(method, tmp_path):
     if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
-    done = subprocess.run([sys.executable, '-W', 'ignore', workers, 'augment', method, tmp_path], capture_output=True, text=True)
+    command = [sys.executable, '-W', 'ignore', workers, 'augment', method, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     epochs, elsewhere = json.loads(done.stdout)
     assert few_repeat(sum(epochs, [])) and few_repeat(elsewhere)
 
-@pytest.mark.parametrize('again', [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy])
+@pytest.mark.parametrize('again', [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy], ids=['pickle', 'deepcopy'])
 def test_a_copy_in_the_same_process_goes_on_where_the_pipeline_stands(again, img):
     pipeline = item_pipeline()
     twin = again(pipeline)
@@ -202,7 +203,8 @@ def test_a_pipeline_obeys_the_generators_it_is_given(img):
     assert with_state(1) == with_state(1) != with_state(2)
 
 def test_a_pipeline_is_described_as_albumentations_own():
-    assert albumentations.to_dict(item_pipeline())['transform']['__class_fullname__'] == 'Compose' # read back without this package
+    "So that it can be read back without this package"
+    assert albumentations.to_dict(item_pipeline())['transform']['__class_fullname__'] == 'Compose'
 
 # ---- refusals and picture
 

@@ -7,8 +7,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, Normalize, PILImage, ProgressCallback,
-                               RandomResizedCrop, TensorImage, Transform, accuracy, error_rate, load_learner, set_seed)
+from fastai.vision.all import (Brightness, Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, Flip,
+                               FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, MixUp,
+                               Normalize, Pipeline, PILImage, ProgressCallback, RandomResizedCrop, Resize, Rotate,
+                               Saturation, TensorImage, ToTensor, Transform, accuracy, aug_transforms, error_rate,
+                               load_learner, set_seed)
+from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,17 +243,158 @@ def test_an_unknown_item_transform_is_refused_and_not_left_out(small):
     block = DataBlock((ImageBlock, CategoryBlock), get_items=pairs, get_x=ItemGetter(0), get_y=ItemGetter(1), item_tfms=RandomResizedCrop(32))
     with pytest.raises(ValueError, match="RandomResizedCrop.*pipeline='item'"): block.dataloaders(small, dl_type=BatchDL)
 
+class Inverted(Transform):
+    "An item transform"
+    def encodes(self, x:PILImage): return PILImage.create(255 - np.asarray(x))
+
+def every_item(item): return item
+
+def add(dls, event, tfm): dls.add_tfms([tfm], event)
+
+def set_to(dls, event, tfms):
+    for dl in dls: setattr(dl, event, tfms)
+
+added_items = { # what is done -> (how, what the error names)
+    'add_tfms': (lambda dls: add(dls, 'after_item', Inverted()), 'Inverted'),
+    'add_tfms to train': (lambda dls: dls.add_tfms([Inverted()], 'after_item', 'train'), 'Inverted'),
+    'after_item.add': (lambda dls: dls.train.after_item.add(Inverted()), 'Inverted'),
+    'Resize': (lambda dls: dls.train.after_item.add(Resize(24)), 'Resize'),
+    'a function': (lambda dls: dls.train.after_item.add(Transform(every_item)), 'every_item'),
+    'before_batch': (lambda dls: add(dls, 'before_batch', Transform(every_item)), 'every_item'),
+    'another before_batch': (lambda dls: set_to(dls, 'before_batch', Pipeline([every_item])), 'every_item'),
+    'after_item a function': (lambda dls: set_to(dls, 'after_item', every_item), 'every_item'),
+    'another after_item': (lambda dls: set_to(dls, 'after_item', Pipeline([Inverted(), ToTensor()])), 'Inverted'),
+    'a second ItemAugment': (lambda dls: add(dls, 'after_item', ItemAugment()), 'ItemAugment'),
+    'in the data set': (lambda dls: dls.train_ds.tls[0].tfms.add(Inverted()), 'Inverted')}
+
+@pytest.mark.parametrize('how', added_items)
+def test_item_transforms_that_come_later_are_refused_when_a_pass_begins(how, dls):
+    change, name = added_items[how]
+    dls.one_batch()
+    change(dls)
+    for use in (lambda: list(dls.train), dls.one_batch, dls.show_batch):
+        with pytest.raises(ValueError, match=f"{name} .*pipeline='item'"): use()
+
+@pytest.mark.parametrize('name, changes', [
+    ('Inverted', dict(after_item=[Inverted(), ToTensor()])), ('every_item', dict(before_batch=every_item)),
+    ('create_batch', dict(create_batch=every_item))], ids=['after_item', 'before_batch', 'create_batch'])
+def test_item_transforms_of_a_new_dataloader_are_refused(name, changes, dls):
+    with pytest.raises(ValueError, match=f"{name} .*pipeline='item'"): dls.train.new(**changes)
+
+def test_a_subclass_of_the_augmentation_is_refused_and_not_taken_for_it(small):
+    class Other(ItemAugment):
+        def encodes(self, x:PILImage): return x
+    block = cifar_block(small.stats, small.vocab).new(item_tfms=Other())
+    with pytest.raises(ValueError, match="Other .*pipeline='item'"): block.dataloaders(small, dl_type=BatchDL)
+
+def test_item_transforms_act_where_items_are_made(small, small_dls, tmp_path):
+    plain = small_dls(pipeline='item').valid.one_batch()[0]
+    dls = small_dls(pipeline='item')
+    add(dls, 'after_item', Inverted())
+    inverted = dls.valid.one_batch()[0]
+    mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in small.stats)
+    assert torch.allclose(inverted*std + mean, 1 - (plain*std + mean), atol=1e-5)
+    Image.fromarray(small.test_x[0]).save(tmp_path/'a.png')
+    files = small_dls().test_dl([tmp_path/'a.png'], after_item=[Inverted(), ToTensor()], num_workers=0)
+    assert torch.allclose(files.one_batch()[0], inverted[:1], atol=1e-5)
+
 class Darker(Transform):
     order = 100
     def encodes(self, x:TensorImage): return x/2
+    def decodes(self, x:TensorImage): return x*2
 
 def test_further_batch_transforms_are_kept(small, dls):
     stats = small.stats
     block = cifar_block(stats, small.vocab)
     block.batch_tfms = [*block.batch_tfms, Darker()]
     darker = block.dataloaders(small, bs=16, dl_type=BatchDL)
-    assert [type(f) for f in darker.valid.after_batch.fs] == [NormalizeBytes, Darker]
     assert torch.allclose(darker.valid.one_batch()[0], dls.valid.one_batch()[0]/2)
+    decoded = darker.valid.decode(darker.valid.one_batch())[0]
+    assert np.array_equal(decoded.permute(0, 2, 3, 1).numpy(), small.test_x[:16])
+
+def test_the_batch_transforms_are_those_of_plain_fastai(dls):
+    for dl in dls: assert [type(f) for f in dl.after_batch.fs] == [IntToFloatTensor, Normalize]
+
+class Doubled(Transform):
+    "A batch transform before all others: it gets bytes"
+    order = 0
+    def encodes(self, x:TensorImage): return TensorImage((x.int()*2).clamp(max=255).byte())
+
+class Halved(Transform):
+    "One between the two that are done in one step elsewhere"
+    order = 50
+    def encodes(self, x:TensorImage): return x/2
+
+def without(dls, *types):
+    for dl in dls: dl.after_batch.fs = dl.after_batch.fs.filter(lambda f: not isinstance(f, types))
+
+def batch_tfms(dls, *tfms): set_to(dls, 'after_batch', Pipeline(tfms))
+
+def normalize(mean, std, dtype=torch.float32):
+    return Normalize(*(torch.full((1, 3, 1, 1), value, dtype=dtype) for value in (mean, std)))
+
+batch_changes = dict(
+    augmented=lambda dls: dls.add_tfms(aug_transforms(), 'after_batch'),
+    brighter=lambda dls: dls.add_tfms([Brightness(.5, p=1.), Rotate(p=1.)], 'after_batch', 0),
+    flipped=lambda dls: dls.train.after_batch.add(Flip(p=1.)),
+    saturated=lambda dls: dls.add_tfms([Saturation(.5, p=1.)], 'after_batch'),
+    first=lambda dls: dls.add_tfms([Doubled()], 'after_batch'),
+    between=lambda dls: dls.add_tfms([Halved()], 'after_batch'),
+    last=lambda dls: dls.add_tfms([Darker()], 'after_batch'),
+    not_normalized=lambda dls: without(dls, Normalize),
+    bytes_alone=lambda dls: without(dls, Normalize, IntToFloatTensor),
+    undivided=lambda dls: batch_tfms(dls, IntToFloatTensor(div=1), normalize(9., 2.)),
+    normalized_anew=lambda dls: batch_tfms(dls, IntToFloatTensor(), normalize(.1, .2), Halved()),
+    in_double=lambda dls: batch_tfms(dls, IntToFloatTensor(), normalize(.1, .2, torch.float64)),
+    bytes_normalized=lambda dls: batch_tfms(dls, normalize(9., 2.)),
+    function=lambda dls: set_to(dls, 'after_batch', every_item),
+    validation_alone=lambda dls: setattr(dls.train.after_batch[1], 'split_idx', 1))
+
+@pytest.mark.parametrize('change', batch_changes)
+def test_batch_transforms_act_as_where_fastai_applies_them(change, small):
+    def batches(dl_type):
+        block = cifar_block(small.stats, small.vocab, CropFlipCutout(pad=0, flip_p=0, cutout=0))
+        dls = block.dataloaders(small, bs=16, shuffle=False, num_workers=0, dl_type=dl_type, device=cpu)
+        dls.one_batch()
+        batch_changes[change](dls)
+        set_seed(0)
+        seen = [b for dl in dls for b in dl]
+        return seen, [dl.decode(dl.one_batch())[0] for dl in dls if isinstance(dl.after_batch, Pipeline)]
+    (ours, our_images), (theirs, their_images) = batches(BatchDL), batches(SeededDL) # `TfmdDL` would draw by itself
+    for (x, y), (x1, y1) in zip(ours, theirs, strict=True):
+        assert type(x) is type(x1) and x.dtype == x1.dtype and torch.equal(y, y1)
+        assert torch.allclose(x, x1, rtol=0, atol=1e-5) # rotations round in the order of memory
+    for x, x1 in zip(our_images, their_images, strict=True):
+        assert x.dtype == x1.dtype and (x - x1).abs().max() <= 1 # fastai cuts off, to a value that may be one less
+
+def test_statistics_that_are_not_given_are_those_of_a_batch(small):
+    block = cifar_block(small.stats, small.vocab, CropFlipCutout(pad=0, flip_p=0, cutout=0)).new(batch_tfms=Normalize())
+    x = block.dataloaders(small, bs=80, dl_type=BatchDL).one_batch()[0]
+    assert torch.allclose(x.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(x.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-3)
+
+def test_a_transform_that_is_added_within_an_epoch_acts_from_the_next_batch_on(dls):
+    batches = iter(dls.valid)
+    first = next(batches)[0]
+    dls.valid.after_batch.add(Darker())
+    assert next(batches)[0].abs().max() < .6*first.abs().max()
+
+def test_a_shuffle_of_ones_own_is_obeyed(small, dls):
+    dl = dls.train.new(shuffle_fn=lambda idxs: list(idxs)[::-1])
+    assert torch.cat([y for _, y in dl]).tolist() == small.train_y[::-1].tolist()
+
+@pytest.mark.parametrize('cb', [MixUp, CutMix])
+def test_callbacks_that_mix_batches_work(cb, tiny_learner):
+    learn, seen = tiny_learner(cbs=cb()), []
+    learn.model.register_forward_hook(lambda m, x, out: seen.append(x[0].shape))
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert len(seen) == 5 + 3 and np.isfinite(learn.recorder.history[0]['train_loss'])
+
+def test_show_batch_shows_what_batch_transforms_make(small, dls):
+    dls.add_tfms([Halved()], 'after_batch')
+    dls.valid.show_batch(max_n=4)
+    for ax, img in zip(plt.gcf().axes, small.test_x):
+        assert np.abs(np.asarray(ax.images[0].get_array(), int) - img/2).max() <= 1
 
 def test_normalising_bytes_is_what_fastai_does_in_two_steps(small):
     mean, std = small.stats

@@ -1,5 +1,5 @@
 """CIFAR-10 found, fetched, read, refused, cached, and made into `DataLoaders`."""
-import gzip, hashlib, io, json, multiprocessing, os, pickle, random, signal, subprocess, sys, tarfile, time
+import gzip, hashlib, io, json, multiprocessing, os, pickle, random, re, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +10,8 @@ from fastai.data.external import fastai_cfg
 from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
-from cifar_fastai.augment import CropFlipCutout
+from cifar_fastai.augment import CropFlipCutout, ItemAugment
+from cifar_fastai.cli import cifar_train
 from cifar_fastai.core import cifar10_classes, cifar10_stats, data_variable
 from cifar_fastai.data import (CIFAR10Data, cifar10_fingerprint, cifar_block, cifar_dls, fetch_cifar10, find_cifar10, first_of_each_class, load_cifar10,
                                load_digits, lost_worker_in_words, read_image, read_images)
@@ -472,7 +473,8 @@ def test_what_makes_no_sense_is_refused(small, change):
 @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
 def test_workers_of_another_start_method_give_the_same_batches(method, digits, tmp_path):
     if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
-    for i, size in enumerate([(32, 32), (50, 40), (64, 64)]): Image.fromarray(digits.test_x[i]).resize(size).save(tmp_path/f'{i}.png')
+    for i, size in enumerate([(32, 32), (50, 40), (64, 64)]):
+        Image.fromarray(digits.test_x[i]).resize(size).save(tmp_path/f'{i}.png')
     command = [sys.executable, '-W', 'ignore', Path(__file__).with_name('workers.py'), 'loaders', method, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -520,6 +522,18 @@ def test_a_worker_that_dies_is_one_sentence(small_dls):
     dls.add_tfms([Dies()], 'after_item')
     with pytest.raises(ChildProcessError, match=r'pid.*num_workers') as e, lost_worker_in_words(): list(dls.train)
     assert '\n' not in str(e.value)
+
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
+def test_a_run_whose_worker_dies_ends_with_one_sentence(small_archive, monkeypatch, tmp_path):
+    main, reseed = os.getpid(), ItemAugment.reseed
+    def die(self, *key):
+        if os.getpid() != main: os.kill(os.getpid(), signal.SIGKILL)
+        return reseed(self, *key)
+    monkeypatch.setattr(ItemAugment, 'reseed', die) # workers are forked
+    options = dict(data=small_archive, pipeline='item', num_workers=1, epochs=1, bs=16, lr_min=1e-3, lr_max=1e-2)
+    args = [word for name, value in options.items() for word in (f'--{name}', str(value))]
+    with pytest.raises(SystemExit) as e: cifar_train([*args, '--out', str(tmp_path/'run')])
+    assert re.search(r'^cifar_train: [^\n]*pid[^\n]*num_workers', e.value.code)
 
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match='^shape$'), lost_worker_in_words(): raise RuntimeError('shape')

@@ -487,3 +487,130 @@ def test_targets_that_are_not_one_class_an_image_are_refused(small, tiny_net, bl
     dls = data.dataloaders(range(12), bs=4, num_workers=0)
     for model in (None, tiny_net(2)):
         with pytest.raises(ValueError, match='one class'): cifar_learner(dls, model)
+
+# ---- pictures of any kind
+
+def some_photo(mode='RGB', size=(90, 60)):
+    "A picture that is not symmetric, and not of one colour in its corners"
+    w, h = size
+    rows, cols = np.mgrid[:h, :w]
+    rgb = np.stack([255*cols/w, 255*rows/h, 128 + 100*np.sin(rows/7 + cols/11)], axis=-1).astype(np.uint8)
+    img = Image.fromarray(rgb)
+    if mode in ('RGBA', 'LA'):
+        img = img.convert(mode)
+        img.putalpha(Image.fromarray((255*(rows/h)**2).astype(np.uint8)))
+    if mode == 'I;16': img = Image.fromarray((rows*700 + cols*100).astype(np.uint16))
+    return img.convert(mode) if img.mode != mode else img
+
+def rotated(orientation): # as a camera saves it
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return dict(exif=exif)
+
+photos = {
+    'RGB.jpg': {}, 'RGB.webp': {}, 'RGB.bmp': {}, 'L.png': {}, 'LA.png': {}, 'RGBA.png': {}, 'RGBA.tif': {},
+    'P.gif': {}, 'P.png': dict(transparency=7), '1.png': {}, 'I;16.png': {}, 'I;16.tif': {}, 'CMYK.jpg': {},
+    'CMYK.tif': {}, 'RGB-6.jpg': rotated(6), 'RGB-3.jpg': rotated(3), 'RGB-8.png': rotated(8), 'RGB-6.tif': rotated(6)}
+
+@pytest.fixture
+def photo(request, tmp_path):
+    path = tmp_path/request.param
+    some_photo(path.stem.split('-')[0]).save(path, **photos[request.param])
+    return path
+
+def as_given(path, kind):
+    if kind == 'PIL, loaded':
+        with Image.open(path) as img: img.load()
+        return img
+    return dict(str=str, Path=lambda p: p, bytes=lambda p: p.read_bytes(), PIL=Image.open)[kind](path)
+
+def by_the_command(learn, small, path): # what `cifar_predict` prints
+    return class_probabilities(learn.model, [read_image(path)], small.stats)[0]
+
+@pytest.mark.parametrize('photo', photos, indirect=True)
+def test_predict_sees_a_picture_as_the_command_does(photo, small, tiny_learner):
+    learn = tiny_learner()
+    expected = by_the_command(learn, small, photo)
+    for kind in 'str', 'Path', 'bytes', 'PIL', 'PIL, loaded':
+        given = as_given(photo, kind)
+        name, label, probs = learn.predict(given)
+        if kind == 'PIL': given.close()
+        assert torch.allclose(probs, expected, atol=1e-5), kind
+        assert name == small.vocab[label] == small.vocab[expected.argmax()]
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'I;16', '1'])
+def test_predict_takes_what_is_in_memory(mode, small, tiny_learner, tmp_path):
+    img, learn = some_photo(mode), tiny_learner()
+    array = np.asarray(img)
+    first = torch.from_numpy(array.copy().reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+    img.save(tmp_path/'a.png')
+    expected = by_the_command(learn, small, tmp_path/'a.png')
+    for given in array, first, TensorImage(first), img, PILImage(img.copy()):
+        assert torch.allclose(learn.predict(given)[2], expected, atol=1e-5), type(given)
+    assert np.array_equal(np.asarray(img), array) and type(img) is Image.Image # the picture given is left as it was
+
+def tensor_image(x): return TensorImage(torch.from_numpy(x).permute(2, 0, 1))
+
+@pytest.mark.parametrize('given', [
+    lambda x: x.astype(np.int64), lambda x: x/255, lambda x: (x/255).astype(np.float32),
+    lambda x: x.astype(np.uint16)*256, lambda x: tensor_image(x/255), lambda x: tensor_image(x.astype(np.int64)),
+    lambda x: tensor_image(x).bfloat16()/255],
+    ids=['int64', 'float64', 'float32', 'uint16', 'float tensor', 'int64 tensor', 'bf16 tensor'])
+def test_arrays_of_other_types_are_read_by_their_range(given, tiny_learner):
+    x, learn = np.array(some_photo()), tiny_learner()
+    assert torch.allclose(learn.predict(given(x))[2], learn.predict(x)[2], atol=1e-3) # bf16 has eight bits
+
+@pytest.mark.parametrize('given, words', [
+    (np.zeros((3, 40, 40), np.uint8), r'shape is \(3, 40, 40\)'), (np.zeros((0, 4, 3), np.uint8), 'shape is'),
+    (np.zeros(9, np.uint8), 'shape is'), (np.full((9, 9, 3), -1.), '-1'), (np.full((9, 9), 300), '300'),
+    (np.full((9, 9), np.nan), 'nan'), (np.full((9, 9), 'a'), 'dtype is'), (tensor_image(np.full((9, 9, 3), 2.)), '2'),
+    (Image.new('F', (40, 40)), 'floating-point'), (b'no picture', 'none of PNG')],
+    ids=['channels first', 'empty', 'one axis', 'negative', 'over 255', 'no numbers', 'text', 'over 1', 'F', 'bytes'])
+def test_predict_refuses_what_is_no_picture(given, words, tiny_learner):
+    with pytest.raises(ValueError, match=words): tiny_learner().predict(given)
+
+unreadable = {'nothing.png': FileNotFoundError, 'text.png': ValueError, 'folder': ValueError}
+
+@pytest.mark.parametrize('name, kind', unreadable.items())
+def test_files_that_cannot_be_read_are_refused_as_the_command_does(name, kind, tiny_learner, tmp_path):
+    (tmp_path/'text.png').write_text('no picture')
+    (tmp_path/'folder').mkdir()
+    learn = tiny_learner()
+    with pytest.raises(kind, match=name) as expected: read_image(tmp_path/name)
+    with pytest.raises(kind) as of_predict: learn.predict(tmp_path/name)
+    with pytest.raises(kind) as of_a_worker: learn.get_preds(dl=learn.dls.test_dl([tmp_path/name], num_workers=2))
+    assert str(of_predict.value) == str(of_a_worker.value) == str(expected.value)
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_pictures_of_several_sizes_and_kinds_are_predicted_together(
+        pipeline, num_workers, small, small_dls, tiny_learner, tmp_path):
+    learn, paths = tiny_learner(small_dls(pipeline=pipeline)), []
+    for mode, size in ('RGB', (90, 60)), ('L', (32, 32)), ('RGBA', (20, 70)), ('I;16', (640, 480)), ('RGB', (32, 32)):
+        paths.append(tmp_path/f'{len(paths)}.png')
+        some_photo(mode, size).save(paths[-1])
+    probs, _ = learn.get_preds(dl=learn.dls.test_dl(paths, bs=2, num_workers=num_workers))
+    assert torch.allclose(probs, torch.stack([by_the_command(learn, small, path) for path in paths]), atol=1e-5)
+    square = np.asarray(some_photo('RGB', (64, 64)))
+    arrays = [square, square[::-1].copy()] # of one size, which is not the network's
+    probs, _ = learn.get_preds(dl=learn.dls.test_dl(arrays, num_workers=num_workers))
+    assert torch.allclose(probs, torch.stack([learn.predict(Image.fromarray(x))[2] for x in arrays]), atol=1e-5)
+
+def test_an_exported_learner_predicts_a_photo_in_another_process(small, tiny_learner, tmp_path):
+    learn = tiny_learner()
+    learn.path = tmp_path
+    learn.export('learner.pkl')
+    some_photo('RGBA').save(tmp_path/'photo.png')
+    code = """
+import json, sys
+from fastai.vision.all import load_learner
+learn = load_learner('learner.pkl')
+with learn.no_bar():
+    probs = [learn.predict('photo.png')[2]]
+    probs += learn.get_preds(dl=learn.dls.test_dl(['photo.png']*2, num_workers=0))[0]
+print(json.dumps([p.tolist() for p in probs]))
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for probs in json.loads(done.stdout.splitlines()[-1]):
+        assert np.allclose(probs, by_the_command(learn, small, tmp_path/'photo.png'), atol=1e-5)

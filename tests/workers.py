@@ -1,4 +1,4 @@
-"""What test_data.py and test_augment.py have done by worker processes of another start method: `workers.py WHAT METHOD FOLDER`."""
+"""What test_data.py and test_augment.py have done by worker processes: `workers.py WHAT METHOD FOLDER`."""
 import hashlib, json, multiprocessing, sys
 from pathlib import Path
 
@@ -16,8 +16,10 @@ class Draws(Dataset):
     def __getitem__(self, i): return hashlib.sha256(self.pipeline(image=self.image)['image'].tobytes()).hexdigest()
 
 def drawn(pipeline, context, epochs=2, num_workers=2, persistent=False):
-    "What each epoch draws, a set of texts each"
-    dl = DataLoader(Draws(pipeline), 4, num_workers=num_workers, multiprocessing_context=context if num_workers else None, persistent_workers=persistent)
+    "What each epoch draws, a list of texts each"
+    if num_workers == 0: context = None
+    dl = DataLoader(Draws(pipeline), 4, num_workers=num_workers, multiprocessing_context=context,
+                    persistent_workers=persistent)
     return [[text for batch in dl for text in batch] for _ in range(epochs)]
 
 def put_one(pipeline, queue): queue.put(Draws(pipeline)[0])
@@ -46,9 +48,10 @@ def from_files(folder, num_workers): # as `get_preds` takes them
 if __name__ == '__main__':
     what, method, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     multiprocessing.set_start_method(method)
-    if method == 'forkserver': multiprocessing.set_forkserver_preload(['albumentations', 'cifar_fastai.data']) # imported once
+    multiprocessing.set_forkserver_preload(['albumentations', 'cifar_fastai.data']) # imported once
     if what == 'loaders': said = [[batches(n) for n in (0, 2)], [from_files(folder, n) for n in (0, 1)]]
     else:
-        pipeline, epochs = item_pipeline(), 2 if method == 'forkserver' else 1 # starting a spawned process takes seconds
-        said = [drawn(pipeline, method, epochs), [Draws(pipeline)[0], *drawn_elsewhere(pipeline, multiprocessing.get_context(method), epochs)]]
+        pipeline, n = item_pipeline(), 2 if method == 'forkserver' else 1 # starting a spawned process takes seconds
+        elsewhere = drawn_elsewhere(pipeline, multiprocessing.get_context(method), n)
+        said = [drawn(pipeline, method, epochs=n), [Draws(pipeline)[0], *elsewhere]]
     print(json.dumps(said))
