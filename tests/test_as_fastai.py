@@ -77,7 +77,7 @@ def test_an_idiom_of_training_gives_the_weights_of_plain_fastai(tiny_learner, pl
         with learn.no_bar(), learn.no_logging(): idioms[idiom](learn)
     assert_same(weights(ours), weights(plain), exact=False)
 
-@pytest.mark.parametrize('splitter, n', [(params, 1), (two_parts, 2), (three_parts, 3), (four_parts, 4)])
+@pytest.mark.parametrize('splitter, n', [(params, 1), (two_parts, 2), (three_parts, 3), (four_parts, 4)], ids='1234')
 def test_the_optimizer_has_the_groups_of_the_splitter(tiny_learner, plain_learner, splitter, n):
     ours, plain = tiny_learner(splitter=splitter), plain_learner(splitter=splitter)
     for learn in (ours, plain): learn.create_opt()
@@ -121,14 +121,14 @@ def test_the_hyper_parameters_are_those_of_fastais_adam(tiny_learner, plain_lear
     (dict(opt_func=partial(FusedAdam, betas=(.7, .9)), wd=.1), dict(wd=.1, mom=.7, sqr_mom=.9)),
     (dict(wd=.1, betas=(.8, .95), eps=1e-5), dict(wd=.1, mom=.8, sqr_mom=.95, eps=1e-5)),
     (dict(), dict(wd=.2, mom=.9, sqr_mom=.99, eps=1e-8)),
-], ids=str)
+], ids=['SGD', 'SGD with momentum', 'Adam', 'wrapped SGD', 'Adam, nothing given', 'FusedAdam', 'FusedAdam with betas', 'options', 'nothing'])
 def test_arguments_of_the_optimizer_are_honoured(tiny_learner, given, expected):
     learn = tiny_learner(**given)
     learn.fit(1, 1e-3)
     assert {k: learn.opt.hypers[0][k] for k in expected} == pytest.approx(expected)
 
 @pytest.mark.parametrize('given', [dict(betas=(.8, .95)), dict(eps=1e-3)], ids=str)
-@pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=str)
+@pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['SGD', 'Adam', 'wrapped AdamW'])
 def test_an_argument_that_the_optimizer_would_ignore_is_refused(tiny_learner, opt_func, given):
     [(name, value)] = given.items()
     with pytest.raises(ValueError) as e: tiny_learner(opt_func=opt_func, **given)
