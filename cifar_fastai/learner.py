@@ -25,7 +25,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNative
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
-from fastai.learner import AvgSmoothLoss
+from fastai.learner import AvgMetric, AvgSmoothLoss, ValueMetric
 from fastai.vision.all import (IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, DataLoader, DataLoaders, Datasets,
                                L, Learner, Pipeline, Recorder, accuracy, default_device, get_c, to_device, to_float)
 from fastcore.basics import chunked
@@ -55,6 +55,14 @@ class _Hypers(dict):
             set_item_pg(group, self.torch_name[name], value)
         super().__setitem__(name, value)
 
+class _AdamW(torch.optim.AdamW):
+    "torch's `AdamW` whose moments follow the memory format of the weights: the fused step reads both as they lie in memory"
+    def step(self, closure=None):
+        for p, state in self.state.items():
+            for name, moment in state.items():
+                if moment.shape == p.shape and moment.stride() != p.stride(): state[name] = torch.empty_like(p).copy_(moment)
+        return super().step(closure)
+
 class FusedAdam(OptimWrapper):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019): torch's `AdamW`, fused where torch has a fused kernel.
 
@@ -83,7 +91,7 @@ class FusedAdam(OptimWrapper):
                 groups.append(dict(params=rest, weight_decay=0.))
             self.parts.append(range(start, len(groups)))
         fused = next(p for ps in layer_groups for p in ps).device.type in ('cpu', 'cuda')
-        super().__init__(opt=torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
+        super().__init__(opt=_AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused))
 
     def _groups(self, idxs): return [self.opt.param_groups[i] for i in idxs] # looked up each time: loading replaces them
 
@@ -198,12 +206,22 @@ def _read(values): # numbers, tensors of one number, and whatever else metrics r
     numbers = iter(torch.stack([t.detach().float().reshape(()).to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
     return [next(numbers) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
 
+def _fetched(tensors): # of one number each -> the same on the processor, with one wait for all of them
+    return list(torch.stack([t.detach() for t in tensors]).cpu().unbind()) if tensors else []
+
+def _unique(names): # a name that is there already gets a number
+    return [name if names.index(name) == i else f'{name}_{names[:i + 1].count(name)}' for i, name in enumerate(names)]
+
 class EpochRecorder(Recorder):
-    "fastai's `Recorder` with means over the epoch for both sets, the learning rate, and a `history` that validation does not erase; it reads once an epoch"
+    """fastai's `Recorder` with means over the epoch for both sets, the learning rate, and a `history` that validation keeps.
+
+    Columns are those of fastai; the metrics of the training set, unless `train_metrics` is `False`, and the learning rate
+    follow. A part of an epoch that was cancelled has the means of the batches it saw in training, `nan` in validation.
+    Numbers are read from the device once an epoch."""
     name = 'recorder'
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, train_metrics=True, **kwargs):
+        super().__init__(train_metrics=train_metrics, **kwargs)
         self.smooth_loss = DeviceSmoothLoss(self.smooth_loss.beta)
 
     def before_fit(self):
@@ -212,13 +230,17 @@ class EpochRecorder(Recorder):
             if type(cb) is ProgressCallback: object.__setattr__(cb, '__class__', EpochProgress) # `learn.no_bar` puts fastai's back
         super().before_fit()
         for k, v in kept.items(): setattr(self, k, v) # this may be a validation; training starts its own lists
-        names = self.metrics.attrgot('name')
-        self.metric_names = L('epoch', 'lr', 'train_loss') + names.map('train_{}') + L('valid_loss') + names + L('time')
-        self.fresh, self.train_sums = True, None
+        self.of_valid_names = L('valid_loss') + self.metrics.attrgot('name') if self.valid_metrics else L()
+        self.of_train_names = self._train_mets[1:].attrgot('name').map('train_{}')
+        self.metric_names = L('epoch', 'train_loss') + self.of_valid_names + self.of_train_names + L('lr')
+        if self.add_time: self.metric_names.append('time')
+        self.fresh, self.train_sums, self.has_loss = True, None, False
 
     def before_epoch(self):
         super().before_epoch()
-        self.trained, self.n_read = False, len(self.losses)
+        self.trained, self.n_read, self.start_epoch = False, len(self.losses), time.time()
+        self.of_train, self.of_valid = [], []
+        for met in self._train_mets: met.reset()
 
     def before_train(self):
         if self.fresh:
@@ -227,25 +249,40 @@ class EpochRecorder(Recorder):
         self.trained, self.train_sums = True, None
         for met in self._train_mets: met.reset()
 
+    def after_loss(self): self.has_loss = True
+
     def after_batch(self):
-        if self.training and len(self.yb): self.smooth_loss.accumulate(self.learn)
-        super().after_batch()
+        if not len(self.yb): return
+        if self.has_loss: # a batch may be cancelled before it
+            for met in self._train_mets if self.training else self._valid_mets: met.accumulate(self.learn)
+        self.has_loss = False
+        if not self.training: return
+        self.smooth_loss.accumulate(self.learn)
+        self.lrs.append(self.opt.hypers[-1]['lr'])
+        self.losses.append(self.smooth_loss.value)
+        self.learn.smooth_loss = self.smooth_loss.value
 
     def after_train(self):
         self.train_sums = self._sums() # validation sums in the same metrics
-        self.log += [self.lrs[-1] if self.lrs else float('nan'), *(met.value for met in self._train_mets)]
+        self.of_train = [met.value for met in self._train_mets]
 
-    def after_validate(self): self.log += [met.value for met in self._valid_mets]
+    def after_validate(self): self.of_valid = [met.value for met in self._valid_mets]
 
     def after_epoch(self):
-        self.log = L(_read(self.log))
         if not self.trained: # `validate` and `get_preds`
-            self.learn.final_record = self.log[1:].copy()
+            self.learn.final_record = L(_read(self.of_valid))
             return
-        self.losses[self.n_read:] = _read(self.losses[self.n_read:])
+        train_loss, *of_train = self.of_train or [met.value for met in self._train_mets]
+        of_valid = self.of_valid or [math.nan]*len(self.of_valid_names)
+        row = _read([train_loss, *of_valid, *of_train]) + [self.lrs[-1] if self.lrs else math.nan]
+        self.log += [math.nan if value is None else value for value in row]
+        self.losses[self.n_read:] = _fetched(self.losses[self.n_read:])
         seconds = time.time() - self.start_epoch
         super().after_epoch()
-        self.history.append({**dict(zip(self.metric_names, [self.epoch + 1, *self.values[-1]])), 'seconds': seconds})
+        names = [*self.of_valid_names, *self.of_train_names]
+        row = dict(zip(_unique(['epoch', 'train_loss', *names, 'lr']), [self.epoch + 1, *self.values[-1]]))
+        first = {name: row[name] for name in ('epoch', 'lr', 'train_loss', *_unique(list(self.of_train_names)))}
+        self.history.append(first | row | dict(seconds=seconds))
 
     def state_dict(self): # -> JSON-ready dict
         "Where it stands, also in the middle of an epoch"
@@ -257,7 +294,8 @@ class EpochRecorder(Recorder):
 
     def load_state_dict(self, state):
         "Go on from there"
-        for name in ('lrs', 'losses', 'iters', 'history'): setattr(self, name, list(state[name]))
+        for name in ('lrs', 'iters', 'history'): setattr(self, name, list(state[name]))
+        self.losses = [torch.tensor(loss) for loss in state['losses']]
         self.values, (self.smooth_loss.count, val) = [L(v) for v in state['values']], state['smooth']
         as_tensor = partial(torch.tensor, device=self.dls.device) # a Python number would be rounded in another way
         self.smooth_loss.val = as_tensor(val)
@@ -265,10 +303,11 @@ class EpochRecorder(Recorder):
             if kept is not None: m.total, m.count = as_tensor(kept[0]) if kept[2] else kept[0], kept[1]
         self.fresh, self.n_read, self.start_epoch = False, len(self.losses), time.time() - state['seconds']
 
-    def after_fit(self): self.losses = _read(self.losses) # a fit that was cancelled, as `lr_find` does, has not read its last epoch
+    def after_fit(self): # a fit that was cancelled, as `lr_find` does, has not read its last epoch
+        self.losses = _fetched(getattr(self, 'losses', []))
 
     def plot_loss(self, *args, **kwargs):
-        self.losses = _read(self.losses) # an epoch that was interrupted has not read its own
+        self.losses = _fetched(self.losses) # an epoch that was interrupted has not read its own
         return super().plot_loss(*args, **kwargs)
 
     def print_row(self, log):
@@ -277,7 +316,8 @@ class EpochRecorder(Recorder):
         print(f'epoch {log[0] + 1} of {self.n_epoch}:', ', '.join(f'{n} {v}' for n, v in zip(self.metric_names[1:], shown)), flush=True)
 
     @property
-    def _train_mets(self): return L() if getattr(self, 'cancel_train', False) else L(self.loss) + self.metrics
+    def _train_mets(self): # a `ValueMetric` is no mean over the batches of a set
+        return L(self.loss) + (self.metrics.filter(lambda m: not isinstance(m, ValueMetric)) if self.train_metrics else L())
 
 class EpochProgress(ProgressCallback):
     "fastai's progress bars, with loss, accuracy so far and learning rate behind the one of the epoch, read twice a second"
@@ -296,9 +336,13 @@ class EpochProgress(ProgressCallback):
         self.pbar.update(self.iter + 1)
         if not self.training or time.monotonic() < self.due: return
         self.due = time.monotonic() + self.every
-        loss, *running = _read([self.smooth_loss, *(m.value for m in self.recorder.metrics)])
-        running = [f'{m.name} {v:.4f}' if isinstance(v, float) else f'{m.name} {v}' for m, v in zip(self.recorder.metrics, running)]
+        means = [m for m in self.recorder.metrics if isinstance(m, AvgMetric) and m.count] if self._has_means else []
+        loss, *values = _read([self.smooth_loss, *(m.value for m in means)])
+        running = [f'{m.name} {value:.4f}' for m, value in zip(means, values)]
         self.pbar.comment = ', '.join([f'loss {loss:.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
+
+    @property
+    def _has_means(self): return isinstance(self.recorder, EpochRecorder) and self.recorder.train_metrics
 
 # %% ../nbs/05_learner.ipynb #3b9e60c4
 def class_names(
@@ -529,7 +573,7 @@ def cifar_learner(
         loss_func = CrossEntropyLossFlat(label_smoothing=smoothing)
     elif label_smoothing is not None:
         raise ValueError(f'label_smoothing is {label_smoothing}, and loss_func is given: give one of the two')
-    if opt_func is None: opt_func, wd = FusedAdam, recipes[recipe]['wd'] if wd is None else wd
+    if opt_func is None: opt_func = partial(FusedAdam, wd=recipes[recipe]['wd'])
     opt_func, wd = _with_options(opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
     if model is None:
         model = CustomResNet(_n_classes(dls), ghost=recipes[recipe]['ghost'], logit_scale=recipes[recipe]['logit_scale'])
@@ -548,7 +592,7 @@ def _with_options(opt_func, wd, wd_bn_bias, **options): # -> (`opt_func` with wh
     given = {name: value for name, value in options.items() if value is not None}
     if getattr(opt_func, 'func', opt_func) is FusedAdam:
         if wd is not None: given['wd'] = wd
-        return partial(opt_func, **given, wd_bn_bias=wd_bn_bias), None
+        return partial(opt_func, **given, wd_bn_bias=wd_bn_bias), wd
     for name, value in given.items():
         raise ValueError(f'{name} is {value}, which only FusedAdam takes: give it to opt_func, as in partial(Adam, mom=0.9)')
     return opt_func, wd
@@ -616,10 +660,10 @@ def check_finite(learn:Learner): # of a fit with `EpochRecorder`
     "Raise `FloatingPointError`, naming epoch, step, learning rate and loss, when there has been a loss that is not finite"
     recorder = learn.recorder
     if not recorder.losses or math.isfinite(float(recorder.losses[-1])): return
-    recorder.losses = _read(recorder.losses)
-    step = next(i for i, loss in enumerate(recorder.losses) if not math.isfinite(loss))
+    losses = _read(recorder.losses)
+    step = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
     epoch, of_epoch = divmod(step, len(learn.dls.train))
-    raise FloatingPointError(f'the loss was {recorder.losses[step]} in epoch {epoch + 1}, step {of_epoch + 1}, '
+    raise FloatingPointError(f'the loss was {losses[step]} in epoch {epoch + 1}, step {of_epoch + 1}, '
                              f'at a learning rate of {recorder.lrs[step]:.2e}: {_remedy(learn)}')
 
 def _remedy(learn): # what to do when a number is no longer finite
@@ -696,8 +740,6 @@ class Checkpoints(Callback):
             for name, t in tensors.items():
                 if name.startswith('opt.'): moments.setdefault(int(name.split('.')[1]), {})[name.split('.', 2)[2]] = t
             opt.load_state_dict(dict(state=moments, param_groups=[{k: tuple(v) if k == 'betas' else v for k, v in group.items()} for group in facts['param_groups']]))
-            for p, state in opt.state.items(): # a fused step wants the moments in the memory format of the weights
-                opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in state.items()}
             for name, cb in self._others().items():
                 if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
             if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])

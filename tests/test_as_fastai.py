@@ -5,16 +5,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastai.vision.all import (SGD, Adam, Callback, CancelBatchException, CancelEpochException, CancelFitException,
-                               CancelTrainException, CrossEntropyLossFlat, GradientClip, Learner, OptimWrapper, ParamScheduler,
-                               ProgressCallback, ReduceLROnPlateau, SaveModelCallback, SchedCos, SchedExp, accuracy,
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ShowGraphCallback
+from fastai.vision.all import (SGD, Adam, BalancedAccuracy, Callback, CancelBatchException, CancelEpochException,
+                               CancelFitException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, F1Score,
+                               GradientClip, Learner, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
+                               ReduceLROnPlateau, RocAuc, SaveModelCallback, SchedCos, SchedExp, ValueMetric, accuracy,
                                load_learner, params, set_seed)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_fastai.augment import CropFlipCutout
-from cifar_fastai.learner import Autocast, Checkpoints, FiniteLoss, FusedAdam, cifar_learner, precision_of
+from cifar_fastai.learner import Autocast, Checkpoints, EpochRecorder, FiniteLoss, FusedAdam, cifar_learner, precision_of
 from cifar_fastai.models import load_pretrained
 from cifar_fastai.schedule import OneCycle, one_cycle_lr, range_test
 
@@ -247,6 +250,164 @@ def test_a_cycle_keeps_its_place_when_epochs_are_cut_short(tiny_learner):
     seen = Seen()
     tiny_learner().fit(4, cbs=[OneCycle(**cycle), Short(), seen])
     assert seen.lrs == pytest.approx([one_cycle_lr(step, 20, 4, 1e-4, 1e-2) for epoch in range(4) for step in range(5*epoch, 5*epoch + 3)])
+
+# ---- weight decay of one fit, memory format, frozen weights
+
+def test_the_weight_decay_of_one_fit_ends_with_it(tiny_learner, plain_learner):
+    for make in (tiny_learner, plain_learner):
+        learn = make(wd=.01)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 1e-3, wd=.5)
+            assert learn.opt.hypers[0]['wd'] == .5
+            learn.fit(1, 1e-3)
+        assert learn.opt.hypers[0]['wd'] == .01
+
+@pytest.mark.filterwarnings('ignore:Loading only the model')
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning')
+@pytest.mark.parametrize('change', [
+    lambda learn: learn.to_contiguous(),
+    lambda learn: (learn.to_contiguous(), learn.fit(1, 5e-3), learn.to_channelslast(use_amp=False)),
+    lambda learn: (learn.remove_cb(ChannelsLast), learn.model.to(memory_format=torch.contiguous_format)),
+    lambda learn: (learn.model.to(memory_format=torch.contiguous_format), learn.save('a'), learn.load('a', with_opt=True)),
+], ids=['to contiguous', 'and back', 'without the callback', 'saved and loaded'])
+def test_the_memory_format_may_change_between_fits(tiny_learner, plain_learner, tmp_path, change):
+    ours, plain = tiny_learner(path=tmp_path), plain_learner(path=tmp_path)
+    for learn in (ours, plain):
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 5e-3)
+            if learn is plain: plain.add_cb(ChannelsLast())
+            change(learn)
+            learn.fit(1, 5e-3)
+    assert_same(weights(ours), weights(plain), exact=False)
+
+# ---- what is recorded
+
+def means(learn): # valid_loss and accuracy of the validation set
+    return [float(value) for value in learn.validate()]
+
+def test_columns_stand_where_fastai_has_them(tiny_learner, plain_learner):
+    rows = []
+    for make in (tiny_learner, plain_learner):
+        learn = make()
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+        rows.append([row[1:3] for row in learn.recorder.values])
+        assert list(learn.recorder.metric_names)[:4] == ['epoch', 'train_loss', 'valid_loss', 'accuracy']
+        assert all(isinstance(loss, torch.Tensor) for loss in learn.recorder.losses)
+    for row, expected in zip(*rows, strict=True): assert list(row) == pytest.approx(list(expected), rel=1e-3)
+
+def test_the_validation_curve_is_the_validation_loss(tiny_learner):
+    class Seen(Callback):
+        order = ShowGraphCallback.order + 1
+        def after_epoch(self): drawn.append([row[1] for row in self.recorder.values])
+    drawn, learn = [], tiny_learner()
+    learn.fit(2, 1e-3, cbs=Seen())
+    assert drawn[-1] == [row['valid_loss'] for row in learn.recorder.history]
+
+@pytest.mark.parametrize('metric', [RocAuc(), F1Score(average='macro'), BalancedAccuracy()], ids=lambda m: type(m).__name__ + m.name)
+def test_a_metric_of_the_whole_set_is_not_asked_for_in_the_middle(small_dls, metric):
+    learn = cifar_learner(small_dls(bs=4), net(), 'fp32', metrics=metric) # with its progress bar
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.history[0][metric.name]) and np.isfinite(learn.recorder.history[0][f'train_{metric.name}'])
+
+def test_a_value_that_a_callback_computes_in_validation_is_one_of_validation(small_dls):
+    class Counts(Callback):
+        def after_validate(self): self.n = 10*(self.epoch + 1)
+    counts = Counts()
+    learn = cifar_learner(small_dls(), net(), 'fp32', cbs=counts, metrics=[accuracy, ValueMetric(lambda: counts.n, 'n')])
+    learn.fit(2, 1e-3)
+    assert [row['n'] for row in learn.recorder.history] == [10, 20] and 'train_n' not in learn.recorder.history[0]
+
+class Auxiliary(nn.Module):
+    "Two outputs in training, one in validation"
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, x): return (self.net(x), x) if self.training else self.net(x)
+
+def test_metrics_of_the_training_set_can_be_switched_off(small_dls):
+    loss = lambda out, y, **kwargs: nn.functional.cross_entropy(out[0] if isinstance(out, tuple) else out, y, **kwargs)
+    learn = cifar_learner(small_dls(), Auxiliary(), 'fp32', loss_func=loss)
+    learn.recorder.train_metrics = False
+    learn.fit(1, 1e-3)
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'lr', 'time']
+    assert 'accuracy' in learn.recorder.history[0] and 'train_accuracy' not in learn.recorder.history[0]
+
+class Cancels(Callback):
+    "Raise `error` at `event` of some training batch"
+    order = 20
+    def __init__(self, event, error, batch): self.event, self.error, self.batch = event, error, batch
+    def __call__(self, event):
+        if event == self.event and (self.batch is None or self.training and self.iter == self.batch): raise self.error()
+        return super().__call__(event)
+
+@pytest.mark.parametrize('batch', [0, 2, 4])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred'])
+def test_a_batch_that_is_skipped_counts_for_nothing(tiny_learner, event, batch):
+    right = []
+    class See(Callback):
+        order = 40
+        def after_loss(self):
+            if self.training: right.append((self.pred.argmax(1) == self.y).float())
+    learn = tiny_learner()
+    learn.fit(2, 1e-3, cbs=[Cancels(event, CancelBatchException, batch), See()])
+    expected = torch.cat(right[:4]), torch.cat(right[4:])
+    assert [row['train_accuracy'] for row in learn.recorder.history] == pytest.approx([o.mean().item() for o in expected])
+
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:Loading only the model')
+def test_an_epoch_that_is_cut_short_is_recorded_under_its_names(tiny_learner, tmp_path):
+    learn = tiny_learner(path=tmp_path)
+    cut = Cancels('after_batch', CancelTrainException, 2)
+    learn.fit(2, 1e-3, cbs=[cut, SaveModelCallback(monitor='accuracy')])
+    loss, acc = means(learn)
+    assert len(learn.recorder.history) == 2
+    best = max(row['accuracy'] for row in learn.recorder.history)
+    assert best == pytest.approx(acc) # the best weights were loaded at the end
+    assert all(0 < row['train_loss'] < 10 and 0 < row['valid_loss'] < 10 for row in learn.recorder.history)
+
+def test_a_validation_that_is_cancelled_leaves_no_number(tiny_learner):
+    class NoValidation(Callback):
+        def before_validate(self): raise CancelValidException
+    learn = tiny_learner()
+    learn.fit(1, 1e-3, cbs=NoValidation())
+    [row] = learn.recorder.history
+    assert np.isnan(row['valid_loss']) and np.isnan(row['accuracy']) and 0 < row['train_loss'] < 10
+
+def test_a_fit_that_is_cancelled_before_it_begins_ends_quietly(tiny_learner):
+    tiny_learner().fit(1, cbs=Cancels('before_fit', CancelFitException, None))
+
+def test_two_metrics_of_one_name_are_both_kept(tiny_learner):
+    learn = tiny_learner(metrics=[F1Score(average='macro'), F1Score(average='micro')])
+    learn.fit(1, 1e-3)
+    [row] = learn.recorder.history
+    assert {'f1_score', 'f1_score_2', 'train_f1_score', 'train_f1_score_2'} <= set(row)
+    assert row['f1_score'] != row['f1_score_2'] and [row['f1_score'], row['f1_score_2']] == list(learn.recorder.values[0])[2:4]
+
+def test_the_recorder_has_fastais_options(tiny_learner):
+    learn = tiny_learner()
+    learn.recorder.add_time = False
+    learn.fit(1, 1e-3)
+    assert 'time' not in learn.recorder.metric_names and learn.recorder.history[0]['seconds'] > 0
+    learn.recorder.valid_metrics = False
+    learn.fit(1, 1e-3)
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'train_accuracy', 'lr']
+
+@pytest.mark.parametrize('recorder', [Recorder, EpochRecorder, lambda: Recorder(train_metrics=True)])
+def test_the_recorder_can_be_exchanged(small_dls, recorder):
+    learn = cifar_learner(small_dls(), net(), 'fp32') # with its progress bar
+    learn.remove_cb(Recorder)
+    learn.add_cb(recorder())
+    learn.fit(2, 1e-3)
+    assert len(learn.recorder.values) == 2
+
+def test_batches_can_be_run_by_hand(tiny_learner):
+    learn = tiny_learner()
+    learn.create_opt()
+    with learn:
+        learn.model.train()
+        learn.training, learn.dl = True, learn.dls.train
+        learn.all_batches()
+    assert learn.opt.opt.state and len(learn.recorder.losses) == len(learn.dls.train)
 
 # ---- precision
 

@@ -412,7 +412,7 @@ def test_lr_find_and_get_preds_and_tta_and_show_results_work(small, tiny_learner
     learn = tiny_learner()
     with learn.no_logging(): learn.fit(1, 1e-3)
     assert learn.lr_find(num_it=13).valley > 0 and len(plt.gca().lines) >= 1
-    assert len(learn.recorder.losses) >= 10 and all(isinstance(loss, float) for loss in learn.recorder.losses) # those of the epoch that it breaks off, too
+    assert len(learn.recorder.losses) >= 10 and all(loss.device == cpu for loss in learn.recorder.losses) # those of the epoch that it breaks off, too
     probs, targs = learn.get_preds()
     assert probs.shape == (40, 10) and targs.tolist() == small.test_y.tolist()
     augmented = [learn.tta(n=1, beta=0)[0] for _ in range(2)]

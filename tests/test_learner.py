@@ -248,8 +248,8 @@ def test_each_epoch_has_a_line_where_there_is_no_bar(tiny_learner, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for i, line in enumerate(lines, 1):
-        assert line.startswith(f'epoch {i} of 2: lr 0.01, train_loss ')
-        assert all(name in line for name in ('train_accuracy', 'valid_loss', 'accuracy'))
+        assert line.startswith(f'epoch {i} of 2: train_loss ')
+        assert all(name in line for name in ('valid_loss', 'accuracy', 'train_accuracy', 'lr 0.01'))
 
 def test_the_bar_shows_loss_accuracy_and_rate(tiny_net, small_dls):
     learn, comments = cifar_learner(small_dls(), tiny_net(), 'fp32'), []
