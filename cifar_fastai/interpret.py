@@ -263,19 +263,20 @@ def _plot_matrix(
     "A confusion matrix with actual classes in rows. Where numbers of 7 points do not fit into their cells, colours stand alone"
     n, names = len(vocab), [_shorten(name) for name in vocab]
     side = min(max(6, .5*n), 15) # inches
-    label = .5 + max(_width(name, min(10, .9*72*side/n)) for name in names)
-    width, height = kwargs.pop('figsize', (side + label, side + label))
+    font = min(10, .8*72*side/n)
+    label = .5 + max(_width(name, font) for name in names)
+    width, height = kwargs.pop('figsize', None) or (side + label, side + label)
     cell = 72*(min(width, height) - label)/n # points
-    font = min(10, .9*cell)
     widest = max(_width(format(v, numbers), 1) for v in (matrix.min(), matrix.max())) if numbers else 1
     size = min(10, .5*cell, .8*cell/72/widest)
     shown = bool(numbers) and size >= 7
     fig = plt.figure(figsize=(width, height), **{'layout': 'constrained', **kwargs})
     ax = fig.add_subplot()
-    ConfusionMatrixDisplay(matrix, display_labels=names).plot(
-        ax=ax, cmap=cmap, colorbar=not shown, include_values=shown, values_format=numbers, xticks_rotation='vertical',
-        text_kw=dict(fontsize=size) if shown else None)
-    ax.tick_params(labelsize=font)
+    drawn = ConfusionMatrixDisplay(matrix, display_labels=names).plot(
+        ax=ax, cmap=cmap, colorbar=False, include_values=shown, values_format=numbers, xticks_rotation='vertical',
+        text_kw=dict(fontsize=size, in_layout=False) if shown else None)
+    if not shown: fig.colorbar(drawn.im_, ax=ax, shrink=.6, aspect=50, pad=.01)
+    ax.tick_params(labelsize=min(font, .8*cell))
     ax.set(title=title, xlabel='Predicted', ylabel='Actual')
     return fig
 
