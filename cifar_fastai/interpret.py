@@ -23,27 +23,15 @@ from fastai.vision.all import Callback, DataLoader, Learner, getcallable, noop
 from matplotlib.textpath import TextPath
 from PIL import Image
 from safetensors.torch import load_file, save
-from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
+from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 
 from .augment import CropFlipCutout
 from .core import TrainSettings, read_json, settings_from, write_whole
 from .data import cifar_dls, load_cifar10
-from .learner import bars_for_people, cifar_learner, class_names, load_weights, make_batch
+from .learner import bars_for_people, cifar_learner, class_names, in_order, load_weights, make_batch
 from .models import CustomResNet
-
-# %% ../nbs/06_interpret.ipynb #40f7c2d9
-def _in_order(dl):
-    "All images of a `DataLoader`, fastai's or torch's, in the order of its data set"
-    if hasattr(dl, 'new'): return dl.new(shuffle=False, drop_last=False)
-    if not hasattr(dl, 'dataset'): return dl
-    return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
-
-def _loader(dls, ds_idx):
-    if ds_idx >= len(dls) or not len(dls[ds_idx].dataset):
-        raise ValueError(f"the learner has no {('training', 'validation')[ds_idx] if ds_idx < 2 else 'such'} images "
-                         f'(ds_idx is {ds_idx}): give another ds_idx, or dl')
-    return _in_order(dls[ds_idx])
 
 # %% ../nbs/06_interpret.ipynb #7a62e0c3
 def _sum_to_one(probs): return bool((probs >= 0).all()) and bool(((probs.sum(dim=1) - 1).abs() < 1e-3).all())
@@ -54,17 +42,26 @@ def _probabilities(outputs, loss_func):
     probs = getcallable(loss_func, 'activation')(outputs)
     return probs if _sum_to_one(probs) else probs.softmax(dim=1)
 
-def _predict(learn, dl, act=None): # -> (outputs of the model, probabilities (N, classes), labels (N,), losses (N,)), plain tensors
-    "Run the model once; raises `ValueError` unless each image has one class, and the model an output for each class"
+def _images_of(dls, ds_idx): # -> `DataLoader`
+    dl = dls[ds_idx] if ds_idx < len(dls) else None
+    if dl is None or hasattr(dl.dataset, '__len__') and not len(dl.dataset):
+        kind = {0: 'training', 1: 'validation'}.get(ds_idx, 'such')
+        raise ValueError(f'the learner has no {kind} images (ds_idx is {ds_idx}): give another ds_idx, or dl')
+    return in_order(dl)
+
+def _predict(learn, dl, act=None): # -> (outputs, probabilities (N, classes), labels (N,), losses (N,)), plain tensors
+    "Run the model once; raises `ValueError` unless images have one class and the model an output a class"
     outputs, targs, losses = learn.get_preds(dl=dl, with_loss=True, act=noop)
     if not isinstance(targs, torch.Tensor) or targs.is_floating_point() or targs.numel() != len(targs):
         raise ValueError("the targets are not one class an image: fastai's Interpretation takes several labels or numbers")
     if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
-        raise ValueError(f'the model gives {tuple(getattr(outputs, "shape", ()))[1:]} for an image: it must give one number a class')
+        shape = tuple(getattr(outputs, 'shape', ()))[1:]
+        raise ValueError(f'the output of the model for an image is of shape {shape}: it must be one number a class')
     outputs, targs = (torch.as_tensor(o).as_subclass(torch.Tensor) for o in (outputs, targs))
     probs = _probabilities(outputs, learn.loss_func) if act is None else act(outputs)
     if probs.shape != outputs.shape or (probs < 0).any() or (probs > 1 + 1e-3).any():
-        raise ValueError(f'act gives {tuple(probs.shape)} from {probs.min():.3g} to {probs.max():.3g}: it must give probabilities')
+        given = f'{tuple(probs.shape)}, {probs.min():.3g} to {probs.max():.3g}'
+        raise ValueError(f'act gives {given}: it must give probabilities')
     return outputs, probs, targs.reshape(-1), losses
 
 # %% ../nbs/06_interpret.ipynb #b247074e
@@ -93,7 +90,7 @@ class CifarInterpretation(ClassificationInterpretation):
         Interpretation.__init__(self, learn, dl, losses, act) # its child takes a plain list of names for a list of vocabs
         self.probs, self.targs, self.decoded = probs, targs, probs.argmax(dim=1)
         names = list(map(str, class_names(dl) or (class_names(learn.dls) if learn else [])))
-        self.vocab = names + [str(i) for i in range(len(names), probs.shape[1])] # outputs without a name have their number
+        self.vocab = names + [str(i) for i in range(len(names), probs.shape[1])] # some outputs may have no name
 
     @classmethod
     def from_learner(cls,
@@ -102,8 +99,9 @@ class CifarInterpretation(ClassificationInterpretation):
         dl=None, # another `DataLoader`, with labels
         act=None, # what makes probabilities of the model's outputs; by default what suits the loss function
     ):
-        "Run the model over the data once, in its precision; raises `ValueError` unless each image has one class and the model an output a class"
-        dl = _loader(learn.dls, ds_idx) if dl is None else dl if isinstance(dl, DataLoader) else _in_order(dl)
+        "Run the model over the data once; raises `ValueError` unless images have one class and the model an output a class"
+        if dl is None: dl = _images_of(learn.dls, ds_idx)
+        elif not isinstance(dl, DataLoader): dl = in_order(dl) # fastai puts the order of its own right
         _, probs, targs, losses = _predict(learn, dl, act)
         return cls(learn, dl, probs, targs, losses, act)
 
@@ -127,13 +125,16 @@ class CifarInterpretation(ClassificationInterpretation):
         except Exception as e: raise ValueError(f'{path} holds no predictions: {" ".join(str(e).split())}') from None
         if kept.keys() != {'probs', 'targs', 'losses'}: raise ValueError(f'{path} holds no predictions, but {", ".join(kept) or "nothing"}')
         n = dl.n if hasattr(dl, 'n') else len(dl.dataset)
-        if len(kept['targs']) != n: raise ValueError(f"{path} has predictions of {len(kept['targs']):,} images, and these are {n:,}")
+        if len(kept['targs']) != n:
+            raise ValueError(f"{path} has predictions of {len(kept['targs']):,} images, and these are {n:,}")
         return cls(None, dl, **kept)
 
     def flip_averaged(self): # -> `CifarInterpretation`
-        "The same of logits that are averaged over each image and its mirror image: one more run of the model. `ValueError` without the network, or with an `act` whose probabilities do not sum to one"
+        """The same of logits that are averaged over each image and its mirror image: one more run of the model.
+
+        Raises `ValueError` without the network, or when the probabilities of an image do not sum to one."""
         if self.learn is None: raise ValueError('predictions from a file have no network to be asked again: take from_learner or from_run')
-        if not _sum_to_one(self.probs): raise ValueError('act gives probabilities that do not sum to one, and logits cannot be averaged: give act=None')
+        if not _sum_to_one(self.probs): raise ValueError('act gives probabilities that do not sum to one: leave it out')
         with self.learn.added_cbs(MirrorBatch()): outputs, mirrored, *_ = _predict(self.learn, self.dl, self.act)
         tiny = torch.finfo(mirrored.dtype).tiny
         logits = torch.stack([self.probs, mirrored]).clamp_min(tiny).log().mean(dim=0) # but for a constant in each row, which changes nothing
@@ -171,7 +172,8 @@ class CifarInterpretation(ClassificationInterpretation):
     def per_class(self): # -> `DataFrame`, a row a class
         "Precision, recall, F1 and number of images of each class"
         scores = precision_recall_fscore_support(self.targs, self.decoded, labels=range(len(self.vocab)), zero_division=0)
-        return pd.DataFrame(dict(zip(['precision', 'recall', 'f1', 'images'], scores)), index=pd.Index(self.vocab, name='class'))
+        index = pd.Index(self.vocab, name='class')
+        return pd.DataFrame(dict(zip(['precision', 'recall', 'f1', 'images'], scores)), index=index)
 
     def confusion_matrix(self): # -> counts (classes, classes), actual by predicted
         "How often each class (row) was taken for each (column)"
@@ -185,7 +187,8 @@ class CifarInterpretation(ClassificationInterpretation):
 
     def print_classification_report(self):
         "scikit-learn's report"
-        print(classification_report(self.targs, self.decoded, labels=range(len(self.vocab)), target_names=self.vocab, zero_division=0))
+        labels = range(len(self.vocab))
+        print(classification_report(self.targs, self.decoded, labels=labels, target_names=self.vocab, zero_division=0))
 
     def image(self, idx) -> np.ndarray: # `uint8` (H, W, 3)
         "Return the image at `idx` as the data set gives it"
@@ -218,9 +221,9 @@ class CifarInterpretation(ClassificationInterpretation):
 
 # %% ../nbs/06_interpret.ipynb #8cd6db62
 def _as_picture(x):
-    "A picture of a data set (PIL, array (H, W, C), tensor (C, H, W)) as `uint8` (H, W, 3); numbers beyond [0, 1] are scaled"
+    "PIL image, array (H, W, C) or tensor (C, H, W) as `uint8` (H, W, 3); floats beyond [0, 1] are scaled"
     if isinstance(x, Image.Image): x = x.convert('RGB')
-    if isinstance(x, torch.Tensor): x = x.detach().cpu().movedim(0, -1) if x.ndim == 3 else x.detach().cpu()
+    if isinstance(x, torch.Tensor): x = x.detach().cpu().movedim(0, -1) if len(x) in (1, 3, 4) else x.detach().cpu()
     x = np.asarray(x)
     if x.dtype.kind == 'f':
         low, high = min(0, x.min()), max(1, x.max())
@@ -229,7 +232,7 @@ def _as_picture(x):
     return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x
 
 def _width(text, size): # -> inches of the widest line in the font of the plots
-    return max(TextPath((0, 0), line, size=size).get_extents().width for line in (text or ' ').split('\n'))/72
+    return max(0, *(TextPath((0, 0), line, size=size).get_extents().width for line in text.split('\n')))/72
 
 def _shorten(text, n=36): # from the middle, since names of classes often differ in their ends
     return text if len(text) <= n else f'{text[:n//2 - 1]}…{text[-n//2:]}'
@@ -260,7 +263,7 @@ def _plot_matrix(
     title,
     **kwargs, # of `plt.figure`
 ): # -> `Figure`
-    "A confusion matrix with actual classes in rows. Where numbers of 7 points do not fit into their cells, colours stand alone"
+    "A confusion matrix with actual classes in rows; without numbers where those of 7 points do not fit into their cells"
     n, names = len(vocab), [_shorten(name) for name in vocab]
     side = min(max(6, .5*n), 15) # inches
     font = min(10, .8*72*side/n)
@@ -305,23 +308,23 @@ def _curves(history):
     curves = {}
     for column in numbers.columns.difference(['epoch', 'lr', 'time', 'seconds'], sort=False):
         prefix, _, name = column.partition('_')
-        if prefix not in ('train', 'valid'): name = column
+        if prefix not in ('train', 'valid') or not name: name = column
         curves.setdefault(name, {})['training' if prefix == 'train' else 'validation'] = numbers[column]
     return curves
 
 def plot_history(
     history, # rows as `learn.recorder.history` has them, or the `DataFrame` of a run's `history.csv`
 ): # -> `Figure`
-    "Loss and every metric over epochs, of both sets where both were recorded; `ValueError` when there is nothing to draw"
+    "Loss and every metric over epochs, of both sets where both were recorded; raises `ValueError` when there is none"
     history = pd.DataFrame(history)
     curves = _curves(history)
-    if not curves: raise ValueError(f'history has no losses or metrics but {len(history)} rows: give learn.recorder.history of a fit')
-    cols = min(len(curves), 2)
+    if not curves: raise ValueError(f'history has {len(history)} rows and no numbers: give learn.recorder.history')
+    epochs, cols = history.get('epoch', range(1, len(history) + 1)), min(len(curves), 2)
     rows = -(-len(curves)//cols)
     fig, axs = plt.subplots(rows, cols, figsize=(5*cols, 3.8*rows), squeeze=False, layout='constrained')
     for ax in axs.flat[len(curves):]: ax.remove()
     for ax, (name, sets) in zip(axs.flat, curves.items()):
-        for label, values in sets.items(): ax.plot(history.get('epoch', range(1, len(history) + 1)), values, marker='.', label=label)
+        for label, values in sets.items(): ax.plot(epochs, values, marker='.', label=label)
         ax.set(xlabel='epoch', ylabel=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.3); ax.legend()

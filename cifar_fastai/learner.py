@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['FusedAdam', 'scaled_optimizer', 'Autocast', 'best_precision', 'resolve_precision', 'precision_callbacks',
            'precision_of', 'keep_memory', 'DeviceSmoothLoss', 'EpochRecorder', 'EpochProgress', 'class_names',
-           'make_batch', 'first_images', 'Processes', 'CifarLearner', 'SetEpoch', 'bars_for_people', 'cifar_learner',
-           'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint', 'newest_checkpoint',
-           'check_finite', 'FiniteLoss', 'Checkpoints']
+           'make_batch', 'in_order', 'first_images', 'Processes', 'CifarLearner', 'SetEpoch', 'bars_for_people',
+           'cifar_learner', 'save_weights', 'load_weights', 'write_checkpoint', 'checkpoints_in', 'read_checkpoint',
+           'newest_checkpoint', 'check_finite', 'FiniteLoss', 'Checkpoints']
 
 # %% ../nbs/05_learner.ipynb #e8ff9678
 import ctypes, hashlib, json, math, random, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -349,10 +348,11 @@ def class_names(
     dl, # `DataLoaders` or one `DataLoader`, fastai's or torch's
 ) -> list: # empty where the data do not say
     "Return the names of the classes in label order: fastai's `vocab`, or `classes` of a torchvision data set"
-    names = list(getattr(dl, 'vocab', None) or ())
-    several = names and not isinstance(names[-1], str) and hasattr(names[-1], '__len__') # a vocab for each target
-    if names: return list(names[-1]) if several else names
-    dataset = getattr(dl, 'dataset', None) or getattr(dl, 'train_ds', None)
+    if (vocab := getattr(dl, 'vocab', None)) is not None and len(vocab):
+        names = list(vocab)
+        several = not isinstance(names[-1], str) and hasattr(names[-1], '__len__') # a vocab for each target
+        return list(names[-1]) if several else names
+    dataset = getattr(dl, 'dataset', None)
     while not hasattr(dataset, 'classes') and hasattr(dataset, 'dataset'): dataset = dataset.dataset # a `Subset`
     return list(getattr(dataset, 'classes', ()))
 
@@ -363,7 +363,8 @@ def _n_classes(dls):
 
 def _device_of(dls):
     "The device that a `Learner` trains on: that of `dls`, or fastai's default where the loaders are torch's"
-    return torch.device(getattr(dls, 'device', default_device()) or 'cpu')
+    device = getattr(dls, 'device', default_device())
+    return torch.device('cpu' if device is None else device)
 
 # %% ../nbs/05_learner.ipynb #84d2e6f9
 def _not_augmented(dataset, valid):
@@ -376,34 +377,55 @@ def _not_augmented(dataset, valid):
         dataset.transform, dataset.transforms = valid.transform, valid.transforms
     return dataset
 
+def _collate(make, items):
+    try: return make(items)
+    except RuntimeError:
+        sizes = sorted({'×'.join(map(str, x.shape)) for x, *_ in items})
+        if len(sizes) == 1: raise
+        sizes = ', '.join(sizes[:3])
+        raise ValueError(f'the images have several sizes ({sizes}): resize them, item_tfms=Resize(32)') from None
+
 def make_batch(
     dl, # `DataLoader`, fastai's or torch's
     items:list, # items of a data set
 ) -> tuple: # on the device of `dl`
-    "Return the batch that `dl` makes of items for validation, not augmented; raises `ValueError` when they have several sizes"
-    if not isinstance(dl, DataLoader): return dl.collate_fn(items)
+    "Return the batch that `dl` makes of items for validation; raises `ValueError` when they have several sizes"
+    if not isinstance(dl, DataLoader): return _collate(dl.collate_fn, items)
     dl = copy(dl)
     for event in ('after_item', 'before_batch', 'after_batch'):
         if isinstance(f := getattr(dl, event), Pipeline): setattr(dl, event, Pipeline(f, split_idx=1))
-    items = [dl.after_item(item) for item in items]
-    try: batch = dl.do_batch(items)
-    except RuntimeError:
-        sizes = sorted({'×'.join(map(str, x.shape)) for x, *_ in items})
-        if len(sizes) == 1: raise
-        raise ValueError(f"the images have several sizes ({', '.join(sizes[:3])}): give item_tfms=Resize(32)") from None
+    batch = _collate(dl.do_batch, [dl.after_item(item) for item in items])
     return dl.after_batch(batch if dl.device is None else to_device(batch, dl.device))
 
 def _is_indexed(dl):
+    "Can `dl` be asked for single items?"
     dataset = getattr(dl, 'dataset', None)
-    return hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset)
+    batched = getattr(dl, 'bs', getattr(dl, 'batch_size', None)) is not None
+    return batched and hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset)
+
+def in_order(dl):
+    "Return a loader of all items of a `DataLoader`, fastai's or torch's, in the order of its data set"
+    if hasattr(dl, 'new'): return dl.new(shuffle=False, drop_last=False)
+    if not _is_indexed(dl): return dl
+    idxs = getattr(dl.sampler, 'indices', None) # of a `SubsetRandomSampler`
+    dataset = dl.dataset if idxs is None else Subset(dl.dataset, sorted(map(int, idxs)))
+    return torch.utils.data.DataLoader(dataset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
 def _first_batches(dls, n):
     "The first `n` training items in batches, not augmented where that can be told apart"
-    train, valid = dls[0], dls[min(1, len(dls) - 1)]
-    if not _is_indexed(train): return list(islice(train, math.ceil(n/(getattr(train, 'batch_size', None) or 1))))
-    dataset = _not_augmented(train.dataset, getattr(valid, 'dataset', None))
-    with dataset.set_split_idx(1) if isinstance(dataset, Datasets) else nullcontext():
-        return [make_batch(valid, [dataset[i] for i in idxs]) for idxs in chunked(range(min(n, len(dataset))), 500)]
+    train, valid, batches, seen = dls[0], dls[min(1, len(dls) - 1)], [], 0
+    if not _is_indexed(train): # a stream, as it comes
+        for batch in train:
+            batches, seen = [*batches, batch], seen + len(batch[0])
+            if seen >= n: break
+    else:
+        dataset = train.dataset if isinstance(train, DataLoader) else in_order(train).dataset
+        dataset = _not_augmented(dataset, getattr(valid, 'dataset', None))
+        with dataset.set_split_idx(1) if isinstance(dataset, Datasets) else nullcontext():
+            for idxs in chunked(range(min(n, len(dataset))), 500):
+                batches.append(make_batch(valid, [dataset[i] for i in idxs]))
+    if not batches: raise ValueError('there are no training images')
+    return batches
 
 def first_images(
     dls:DataLoaders, # of `cifar_dls`, or any other
@@ -421,13 +443,16 @@ def _check_data(
 ):
     "Look at the first training image; raise `ValueError` when it or its target is something else"
     if not images and not (targets and _is_indexed(dls[0])): return
-    x, *y = _first_batches(dls, 1)[0]
+    batch = _first_batches(dls, 1)[0]
+    n_inp = getattr(dls, 'n_inp', max(1, len(batch) - 1)) # as in `Learner`
+    x, y = batch[0], batch[n_inp:]
     if images and tuple(x.shape[1:]) != (3, 32, 32):
         raise ValueError(f"the images are {'×'.join(map(str, x.shape[1:]))} and CustomResNet takes 3×32×32: "
                          'load them as RGB with item_tfms=Resize(32), or give a model')
-    if targets and not (len(y) == 1 and y[0].numel() == len(x) and not y[0].is_floating_point()):
-        shapes = ', '.join(f'{t.dtype} {tuple(t.shape[1:])}' for t in y)
-        raise ValueError(f'the target of an image is {shapes or "missing"} and must be one class: '
+    is_class = lambda t: isinstance(t, torch.Tensor) and t.numel() == len(t) and not t.is_floating_point()
+    if targets and not (len(y) == 1 and is_class(y[0])):
+        kinds = ', '.join(f'{getattr(t, "dtype", type(t).__name__)} {tuple(getattr(t, "shape", ()))[1:]}' for t in y)
+        raise ValueError(f'the target of an image is {kinds or "missing"} and must be one class: '
                          'give loss_func and a model for other targets')
 
 # %% ../nbs/05_learner.ipynb #e0405139
@@ -576,7 +601,7 @@ def cifar_learner(
     if opt_func is None: opt_func = partial(FusedAdam, wd=recipes[recipe]['wd'])
     opt_func, wd = _with_options(opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
     if model is None:
-        model = CustomResNet(_n_classes(dls), ghost=recipes[recipe]['ghost'], logit_scale=recipes[recipe]['logit_scale'])
+        model = CustomResNet(_n_classes(dls), **{name: recipes[recipe][name] for name in ('ghost', 'logit_scale')})
         if recipes[recipe]['whiten']: whiten_first_layer(model, first_images(dls).cpu())
     if compile: model.compile()
     device = _device_of(dls)

@@ -11,20 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss, FocalLoss
-from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, F1Score, FocalLossFlat, ImageBlock, ImageDataLoaders,
-                               IntToFloatTensor, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat,
-                               MultiCategoryBlock, Perplexity, ProgressCallback, RegressionBlock, Resize, RocAuc, ToTensor, accuracy,
-                               error_rate, set_seed, top_k_accuracy)
+from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, F1Score, FocalLossFlat, ImageBlock,
+                               ImageDataLoaders, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat,
+                               MultiCategoryBlock, Perplexity, ProgressCallback, RegressionBlock, Resize, RocAuc, accuracy, error_rate,
+                               top_k_accuracy)
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
-from torch.utils.data import TensorDataset
+from torch.utils.data import SubsetRandomSampler, TensorDataset
 
 from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, learner_from_run, load_run, plot_classes, plot_history, plot_images,
                                     plot_lrs)
-from cifar_fastai.learner import cifar_learner, save_weights
+from cifar_fastai.learner import cifar_learner, first_images, save_weights
 from cifar_fastai.schedule import OneCycle, bounds_from, plot_range_test
 from cifar_fastai.training import read_history
 
@@ -331,14 +331,17 @@ class LogOfProbabilities(nn.Module):
     reduction = 'mean'
     def forward(self, probs, targs): return F.nll_loss(probs.log(), targs, reduction=self.reduction)
 
-heads = {nn.Identity: [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy, FocalLoss(),
-                       FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()],
-         partial(nn.LogSoftmax, dim=1): [nn.NLLLoss(), F.nll_loss, BaseLoss(nn.NLLLoss)], partial(nn.Softmax, dim=1): [LogOfProbabilities()]}
-losses_and_heads = [pytest.param(loss, head(), id=getattr(loss, '__name__', repr(loss))) for head, losses in heads.items() for loss in losses]
+of_logits = [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy, FocalLoss(),
+             FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()]
+of_logarithms = [nn.NLLLoss(), F.nll_loss, BaseLoss(nn.NLLLoss)]
+pairs = [(loss, nn.Identity()) for loss in of_logits] + [(loss, nn.LogSoftmax(dim=1)) for loss in of_logarithms]
+pairs += [(LogOfProbabilities(), nn.Softmax(dim=1))]
+losses_and_heads = [pytest.param(loss, head, id=getattr(loss, '__name__', repr(loss))) for loss, head in pairs]
 
 def with_loss(learn, loss_func, head, dls=None):
     "A learner of the same network with another loss, and with what that wants at the end of the network"
-    return cifar_learner(dls or learn.dls, nn.Sequential(*learn.model, head), 'fp32', loss_func=loss_func).remove_cbs(ProgressCallback)
+    own = cifar_learner(dls or learn.dls, nn.Sequential(*learn.model, head), 'fp32', loss_func=loss_func)
+    return own.remove_cbs(ProgressCallback)
 
 @pytest.mark.parametrize('loss_func, head', losses_and_heads)
 def test_probabilities_are_those_of_the_network_whatever_the_loss(learn, predicted, loss_func, head):
@@ -347,18 +350,20 @@ def test_probabilities_are_those_of_the_network_whatever_the_loss(learn, predict
     interp = CifarInterpretation.from_learner(own)
     assert np.allclose(interp.probs, probs, atol=1e-5) and (interp.decoded.numpy() == decoded).all()
     plain = [[t.as_subclass(torch.Tensor) for t in batch] for batch in own.dls.valid]
-    with own.loss_not_reduced(), torch.no_grad(): expected = torch.cat([own.loss_func(own.model.eval()(x), y) for x, y in plain])
+    with own.loss_not_reduced(), torch.no_grad():
+        expected = torch.cat([own.loss_func(own.model.eval()(x), y) for x, y in plain])
     assert torch.allclose(interp.losses, expected, atol=1e-5)
     assert all(0 <= m.probability <= 1 for m in interp.misclassified())
     interp.plot_misclassified(4)
 
 @pytest.mark.parametrize('loss_func, head', losses_and_heads)
 def test_flip_averaging_is_the_same_whatever_the_loss(learn, loss_func, head):
-    own = with_loss(learn, loss_func, head)
-    with torch.no_grad(): logits = torch.cat([learn.model.eval()(x) + learn.model(x.flip(-1)) for x, _ in learn.dls.valid])/2
+    own, model = with_loss(learn, loss_func, head), learn.model.eval()
+    with torch.no_grad(): logits = torch.cat([model(x) + model(x.flip(-1)) for x, _ in learn.dls.valid])/2
     both = CifarInterpretation.from_learner(own).flip_averaged()
     assert torch.allclose(both.probs, logits.softmax(1), atol=1e-5)
-    with own.loss_not_reduced(): expected = own.loss_func(logits.softmax(1) if isinstance(head, nn.Softmax) else logits.log_softmax(1), both.targs)
+    given = logits.softmax(1) if isinstance(head, nn.Softmax) else logits.log_softmax(1)
+    with own.loss_not_reduced(): expected = own.loss_func(given, both.targs)
     assert torch.allclose(both.losses, expected, atol=1e-4)
 
 def test_cross_entropy_takes_logits_even_if_they_look_like_probabilities(learn, predicted):
@@ -383,12 +388,14 @@ def small_tensors(small, cls=TensorDataset, n_classes=3, split='test'):
     return cls(torch.from_numpy(x[y < n_classes]).permute(0, 3, 1, 2)/255, torch.from_numpy(y[y < n_classes]))
 
 def test_a_list_of_names_is_not_taken_apart(small, tiny_net, tmp_path):
-    dls = DataLoaders.from_dsets(*(small_tensors(small, Named, split=split) for split in ('train', 'test')), bs=8, num_workers=0)
+    sets = (small_tensors(small, Named, split=split) for split in ('train', 'test'))
+    dls = DataLoaders.from_dsets(*sets, bs=8, num_workers=0)
     interp = CifarInterpretation.from_learner(cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback))
     path = interp.save_predictions(tmp_path/'p.safetensors')
     again = CifarInterpretation.from_predictions(path, SimpleNamespace(n=12, vocab=Named.vocab))
     for i in (interp, again, CifarInterpretation.from_predictions(path, dls.valid)):
-        assert list(i.vocab) == Named.vocab and list(i.per_class().index) == Named.vocab and i.confusion_matrix().shape == (3, 3)
+        assert list(i.vocab) == Named.vocab and list(i.per_class().index) == Named.vocab
+        assert i.confusion_matrix().shape == (3, 3)
         assert {m.actual for m in i.misclassified()} <= set(Named.vocab)
         assert [t.get_text() for t in i.plot_confusion_matrix().axes[0].get_yticklabels()] == Named.vocab
 
@@ -409,7 +416,16 @@ def test_loaders_of_torch_are_interpreted_in_the_order_of_their_data(small, tiny
         with torch.no_grad(): assert torch.allclose(interp.probs, learn.model.eval()(x).softmax(1), atol=1e-5)
         assert torch.equal(interp.targs, y) and torch.equal(interp[[2, 3]][0][0], x[[2, 3]])
         assert (interp.image(3) == (small.train_x, small.test_x)[ds_idx][3]).all()
-        interp.plot_misclassified(4); interp.plot_confusion_matrix(); interp.flip_averaged(); interp.print_classification_report()
+        interp.plot_misclassified(4); interp.plot_confusion_matrix()
+        interp.flip_averaged(); interp.print_classification_report()
+
+def test_a_part_of_the_data_that_torch_samples_is_all_that_is_interpreted(small, tiny_net):
+    data = small_tensors(small, split='train')
+    part = partial(TorchDataLoader, data, 4)
+    dls = DataLoaders(part(sampler=SubsetRandomSampler(range(4, 24))), part(sampler=SubsetRandomSampler([3, 1, 2, 0])))
+    interp = CifarInterpretation.from_learner(cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback))
+    assert torch.equal(interp.targs, data.tensors[1][:4]) and (interp.image(3) == small.train_x[3]).all()
+    assert torch.equal(first_images(dls, 5), data.tensors[0][4:9]) # and no image of the others makes the whitening
 
 @pytest.fixture
 def mixed_sizes(small, tmp_path):
@@ -419,7 +435,8 @@ def mixed_sizes(small, tmp_path):
         for i, x in enumerate(small.train_x[small.train_y == label]):
             img = Image.fromarray(x).resize([(40, 30), (50, 60), (32, 32)][i % 3])
             (img.convert('L') if i == 5 else img).save(tmp_path/'pictures'/f'class {label}'/f'{i}.png')
-    return ImageDataLoaders.from_folder(tmp_path/'pictures', valid_pct=.5, seed=0, item_tfms=Resize(32), bs=4, num_workers=0)
+    settings = dict(valid_pct=.5, seed=0, item_tfms=Resize(32), bs=4, num_workers=0)
+    return ImageDataLoaders.from_folder(tmp_path/'pictures', **settings)
 
 @pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # fastai hands matplotlib a tensor
 def test_pictures_of_several_sizes_are_shown_as_they_are(mixed_sizes, tiny_net):
@@ -427,13 +444,16 @@ def test_pictures_of_several_sizes_are_shown_as_they_are(mixed_sizes, tiny_net):
     interp = CifarInterpretation.from_learner(learn)
     shown, wrong = pictures(interp.plot_misclassified(9)), interp.misclassified(9)
     assert len({img.shape for img in shown}) > 1 and len(shown) == len(wrong)
-    for img, m in zip(shown, wrong): assert (img == np.asarray(Image.open(mixed_sizes.valid_ds.items[m.idx]).convert('RGB'))).all()
+    for img, m in zip(shown, wrong):
+        assert (img == np.asarray(Image.open(mixed_sizes.valid_ds.items[m.idx]).convert('RGB'))).all()
     x = interp[list(range(4))][0][0]
     assert torch.allclose(x, next(iter(mixed_sizes.valid))[0]) # cut from the middle, as validation does
     interp.plot_top_losses(4, figsize=(4, 4)); interp.flip_averaged()
 
-@pytest.mark.parametrize('x', [np.full((5, 4), 7, np.uint8), np.full((5, 4, 1), 7, np.uint8), torch.full((1, 5, 4), 7/255), torch.full((3, 5, 4), 7/255),
-                               torch.full((3, 5, 4), 7, dtype=torch.uint8), Image.fromarray(np.full((5, 4), 7, np.uint8))], ids=str)
+sevens = [np.full((5, 4), 7, np.uint8), np.full((5, 4, 1), 7, np.uint8), torch.full((1, 5, 4), 7/255), torch.full((3, 5, 4), 7/255),
+          torch.full((3, 5, 4), 7, dtype=torch.uint8), Image.fromarray(np.full((5, 4), 7, np.uint8))]
+
+@pytest.mark.parametrize('x', sevens, ids=lambda x: f'{type(x).__name__} {getattr(x, "shape", "")}')
 def test_a_picture_is_shown_whatever_holds_it(x):
     dl = SimpleNamespace(n=1, vocab=['a', 'b'], dataset=[(x, 0)])
     interp = CifarInterpretation(None, dl, torch.tensor([[.2, .8]]), torch.tensor([0]), torch.tensor([1.]))
@@ -447,11 +467,13 @@ def test_a_normalised_picture_is_scaled_to_be_seen():
     assert (img.min(), img.max()) == (0, 255) and (np.diff(img.transpose(2, 0, 1).ravel().astype(int)) >= 0).all()
 
 def test_two_classes(small, tiny_net):
-    dls = DataLoaders.from_dsets(*(small_tensors(small, n_classes=2, split=split) for split in ('train', 'test')), bs=8, num_workers=0)
+    sets = (small_tensors(small, n_classes=2, split=split) for split in ('train', 'test'))
+    dls = DataLoaders.from_dsets(*sets, bs=8, num_workers=0)
     dls.vocab = ['no', 'yes']
     interp = CifarInterpretation.from_learner(cifar_learner(dls, tiny_net(2), 'fp32').remove_cbs(ProgressCallback))
     assert interp.confusion_matrix().sum() == 8 and list(interp.per_class().index) == ['no', 'yes']
-    interp.plot_confusion_matrix(); interp.plot_misclassified(); interp.print_classification_report(); interp.flip_averaged()
+    interp.plot_confusion_matrix(); interp.plot_misclassified()
+    interp.print_classification_report(); interp.flip_averaged()
 
 def test_what_has_not_one_class_an_image_is_refused(small, tiny_net):
     for block, target, loss in [(MultiCategoryBlock(vocab=['a', 'b']), lambda i: ['a', 'b'][:i % 3], nn.BCEWithLogitsLoss()),
@@ -465,7 +487,8 @@ def test_what_has_not_one_class_an_image_is_refused(small, tiny_net):
 def test_one_output_for_two_classes_is_refused(small, tiny_net):
     dls = DataLoaders.from_dsets(small_tensors(small), small_tensors(small), bs=8, num_workers=0)
     loss = lambda x, y, reduction='mean': F.binary_cross_entropy_with_logits(x[:, 0], y.float(), reduction=reduction)
-    with pytest.raises(ValueError, match='one number a class'): CifarInterpretation.from_learner(Learner(dls, tiny_net(1), loss).remove_cbs(ProgressCallback))
+    with pytest.raises(ValueError, match='one number a class'):
+        CifarInterpretation.from_learner(Learner(dls, tiny_net(1), loss).remove_cbs(ProgressCallback))
 
 def test_missing_validation_images_are_said_to_be_missing(small, tiny_net):
     tensors = small_tensors(small)
@@ -484,7 +507,8 @@ def test_a_learner_of_fastai_can_be_interpreted(learn, predicted):
 def test_training_images_of_the_best_recipe_can_be_looked_at(small, tiny_net):
     from cifar_fastai.data import cifar_dls
     for pipeline in ('batch', 'item'):
-        learn = cifar_learner(cifar_dls(small, bs=16, num_workers=0, pipeline=pipeline), tiny_net(), 'fp32').remove_cbs(ProgressCallback)
+        dls = cifar_dls(small, bs=16, num_workers=0, pipeline=pipeline)
+        learn = cifar_learner(dls, tiny_net(), 'fp32').remove_cbs(ProgressCallback)
         CifarInterpretation.from_learner(learn, ds_idx=0).plot_top_losses(4, figsize=(4, 4))
 
 # ---- curves of other metrics
@@ -494,8 +518,9 @@ def top_2(preds, targs): return top_k_accuracy(preds, targs, k=2)
 def counts(preds, targs): return torch.bincount(preds.argmax(dim=1), minlength=10) # no number
 
 metric_lists = {'none': ([], []), 'error_rate': ([error_rate], ['error_rate']), 'F1Score': ([F1Score(average='macro')], ['f1_score']),
-                'top k': ([top_2], ['top_2']), 'partial': ([partial(top_k_accuracy, k=2)], ['top_k_accuracy']), 'RocAuc': ([RocAuc()], ['roc_auc_score']),
-                'Perplexity': ([Perplexity()], ['perplexity']), 'three': ([accuracy, error_rate, Perplexity()], ['accuracy', 'error_rate', 'perplexity'])}
+                'top k': ([top_2], ['top_2']), 'partial': ([partial(top_k_accuracy, k=2)], ['top_k_accuracy']),
+                'RocAuc': ([RocAuc()], ['roc_auc_score']), 'Perplexity': ([Perplexity()], ['perplexity']),
+                'three': ([accuracy, error_rate, Perplexity()], ['accuracy', 'error_rate', 'perplexity'])}
 
 @pytest.mark.parametrize('name', metric_lists)
 def test_curves_are_drawn_of_whatever_was_measured(tiny_learner, name):
@@ -531,7 +556,9 @@ def predictions(n, names=None, n_images=None, seed=0):
     dl = SimpleNamespace(n=len(targs), vocab=names or [f'class {i}' for i in range(n)], dataset=[(img, 0)]*len(targs))
     return CifarInterpretation(None, dl, probs, targs, -probs[range(len(targs)), targs].log())
 
-def long_names(n): return [f'a bird of the mountains, {"northern" if i % 2 else "southern"}, with a very long name, number {i}' for i in range(n)]
+def long_names(n):
+    where = 'southern', 'northern'
+    return [f'a bird of the mountains, {where[i % 2]}, with a very long name, number {i}' for i in range(n)]
 
 def assert_all_inside(fig):
     fig.canvas.draw() # layouts are made now
@@ -540,7 +567,7 @@ def assert_all_inside(fig):
     labels = [t for ax in fig.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]
     for t in labels + [t for t in fig.texts if t.get_text()]:
         inner = t.get_window_extent()
-        assert fig.bbox.x0 <= inner.x0 and inner.x1 <= fig.bbox.x1 and fig.bbox.y0 <= inner.y0 and inner.y1 <= fig.bbox.y1, t.get_text()
+        assert 0 <= inner.x0 and inner.x1 <= fig.bbox.x1 and 0 <= inner.y0 and inner.y1 <= fig.bbox.y1, t.get_text()
 
 naming = pytest.mark.parametrize('names', [lambda n: None, long_names], ids=['short names', 'long names'])
 
@@ -551,17 +578,17 @@ def test_the_whole_matrix_lies_inside_its_picture(n, normalize, names):
     assert fig.axes[0].get_xlabel() == 'Predicted' and fig.axes[0].get_ylabel() == 'Actual'
     assert_all_inside(fig)
 
-@pytest.mark.parametrize('n, normalize, shown', [(2, False, True), (10, False, True), (10, True, True), (37, False, True), (37, True, True), (100, False, False),
-                                                 (100, True, False)])
-def test_numbers_are_left_out_where_they_do_not_fit(n, normalize, shown):
-    interp = predictions(n)
+@pytest.mark.parametrize('n, normalize', [(2, False), (10, False), (10, True), (37, True), (100, False), (100, True)])
+def test_numbers_are_left_out_where_they_do_not_fit(n, normalize):
+    interp, shown = predictions(n), n < 100
     fig = interp.plot_confusion_matrix(normalize=normalize)
     fig.canvas.draw()
     texts = fig.axes[0].texts
     assert len(texts) == n**2*shown
     cell = np.diff(fig.axes[0].transData.transform([[0, 0], [1, 1]]), axis=0)[0]
     for t in texts[:n + 1]: assert (np.abs(cell) > [t.get_window_extent().width, t.get_window_extent().height]).all()
-    assert np.allclose(pictures(fig)[0], interp.confusion_matrix()/(interp.confusion_matrix().sum(1, keepdims=True) if normalize else 1))
+    counts = interp.confusion_matrix()
+    assert np.allclose(pictures(fig)[0], counts/counts.sum(1, keepdims=True).clip(1) if normalize else counts)
 
 def test_many_images_a_class_still_fit_into_their_cells():
     texts = predictions(10, n_images=300_000).plot_confusion_matrix().axes[0].texts
@@ -571,7 +598,8 @@ def test_many_images_a_class_still_fit_into_their_cells():
         assert tuple(fig.get_size_inches()) == size and len(fig.axes[0].texts) == (0 if size == (3, 3) else 100)
         assert_all_inside(fig)
 
-def test_a_matrix_can_be_drawn_without_numbers(): assert not predictions(10).plot_confusion_matrix(plot_txt=False).axes[0].texts
+def test_a_matrix_can_be_drawn_without_numbers():
+    assert not predictions(10).plot_confusion_matrix(plot_txt=False).axes[0].texts
 
 def test_a_class_without_images_has_no_shares():
     interp = predictions(3)
@@ -580,7 +608,8 @@ def test_a_class_without_images_has_no_shares():
 
 def test_names_that_are_shortened_keep_their_ends():
     labels = [t.get_text() for t in predictions(10, long_names(10)).plot_confusion_matrix().axes[0].get_yticklabels()]
-    assert len(set(labels)) == 10 and all(label.startswith('a bird') and label.endswith(str(i)) for i, label in enumerate(labels))
+    assert len(set(labels)) == 10
+    assert all(label.startswith('a bird') and label.endswith(str(i)) for i, label in enumerate(labels))
 
 @naming
 @pytest.mark.parametrize('cols', [1, 5])
@@ -590,8 +619,8 @@ def test_captions_of_the_misclassified_lie_inside_the_picture_and_beside_each_ot
     assert_all_inside(fig)
     boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    for ax, m in zip(fig.axes, interp.misclassified(10)): assert f'{m.probability:.0%}' in ax.get_title().replace('\n', ' ')
-    if not names(10): assert [ax.get_title() for ax in fig.axes] == [f'{m.actual}\n→ {m.predicted} {m.probability:.0%}' for m in interp.misclassified(10)]
+    for ax, m in zip(fig.axes, interp.misclassified(10)):
+        assert ax.get_title().replace('\n', ' ') == f'{m.actual} → {m.predicted} {m.probability:.0%}'
 
 @naming
 def test_labels_of_the_classes_lie_inside_the_picture(small, names):

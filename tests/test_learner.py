@@ -11,6 +11,7 @@ from fastai.vision.all import (Callback, Categorize, DataBlock, DataLoaders, Dat
                                accuracy, aug_transforms, error_rate, load_learner, set_seed)
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, VisionDataset
@@ -439,8 +440,9 @@ def from_elsewhere(kind, small):
         return DataLoaders.from_dsets(*sets, bs=4, num_workers=0)
     if kind == 'tensors': return DataLoaders.from_dsets(tensors, tensors, bs=4, num_workers=0)
     if kind == 'tensors, training only': return DataLoaders.from_dsets(tensors, bs=4, num_workers=0)
-    if kind == 'torch': return DataLoaders(torch.utils.data.DataLoader(tensors, 4, shuffle=True), torch.utils.data.DataLoader(tensors, 4))
-    if kind == 'stream': return DataLoaders(torch.utils.data.DataLoader(Stream(tensors), 4), torch.utils.data.DataLoader(tensors, 4))
+    valid = TorchDataLoader(tensors, 4)
+    if kind == 'torch': return DataLoaders(TorchDataLoader(tensors, 4, shuffle=True), valid)
+    if kind == 'stream': return DataLoaders(TorchDataLoader(Stream(tensors), 4), valid)
 
 class Stream(IterableDataset):
     def __init__(self, items): self.items = items
@@ -469,20 +471,24 @@ def test_a_learner_trains_on_data_from_elsewhere(small, kind):
     learn.fit(1, 1e-3)
     assert np.isfinite(learn.recorder.history[0]['valid_loss'])
 
-@pytest.mark.parametrize('sizes, kwargs, said', [([(48, 48)], {}, '3×48×48.*Resize'), ([(48, 48)], dict(item_tfms=Resize(40)), '3×40×40.*Resize'),
-    ([(32, 32), (40, 40)], {}, '(several sizes|3×40×40).*Resize'), ([(32, 32)], dict(img_cls=PILImageBW), '1×32×32')])
+wrong_images = {'48': ([(48, 48)], {}, '3×48×48.*Resize'), 'resized to 40': ([(48, 48)], dict(item_tfms=Resize(40)), '3×40×40.*Resize'),
+                'two sizes': ([(32, 32), (40, 40)], {}, '(several sizes|3×40×40).*Resize'),
+                'grey': ([(32, 32)], dict(img_cls=PILImageBW), '1×32×32')}
+
+@pytest.mark.parametrize('sizes, kwargs, said', wrong_images.values(), ids=wrong_images)
 def test_images_that_the_default_model_does_not_take_are_refused(tmp_path, small, tiny_net, sizes, kwargs, said):
     dls = from_folder(write_pictures(tmp_path/'pictures', small, sizes), **kwargs)
     with pytest.raises(ValueError, match=said): cifar_learner(dls)
 
 def test_images_of_another_size_are_for_another_model(tmp_path, small, tiny_net):
     dls = from_folder(write_pictures(tmp_path/'pictures', small, [(48, 48)]))
-    learn = cifar_learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 3))).remove_cbs(ProgressCallback)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 3))
+    learn = cifar_learner(dls, model).remove_cbs(ProgressCallback)
     learn.fit(1, 1e-3)
 
 @pytest.mark.parametrize('block', [MultiCategoryBlock(vocab=['a', 'b']), RegressionBlock()], ids=['several classes', 'numbers'])
 def test_targets_that_are_not_one_class_an_image_are_refused(small, tiny_net, block):
-    target = lambda i: ['a', 'b'][:i % 3] if block.type_tfms and 'Multi' in str(block.type_tfms) else i/2
+    target = lambda i: ['a', 'b'][:i % 3] if 'Multi' in str(block.type_tfms) else i/2
     data = DataBlock((ImageBlock, block), get_x=lambda i: small.train_x[i], get_y=target, splitter=RandomSplitter(seed=0))
     dls = data.dataloaders(range(12), bs=4, num_workers=0)
     for model in (None, tiny_net(2)):
