@@ -50,10 +50,10 @@ def _images_of(dls, ds_idx): # -> `DataLoader`
     return in_order(dl)
 
 def _predict(learn, dl, act=None): # -> (outputs, probabilities (N, classes), labels (N,), losses (N,)), plain tensors
-    "Run the model once; raises `ValueError` unless images have one class and the model an output a class"
+    "Run the model once; raises `ValueError` unless each image has one class and the model an output for each"
     outputs, targs, losses = learn.get_preds(dl=dl, with_loss=True, act=noop)
     if not isinstance(targs, torch.Tensor) or targs.is_floating_point() or targs.numel() != len(targs):
-        raise ValueError("the targets are not one class an image: fastai's Interpretation takes several labels or numbers")
+        raise ValueError("the targets are not one class an image: fastai's Interpretation takes others")
     if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         shape = tuple(getattr(outputs, 'shape', ()))[1:]
         raise ValueError(f'the output of the model for an image is of shape {shape}: it must be one number a class')
@@ -87,7 +87,7 @@ class CifarInterpretation(ClassificationInterpretation):
         losses, # (N,)
         act=None,
     ):
-        Interpretation.__init__(self, learn, dl, losses, act) # its child takes a plain list of names for a list of vocabs
+        Interpretation.__init__(self, learn, dl, losses, act) # its child takes a list of names for one of vocabs
         self.probs, self.targs, self.decoded = probs, targs, probs.argmax(dim=1)
         names = list(map(str, class_names(dl) or (class_names(learn.dls) if learn else [])))
         self.vocab = names + [str(i) for i in range(len(names), probs.shape[1])] # some outputs may have no name
@@ -99,7 +99,7 @@ class CifarInterpretation(ClassificationInterpretation):
         dl=None, # another `DataLoader`, with labels
         act=None, # what makes probabilities of the model's outputs; by default what suits the loss function
     ):
-        "Run the model over the data once; raises `ValueError` unless images have one class and the model an output a class"
+        "Run the model once; raises `ValueError` unless each image has one class and the model an output for each"
         if dl is None: dl = _images_of(learn.dls, ds_idx)
         elif not isinstance(dl, DataLoader): dl = in_order(dl) # fastai puts the order of its own right
         _, probs, targs, losses = _predict(learn, dl, act)
@@ -263,7 +263,7 @@ def _plot_matrix(
     title,
     **kwargs, # of `plt.figure`
 ): # -> `Figure`
-    "A confusion matrix with actual classes in rows; without numbers where those of 7 points do not fit into their cells"
+    "A confusion matrix with actual classes in rows; without numbers where those of 7 points do not fit"
     n, names = len(vocab), [_shorten(name) for name in vocab]
     side = min(max(6, .5*n), 15) # inches
     font = min(10, .8*72*side/n)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss, FocalLoss
-from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, F1Score, FocalLossFlat, ImageBlock,
-                               ImageDataLoaders, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat,
-                               MultiCategoryBlock, Perplexity, ProgressCallback, RegressionBlock, Resize, RocAuc, accuracy, error_rate,
-                               top_k_accuracy)
+from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, F1Score, FocalLossFlat,
+                               ImageBlock, ImageDataLoaders, LabelSmoothingCrossEntropy,
+                               LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, MultiCategoryBlock, Perplexity,
+                               ProgressCallback, RegressionBlock, Resize, RocAuc, accuracy, error_rate, top_k_accuracy)
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
@@ -331,8 +331,8 @@ class LogOfProbabilities(nn.Module):
     reduction = 'mean'
     def forward(self, probs, targs): return F.nll_loss(probs.log(), targs, reduction=self.reduction)
 
-of_logits = [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy, FocalLoss(),
-             FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()]
+of_logits = [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy,
+             FocalLoss(), FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()]
 of_logarithms = [nn.NLLLoss(), F.nll_loss, BaseLoss(nn.NLLLoss)]
 pairs = [(loss, nn.Identity()) for loss in of_logits] + [(loss, nn.LogSoftmax(dim=1)) for loss in of_logarithms]
 pairs += [(LogOfProbabilities(), nn.Softmax(dim=1))]
@@ -411,7 +411,8 @@ def test_loaders_of_torch_are_interpreted_in_the_order_of_their_data(small, tiny
     train, valid = small_tensors(small, split='train'), small_tensors(small)
     dls = DataLoaders(TorchDataLoader(train, 7, shuffle=True), TorchDataLoader(valid, 5))
     learn = cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback)
-    for interp in (CifarInterpretation.from_learner(learn, ds_idx), CifarInterpretation.from_learner(learn, dl=dls[ds_idx])):
+    for kwargs in (dict(ds_idx=ds_idx), dict(dl=dls[ds_idx])):
+        interp = CifarInterpretation.from_learner(learn, **kwargs)
         x, y = (train, valid)[ds_idx].tensors
         with torch.no_grad(): assert torch.allclose(interp.probs, learn.model.eval()(x).softmax(1), atol=1e-5)
         assert torch.equal(interp.targs, y) and torch.equal(interp[[2, 3]][0][0], x[[2, 3]])
@@ -450,8 +451,8 @@ def test_pictures_of_several_sizes_are_shown_as_they_are(mixed_sizes, tiny_net):
     assert torch.allclose(x, next(iter(mixed_sizes.valid))[0]) # cut from the middle, as validation does
     interp.plot_top_losses(4, figsize=(4, 4)); interp.flip_averaged()
 
-sevens = [np.full((5, 4), 7, np.uint8), np.full((5, 4, 1), 7, np.uint8), torch.full((1, 5, 4), 7/255), torch.full((3, 5, 4), 7/255),
-          torch.full((3, 5, 4), 7, dtype=torch.uint8), Image.fromarray(np.full((5, 4), 7, np.uint8))]
+sevens = [np.full((5, 4), 7, np.uint8), np.full((5, 4, 1), 7, np.uint8), Image.fromarray(np.full((5, 4), 7, np.uint8)),
+          torch.full((1, 5, 4), 7/255), torch.full((3, 5, 4), 7/255), torch.full((3, 5, 4), 7, dtype=torch.uint8)]
 
 @pytest.mark.parametrize('x', sevens, ids=lambda x: f'{type(x).__name__} {getattr(x, "shape", "")}')
 def test_a_picture_is_shown_whatever_holds_it(x):
@@ -476,8 +477,8 @@ def test_two_classes(small, tiny_net):
     interp.print_classification_report(); interp.flip_averaged()
 
 def test_what_has_not_one_class_an_image_is_refused(small, tiny_net):
-    for block, target, loss in [(MultiCategoryBlock(vocab=['a', 'b']), lambda i: ['a', 'b'][:i % 3], nn.BCEWithLogitsLoss()),
-                                (RegressionBlock(), lambda i: i/2, MSELossFlat())]:
+    several = MultiCategoryBlock(vocab=['a', 'b']), lambda i: ['a', 'b'][:i % 3], nn.BCEWithLogitsLoss()
+    for block, target, loss in [several, (RegressionBlock(), lambda i: i/2, MSELossFlat())]:
         data = DataBlock((ImageBlock, block), get_x=lambda i: small.train_x[i], get_y=target)
         dls = data.dataloaders(range(20), bs=4, num_workers=0)
         net = tiny_net(2 if isinstance(loss, nn.Module) else 1)
@@ -492,7 +493,8 @@ def test_one_output_for_two_classes_is_refused(small, tiny_net):
 
 def test_missing_validation_images_are_said_to_be_missing(small, tiny_net):
     tensors = small_tensors(small)
-    empty = Datasets(list(range(12)), [[lambda i: tensors[i][0]], [lambda i: tensors[i][1]]], splits=(list(range(12)), []))
+    tfms, every = [[lambda i: tensors[i][0]], [lambda i: tensors[i][1]]], list(range(12))
+    empty = Datasets(every, tfms, splits=(every, []))
     for dls in (DataLoaders.from_dsets(tensors, bs=4, num_workers=0), empty.dataloaders(bs=4, num_workers=0)):
         learn = cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback)
         with pytest.raises(ValueError, match='no validation images'): CifarInterpretation.from_learner(learn)
@@ -517,8 +519,9 @@ def top_2(preds, targs): return top_k_accuracy(preds, targs, k=2)
 
 def counts(preds, targs): return torch.bincount(preds.argmax(dim=1), minlength=10) # no number
 
-metric_lists = {'none': ([], []), 'error_rate': ([error_rate], ['error_rate']), 'F1Score': ([F1Score(average='macro')], ['f1_score']),
-                'top k': ([top_2], ['top_2']), 'partial': ([partial(top_k_accuracy, k=2)], ['top_k_accuracy']),
+metric_lists = {'none': ([], []), 'error_rate': ([error_rate], ['error_rate']),
+                'F1Score': ([F1Score(average='macro')], ['f1_score']), 'top k': ([top_2], ['top_2']),
+                'partial': ([partial(top_k_accuracy, k=2)], ['top_k_accuracy']),
                 'RocAuc': ([RocAuc()], ['roc_auc_score']), 'Perplexity': ([Perplexity()], ['perplexity']),
                 'three': ([accuracy, error_rate, Perplexity()], ['accuracy', 'error_rate', 'perplexity'])}
 
@@ -537,7 +540,8 @@ def test_curves_are_drawn_of_whatever_was_measured(tiny_learner, name):
             assert [t.get_text() for t in ax.get_legend().get_texts()] == ['training', 'validation']
 
 def test_what_is_no_number_has_no_curve():
-    row = dict(epoch=1, lr=.1, train_loss=2., train_counts=np.arange(3), valid_loss=None, counts=np.arange(3), accuracy=None, seconds=1.)
+    counts = dict(train_counts=np.arange(3), counts=np.arange(3))
+    row = dict(epoch=1, lr=.1, train_loss=2., valid_loss=None, accuracy=None, seconds=1.) | counts
     fig = plot_history([row, row | dict(epoch=2)])
     assert [ax.get_ylabel() for ax in fig.axes] == ['loss'] and len(fig.axes[0].lines) == 1
 
@@ -631,5 +635,6 @@ def test_curves_and_rates_lie_inside_their_pictures(tiny_learner):
     learn.fit(2, cbs=OneCycle(1e-5, 2e-5))
     assert_all_inside(plot_history(learn.recorder.history))
     assert_all_inside(plot_lrs(learn.recorder.lrs, 5).figure)
-    lrs, losses = np.geomspace(1e-7, 10, 100), np.r_[np.full(40, 2.3), np.linspace(2.3, .3, 50), np.geomspace(.3, 9, 10)]
+    lrs = np.geomspace(1e-7, 10, 100)
+    losses = np.r_[np.full(40, 2.3), np.linspace(2.3, .3, 50), np.geomspace(.3, 9, 10)]
     assert_all_inside(plot_range_test(lrs, losses, bounds_from(lrs, losses)).figure)

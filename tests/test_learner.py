@@ -5,10 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, Categorize, DataBlock, DataLoaders, Datasets, GradientClip, ImageBlock, ImageDataLoaders, IntToFloatTensor,
-                               Learner, MultiCategoryBlock, Normalize, PILImage, PILImageBW, ProgressCallback, RandomCrop,
-                               RandomSplitter, RandTransform, ReduceLROnPlateau, RegressionBlock, Resize, TensorImage, ToTensor,
-                               accuracy, aug_transforms, error_rate, load_learner, set_seed)
+from fastai.vision.all import (Callback, Categorize, DataBlock, DataLoaders, Datasets, GradientClip, ImageBlock, ImageDataLoaders,
+                               IntToFloatTensor, Learner, MultiCategoryBlock, Normalize, PILImage, PILImageBW,
+                               ProgressCallback, RandomCrop, RandomSplitter, RandTransform, ReduceLROnPlateau,
+                               RegressionBlock, Resize, TensorImage, ToTensor, accuracy, aug_transforms, error_rate,
+                               load_learner, set_seed)
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -471,7 +472,8 @@ def test_a_learner_trains_on_data_from_elsewhere(small, kind):
     learn.fit(1, 1e-3)
     assert np.isfinite(learn.recorder.history[0]['valid_loss'])
 
-wrong_images = {'48': ([(48, 48)], {}, '3×48×48.*Resize'), 'resized to 40': ([(48, 48)], dict(item_tfms=Resize(40)), '3×40×40.*Resize'),
+wrong_images = {'48': ([(48, 48)], {}, '3×48×48.*Resize'),
+                'resized to 40': ([(48, 48)], dict(item_tfms=Resize(40)), '3×40×40.*Resize'),
                 'two sizes': ([(32, 32), (40, 40)], {}, '(several sizes|3×40×40).*Resize'),
                 'grey': ([(32, 32)], dict(img_cls=PILImageBW), '1×32×32')}
 
@@ -486,10 +488,11 @@ def test_images_of_another_size_are_for_another_model(tmp_path, small, tiny_net)
     learn = cifar_learner(dls, model).remove_cbs(ProgressCallback)
     learn.fit(1, 1e-3)
 
-@pytest.mark.parametrize('block', [MultiCategoryBlock(vocab=['a', 'b']), RegressionBlock()], ids=['several classes', 'numbers'])
+@pytest.mark.parametrize('block', [MultiCategoryBlock(vocab=['a', 'b']), RegressionBlock()], ids=['classes', 'numbers'])
 def test_targets_that_are_not_one_class_an_image_are_refused(small, tiny_net, block):
     target = lambda i: ['a', 'b'][:i % 3] if 'Multi' in str(block.type_tfms) else i/2
-    data = DataBlock((ImageBlock, block), get_x=lambda i: small.train_x[i], get_y=target, splitter=RandomSplitter(seed=0))
+    get_x, splitter = lambda i: small.train_x[i], RandomSplitter(seed=0)
+    data = DataBlock((ImageBlock, block), get_x=get_x, get_y=target, splitter=splitter)
     dls = data.dataloaders(range(12), bs=4, num_workers=0)
     for model in (None, tiny_net(2)):
         with pytest.raises(ValueError, match='one class'): cifar_learner(dls, model)
