@@ -8,6 +8,7 @@ __all__ = ['save_examples', 'find_examples', 'build_app', 'check_serving', 'laun
 # %% ../nbs/13_app.ipynb #7a10c0d3
 import socket, tempfile
 from html import escape
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def build_app(
     "The page: a picture in; out come what the network sees of it and the probability of each class"
     require_extra('app', 'gradio')
     import gradio as gr
+    has_alt_text = 'alt_text' in signature(gr.Image).parameters # gradio 6.27 or later
+    alt_text = dict(alt_text='the picture that was given') if has_alt_text else {}
 
     def answer(upload): # as the browser sends it
         if upload is None: return '', None
@@ -64,7 +67,7 @@ def build_app(
         gr.HTML(f'<h1>{escape(title)}</h1><p>It knows {len(vocab)} things and nothing else: {escape(", ".join(vocab))}. Whatever it is shown, it names one of them.</p>')
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(label='A picture: drop it, choose it, or paste it', sources=['upload', 'clipboard'], height=320, alt_text='the picture that was given')
+                picture = gr.Image(label='A picture: drop it, choose it, or paste it', sources=['upload', 'clipboard'], height=320, **alt_text)
                 if examples: gr.Examples([[str(path)] for path in examples], picture, label='or click on one of these', examples_per_page=20, elem_id='examples')
             with gr.Column():
                 seen = gr.HTML(label='What the network sees: 32×32 pixels', show_label=True, container=True, min_height=300) # no file: requests for the same picture would write it at once

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.vision.all import Callback, DataLoader, Learner, getcallable, noop
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -274,6 +275,7 @@ def _plot_matrix(
     size = min(10, .5*cell, .8*cell/72/widest)
     shown = bool(numbers) and size >= 7
     fig = plt.figure(figsize=(width, height), **{'layout': 'constrained', **kwargs})
+    if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine): fig.get_layout_engine().set(w_pad=.1, h_pad=.1)
     ax = fig.add_subplot()
     drawn = ConfusionMatrixDisplay(matrix, display_labels=names).plot(
         ax=ax, cmap=cmap, colorbar=False, include_values=shown, values_format=numbers, xticks_rotation='vertical',

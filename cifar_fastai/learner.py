@@ -296,7 +296,7 @@ class EpochRecorder(Recorder):
         for name in ('lrs', 'iters', 'history'): setattr(self, name, list(state[name]))
         self.losses = [torch.tensor(loss) for loss in state['losses']]
         self.values, (self.smooth_loss.count, val) = [L(v) for v in state['values']], state['smooth']
-        as_tensor = partial(torch.tensor, device=self.dls.device) # a Python number would be rounded in another way
+        as_tensor = partial(torch.tensor, device=_device_of(self.dls)) # a Python number would be rounded in another way
         self.smooth_loss.val = as_tensor(val)
         for m, kept in zip(L(self.loss) + self.metrics, state['sums']):
             if kept is not None: m.total, m.count = as_tensor(kept[0]) if kept[2] else kept[0], kept[1]

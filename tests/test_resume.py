@@ -104,7 +104,7 @@ def test_the_moments_have_the_memory_format_of_the_weights(tiny_learner, tmp_pat
     learn, formats = tiny_learner(), []
     class Look(Callback):
         order = 1999
-        def before_batch(self): formats.extend(v.stride() == p.stride() for p, state in self.opt.opt.state.items() for v in state.values() if v.shape == p.shape)
+        def after_step(self): formats.extend(v.stride() == p.stride() for p, state in self.opt.opt.state.items() for v in state.values() if v.shape == p.shape)
     with learn.added_cbs(Look()): fit(learn, tmp_path, again=True)
     assert formats and all(formats)
 
