@@ -160,7 +160,7 @@ def test_a_run_says_what_data_it_has_and_that_best_on_test_images_is_optimistic(
     train(settings(epochs=1, out='run'))
     said = capsys.readouterr().out
     assert '80 training and 40 test images' in said and 'not the original CIFAR-10' in said and small.fingerprint[0][:8] in said
-    assert 'learning rates from 1.00e-03 to 1.00e-02' in said and 'epoch 1 of 1: lr ' in said
+    assert 'learning rates from 1.00e-03 to 1.00e-02' in said and 'epoch 1 of 1: train_loss ' in said
     assert re.search(r'on the test images.*best \d+\.\d+% after epoch 1\W+chosen on the test images, so optimistic\W+run\n', said)
 
 def test_a_run_on_the_hold_out_uses_no_test_image_and_says_so(settings, capsys):
