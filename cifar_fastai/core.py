@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'recipes', 'named_source', 'source_defaults', 'TrainSettings',
-           'BenchSettings', 'RepeatSettings', 'write_whole', 'write_json', 'read_json', 'settings_from', 'environment',
-           'peak_memory', 'require_extra']
+           'BenchSettings', 'RepeatSettings', 'printable', 'write_whole', 'remove_parts', 'write_json', 'check_file',
+           'read_json', 'settings_from', 'environment', 'peak_memory', 'require_extra']
 
 # %% ../nbs/00_core.ipynb #d22a8afc
-import json, math, os, platform, sys
+import json, math, os, platform, stat, sys
 from importlib.util import find_spec
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from secrets import token_hex
 from types import SimpleNamespace, UnionType
 from typing import Literal, Union, get_args, get_origin
 
@@ -88,13 +89,13 @@ class TrainSettings:
         _check(self.recipe in tuple(recipes), 'recipe', self.recipe, f'give one of {", ".join(recipes)}')
         values = source_defaults(self.data) | recipes[self.recipe]
         epochs = values['epochs'] if self.epochs is None else self.epochs
-        if isinstance(epochs, int): values['peak_epoch'] = epochs*5/24
+        if _fits(epochs, int): values['peak_epoch'] = epochs*5/24
         return {name: value for name, value in values.items() if getattr(self, name) is None}
 
     def _check_values(self, s): # the settings as they resolve
         _check_types(s, fields(self))
-        _check(s.epochs >= 1, 'epochs', s.epochs, 'give 1 or more')
-        _check(s.bs >= 2, 'bs', s.bs, 'give 2 or more images a batch')
+        _check(1 <= s.epochs <= 10**6, 'epochs', s.epochs, 'give 1 to 1,000,000')
+        _check(2 <= s.bs <= 10**6, 'bs', s.bs, 'give 2 to 1,000,000 images a batch')
         within = 0 < s.peak_epoch < s.epochs
         _check(within, 'peak_epoch', s.peak_epoch, f'give a number between 0 and epochs ({s.epochs})')
         for name, lr in dict(lr_max=s.lr_max, lr_min=s.lr_min).items():
@@ -109,7 +110,7 @@ class TrainSettings:
         _check(_positive(s.eps), 'eps', s.eps, 'give a positive number')
         _check(0 <= s.wd < math.inf, 'wd', s.wd, 'give 0 or more')
         _check(0 <= s.label_smoothing < 1, 'label_smoothing', s.label_smoothing, 'give 0 or more and less than 1')
-        _check(s.num_workers is None or s.num_workers >= 0, 'num_workers', s.num_workers, 'give 0 or more')
+        _check(s.num_workers is None or 0 <= s.num_workers <= 1000, 'num_workers', s.num_workers, 'give 0 to 1,000')
         _check(s.checkpoint_minutes >= 0, 'checkpoint_minutes', s.checkpoint_minutes, 'give 0 or more')
         _check(0 <= s.seed < 2**32, 'seed', s.seed, 'give 0 or more and less than 2**32')
 
@@ -149,8 +150,8 @@ class BenchSettings:
         _check_types(s, fields(self))
         _check(s.cases, 'cases', s.cases, 'give one or more')
         for name, n in dict(steps=s.steps, repeats=s.repeats, warmup=s.warmup).items():
-            _check(n is None or n >= 1, name, n, 'give 1 or more')
-        _check(s.bs >= 2, 'bs', s.bs, 'give 2 or more images a batch')
+            _check(n is None or 1 <= n <= 10**6, name, n, 'give 1 to 1,000,000')
+        _check(2 <= s.bs <= 10**6, 'bs', s.bs, 'give 2 to 1,000,000 images a batch')
         writable = s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir()
         _check(writable, 'out', s.out, 'give a file in a folder that exists')
 
@@ -179,7 +180,8 @@ class RepeatSettings(TrainSettings):
         for name in s.without:
             value = getattr(s, name)
             _check(value == recipes['seed'][name], name, value, f'give it, or {name} among without')
-        _check(s.n >= 1, 'n', s.n, 'give 1 or more runs')
+        _check(1 <= s.n <= 10**6, 'n', s.n, 'give 1 to 1,000,000 runs')
+        _check(s.seed + s.n <= 2**32, 'seed', s.seed, f'give less than 2**32 - {s.n - 1}: each of the {s.n} runs has its own')
         if not s.ablate: return
         holdout = 'an ablation chooses, and the test images have no part in that: give holdout'
         _check(s.valid != 'test', 'valid', s.valid, holdout)
@@ -194,7 +196,8 @@ class RepeatSettings(TrainSettings):
         return TrainSettings(**values | dict(seed=seed, out=str(Path(folder)/f'seed-{seed}')))
 
 # %% ../nbs/00_core.ipynb #2463b0ee
-def _positive(x): return isinstance(x, (int, float)) and math.isfinite(x) and x > 0
+def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
+def _positive(x): return _is_number(x) and 0 < x < math.inf
 
 def _fits(value, kind):
     "Is `value` of the annotated type `kind`? A float may be a whole number, a number is never a bool"
@@ -202,7 +205,8 @@ def _fits(value, kind):
     if get_origin(kind) in (Union, UnionType): return any(_fits(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...: return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     if get_origin(kind) is tuple: return isinstance(value, tuple) and len(value) == len(get_args(kind)) and all(map(_fits, value, get_args(kind)))
-    if kind in (int, float): return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if kind is int: return isinstance(value, int) and _is_number(value) and abs(value) < 2**63
+    if kind is float: return isinstance(value, float) or _is_number(value) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 def _check_types(settings, fields):
@@ -218,24 +222,36 @@ def _in_words(kind):
     return {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False'}.get(kind, 'None')
 
 def _check(ok, name, value, remedy):
-    if not ok: raise ValueError(f'{name} is {value!r}: {remedy}')
+    if ok: return
+    shown = repr(value) if len(repr(value)) <= 100 else f'{repr(value)[:100]}…'
+    raise ValueError(f'{name} is {shown}: {remedy}')
 
 # %% ../nbs/00_core.ipynb #17a86821
+def printable(text): # -> str
+    "Return `text` as a terminal shows it: escape sequences, control characters and the like become backslash escapes"
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+
 def write_whole(
     path, # file to write, in a folder that exists
     content:bytes,
-    check=lambda part: None, # called with the file that is written, before it takes its name; raises when it is not good
+    check=lambda part: None, # called with the new file before it takes its name; raises when the file is not good
 ): # -> `Path`
-    "Write a file whole or not at all: under another name, flushed to the disk, then renamed. What was there stays until then. `OSError` when the disk is full"
+    """Write a file whole or not at all: under a new name, flushed to the disk, then renamed.
+
+    What was there stays until then; a symbolic link there is replaced and not followed. Raises `OSError`, which names
+    the file, when the disk is full."""
     path = Path(path)
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'.{token_hex(8)}.part')
     try:
-        with open(part, 'wb') as f:
+        with open(part, 'xb') as f: # never a file or a link that is there
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
         check(part)
         part.replace(path)
+    except OSError as e:
+        if e.filename in (None, str(part)): e.filename = str(path)
+        raise
     finally: part.unlink(missing_ok=True)
     if os.name == 'posix': # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
@@ -243,24 +259,54 @@ def write_whole(
         finally: os.close(folder)
     return path
 
+def remove_parts(folder):
+    "Remove what `write_whole` leaves below `folder` when the process is killed"
+    for part in Path(folder).rglob('.' + 16*'?' + '.part'): part.unlink()
+
 def write_json(path, content): # -> the path
     "Write `content` as indented JSON, whole or not at all"
     return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
 
 # %% ../nbs/00_core.ipynb #e942e870
-def read_json(path): # -> dict; raises `ValueError` with one sentence when it is none
-    "The object in a JSON file"
-    try: content = json.loads(Path(path).read_text(encoding='utf8'))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{path} is no JSON: {e}') from None
+def check_file(
+    path,
+    most:int, # bytes
+): # -> `path`
+    "Raise `ValueError` unless `path` is a regular file of at most `most` bytes, `FileNotFoundError` when it does not exist"
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode): raise ValueError(f'{path} is not a regular file')
+    if info.st_size > most: raise ValueError(f'{path} has {info.st_size:,} bytes: at most {most:,} are read')
+    return path
+
+def read_json(
+    path,
+    most:int=2**24, # bytes
+): # -> dict
+    """Return the object in a JSON file. Raises `FileNotFoundError`, and `ValueError` when it holds none or has numbers
+    that are not finite or of more than 20 digits"""
+    try: content = json.loads(Path(check_file(path, most)).read_text(encoding='utf8'), **_finite_numbers)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
+    except _NumberError as e: raise ValueError(f'{path} has the number {e}: numbers must be finite, of at most 20 digits') from None
     if not isinstance(content, dict): raise ValueError(f'{path} holds no JSON object')
     return content
+
+class _NumberError(Exception): pass
+
+def _finite(text): # a number as JSON has it -> int or float
+    number = float(text) if set(text) & set('.eENI') else int(text) if len(text) <= 20 else math.inf
+    if not math.isfinite(number): raise _NumberError(text[:20])
+    return number
+
+_finite_numbers = dict.fromkeys(('parse_float', 'parse_int', 'parse_constant'), _finite)
 
 # %% ../nbs/00_core.ipynb #4e0edf67
 def settings_from(config:dict): # what `config.json` holds under 'settings' -> `TrainSettings`
     "The settings that were written as a dictionary; raises `ValueError` for names it does not know"
     if not isinstance(config, dict): raise ValueError(f'the settings are {config!r}, and no dictionary: was this written by another program?')
     unknown = set(config) - {f.name for f in fields(TrainSettings)}
-    if unknown: raise ValueError(f'unknown settings {", ".join(sorted(unknown))}: was this written by another version?')
+    if unknown:
+        names = printable(', '.join(sorted(map(str, unknown)))[:200])
+        raise ValueError(f'unknown settings {names}: was this written by another version?')
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     return TrainSettings(**{'recipe': 'seed', 'logit_scale': 1., 'whiten': False, **tuples}) # what all runs had before they named it
 

@@ -179,7 +179,7 @@ def test_a_run_of_before_the_scale_of_logits_and_the_whitening_has_neither():
 def test_settings_from_a_file_are_checked_too():
     with pytest.raises(ValueError, match='epochs is 0'): settings_from(dict(epochs=0))
 
-@pytest.mark.parametrize('content, reason', [(b'{"a": ', 'is no JSON'), (b'\xff\xfe\x00', 'is no JSON'), (b'[1]', 'holds no JSON object'), (b'', 'is no JSON')])
+@pytest.mark.parametrize('content, reason', [(b'{"a": ', 'is not JSON'), (b'\xff\xfe\x00', 'is not JSON'), (b'[1]', 'holds no JSON object'), (b'', 'is not JSON')])
 def test_what_is_no_json_object_is_refused_by_file(content, reason, tmp_path):
     (tmp_path/'config.json').write_bytes(content)
     with pytest.raises(ValueError, match=f'config.json {reason}'): read_json(tmp_path/'config.json')
