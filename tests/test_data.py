@@ -110,7 +110,7 @@ def png(size=(32, 32), mode='RGB', kind='PNG'):
 @pytest.mark.parametrize('content, reason', [
     (png((31, 32)), 'is 31×32 RGB: every image must be 32×32 RGB'), (png((64, 64)), 'is 64×64 RGB'), (png(mode='L'), 'is 32×32 L'),
     (png(mode='RGBA'), 'is 32×32 RGBA'), (png(mode='P'), 'is 32×32 P'), (b'no picture at all', 'is no image'), (b'', 'is no image'),
-    (os.urandom(3000), 'is no image'), (png()[:-40], 'is damaged')])
+    (np.random.default_rng(0).bytes(3000), 'is no image'), (png()[:-40], 'is damaged')])
 def test_a_file_that_is_no_32_by_32_rgb_image_is_refused_by_name(folder, content, reason):
     (folder/'train'/'frog'/'bad.png').write_bytes(content)
     with pytest.raises(ValueError, match=f'train/frog/bad.png {reason}'): read_images(folder)
