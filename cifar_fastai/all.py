@@ -5,6 +5,7 @@ from .augment import *
 from .data import *
 from .models import *
 from .schedule import *
+from .folder import *
 from .learner import *
 from .interpret import *
 from .training import *

@@ -8,7 +8,7 @@ __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'Int
            'AppSettings', 'cifar_app', 'ExportSettings', 'cifar_export', 'main']
 
 # %% ../nbs/20_cli.ipynb #0c38264d
-import os, signal, sys, warnings
+import os, signal, sys, tempfile, traceback, warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 from tyro.constructors import ConstructorRegistry, StructTypeInfo
 
-from .core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, read_json, recipes, require_extra, settings_from
+from .core import BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats, printable, recipes, require_extra, settings_from
 
 # %% ../nbs/20_cli.ipynb #c2313397
 def _command(f):
@@ -33,7 +33,7 @@ def _command(f):
         rank, n = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1))) # as a launcher of several processes sets them
         with warnings.catch_warnings(), _silence() if rank else nullcontext(): # of several processes the first one speaks
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
-            warnings.showwarning = lambda message, *where, **how: print(f'{f.__name__}: {message}', file=sys.stderr, flush=True)
+            warnings.showwarning = lambda message, *where, **how: print(printable(f'{f.__name__}: {message}'), file=sys.stderr, flush=True)
             try:
                 given = parse()
                 if n > 1 and f.__name__ != 'cifar_train': raise ValueError(f'started as {n} processes, and only cifar_train is for several: start it once')
@@ -46,10 +46,19 @@ def _command(f):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is left to be written has no reader either
                 sys.exit(141)
             except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as e:
-                said = f'{f.__name__}: {" ".join(str(e).split())}'
+                said = printable(f'{f.__name__}: {" ".join(str(e).split())}')
                 if rank and isinstance(e, ConnectionError): print(said, file=sys.__stderr__) # the first process may be the one that is gone
                 sys.exit(1 if rank else said)
+            except Exception as e: sys.exit(f'{f.__name__}: {_unexpected(e)}')
     return command
+
+def _unexpected(e): # -> str: one sentence, which names a file with the traceback
+    said = printable(f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:200]}')
+    try:
+        with tempfile.NamedTemporaryFile('w', prefix='cifar_fastai_', suffix='.log', delete=False, errors='backslashreplace') as log:
+            traceback.print_exception(e, file=log)
+        return f'{said}; this is a fault of the program, and its traceback is in {log.name}'
+    except OSError: return f'{said}; this is a fault of the program'
 
 def _parse(
     settings, # dataclass
@@ -76,11 +85,9 @@ class RunSettings(TrainSettings):
     @classmethod
     def recorded(cls, resume): # -> the settings of the run to go on with, or `None`
         if resume is None: return None
-        path = Path(resume)/'config.json'
-        if not path.exists():
-            name = resume or 'an empty name'
-            raise FileNotFoundError(f'{name} is no run folder: give one that cifar_train has written')
-        return cls(**asdict(settings_from(read_json(path).get('settings')).resolved()), resume=resume)
+        from cifar_fastai.folder import read_config
+        if not resume: raise ValueError("resume is '': give a run folder")
+        return cls(**asdict(settings_from(read_config(resume)['settings']).resolved()), resume=resume)
 
     @property
     def run(self): return TrainSettings(**{f.name: getattr(self, f.name) for f in fields(TrainSettings)})
@@ -122,13 +129,14 @@ class LRFindSettings(TrainSettings):
 def cifar_lr_find(settings:LRFindSettings):
     "Find LRMIN and LRMAX by a range test, print them and save the plot."
     from cifar_fastai.data import lost_worker_in_words
+    from cifar_fastai.interpret import save_figure
     from cifar_fastai.training import settings_learner
     from cifar_fastai.schedule import bounds_from, plot_range_test, range_test
     if not Path(settings.plot).absolute().parent.is_dir(): raise ValueError(f'plot is {settings.plot}: give a file in a folder that exists')
     settings = settings.resolved()
     with lost_worker_in_words(): lrs, losses = range_test(settings_learner(settings)[0])
     bounds = bounds_from(lrs, losses)
-    plot_range_test(lrs, losses, bounds).figure.savefig(settings.plot, dpi=110)
+    save_figure(plot_range_test(lrs, losses, bounds).figure, settings.plot)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}\nplot {settings.plot}')
     if settings.lr_min != 'find': print(f'cifar_train begins and ends at {settings.lr_min:g} with these settings; with --lr_min find, at the rate above')
 
@@ -145,23 +153,23 @@ class InterpretSettings:
 @_command
 def cifar_interpret(settings:InterpretSettings):
     "Run a trained network over the images that validated it: what is right, what is wrong, and the plots."
-    from cifar_fastai.interpret import CifarInterpretation
-    from cifar_fastai.core import read_json
     from cifar_fastai.data import lost_worker_in_words
-    from cifar_fastai.training import best_is, read_history, save_plots
+    from cifar_fastai.folder import read_config, read_history
+    from cifar_fastai.interpret import CifarInterpretation
+    from cifar_fastai.training import best_is, save_plots
     history = read_history(settings.run)
     with lost_worker_in_words():
         interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
         averaged = interp.flip_averaged().accuracy if settings.flip_average else None
-    valid = read_json(Path(settings.run)/'config.json')['settings']['valid']
+    valid = settings_from(read_config(settings.run)['settings']).valid
     chosen = f', by the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
     print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}')
     if settings.flip_average: print(f'averaged with mirror images {averaged:.2%}')
     print()
-    print(interp.per_class().to_string(float_format='{:.3f}'.format), '\n')
-    for actual, predicted, n in interp.most_confused()[:settings.k]: print(f'{actual} taken for {predicted}: {n}')
+    print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format), '\n')
+    for actual, predicted, n in interp.most_confused()[:settings.k]: print(printable(f'{actual} taken for {predicted}: {n}'))
     save_plots(Path(settings.run)/'plots', interp, history)
-    print(f'\nplots {Path(settings.run)/"plots"}')
+    print(printable(f'\nplots {Path(settings.run)/"plots"}'.strip()))
 
 # %% ../nbs/20_cli.ipynb #1fbb980c
 def _classifier(model, weights): # -> (`uint8` images (N, 32, 32, 3) -> probabilities (N, classes), the names of the classes)
@@ -268,10 +276,11 @@ def cifar_app(settings:AppSettings):
     "Show a network in the browser: a picture in, what the network sees of it and its answer out. Ctrl-C ends it."
     require_extra('app', 'gradio')
     from cifar_fastai.app import build_app, check_serving, find_examples, launch_app
+    from cifar_fastai.folder import read_config
     check_serving(settings.host, settings.port, settings.max_mb)
     classify, vocab = _classifier(settings.model, settings.weights)
-    config = Path(settings.model or '')/'config.json'
-    source = settings.data or (read_json(config)['settings']['data'] if settings.model and config.exists() else None)
+    is_run = settings.model and Path(settings.model).is_dir()
+    source = settings.data or (settings_from(read_config(settings.model)['settings']).data if is_run else None)
     try: examples = find_examples(source)
     except (ValueError, OSError):
         if settings.data: raise

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,13 +28,16 @@ from fastai.learner import AvgMetric, AvgSmoothLoss, ValueMetric
 from fastai.vision.all import (IN_NOTEBOOK, Callback, CancelEpochException, CrossEntropyLossFlat, DataLoader, DataLoaders, Datasets,
                                L, Learner, Pipeline, Recorder, accuracy, default_device, get_c, to_device, to_float)
 from fastcore.basics import chunked
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.utils.data import IterableDataset, Subset
 from torchvision.datasets import VisionDataset
+from typing_extensions import NotRequired, TypedDict
 
 from .core import TrainSettings, recipes, write_whole
 from .data import SeededDL
+from .folder import Count, RunFolder, Text, check_tensors, checked, own_folder
 from .models import CustomResNet, whiten_first_layer
 
 # %% ../nbs/05_learner.ipynb #2998e912
@@ -211,6 +214,16 @@ def _fetched(tensors): # of one number each -> the same on the processor, with o
 def _unique(names): # a name that is there already gets a number
     return [name if names.index(name) == i else f'{name}_{names[:i + 1].count(name)}' for i, name in enumerate(names)]
 
+class _RecorderState(TypedDict):
+    lrs: list[float]
+    losses: list[float]
+    iters: list[Count]
+    values: list[list[float|None]]
+    history: list[dict[str, float|None]]
+    smooth: Annotated[list[float], Field(min_length=2, max_length=2)] # count and value
+    sums: list[Annotated[list[float|bool], Field(min_length=3, max_length=3)]|None] # of each metric: total, count, is the total a tensor?
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
 class EpochRecorder(Recorder):
     """fastai's `Recorder` with means over the epoch for both sets, the learning rate, and a `history` that validation keeps.
 
@@ -292,7 +305,8 @@ class EpochRecorder(Recorder):
     def _sums(self): return [[m.total, m.count] if hasattr(m, 'total') and hasattr(m, 'count') else None for m in L(self.loss) + self.metrics]
 
     def load_state_dict(self, state):
-        "Go on from there"
+        "Go on from there; raise `ValueError` for a state that is not complete"
+        checked(state, _RecorderState, 'the state of the recorder')
         for name in ('lrs', 'iters', 'history'): setattr(self, name, list(state[name]))
         self.losses = [torch.tensor(loss) for loss in state['losses']]
         self.values, (self.smooth_loss.count, val) = [L(v) for v in state['values']], state['smooth']
@@ -564,7 +578,8 @@ class SetEpoch(Callback):
 
     def state_dict(self): return dict(trained_before=self.trained_before)
 
-    def load_state_dict(self, state): self.trained_before, self.new_fit = state['trained_before'], False
+    def load_state_dict(self, state):
+        self.trained_before, self.new_fit = checked(state, dict[str, Count], 'the state of SetEpoch')['trained_before'], False
 
 def bars_for_people(learn:Learner): # -> `learn`
     "Take the progress bars away where nobody sees them: a file or a pipe gets a line an epoch"
@@ -627,9 +642,17 @@ def save_weights(model, path): # -> `Path`
     "Parameters and buffers of `model` as safetensors, whole or not at all"
     return write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
 
+def _check_kinds(tensors, wanted): # -> nothing; `TypeError` where numbers are of another kind, which torch would convert
+    kind = lambda t: (t.is_floating_point(), t.is_complex(), t.dtype == torch.bool)
+    for name in tensors.keys() & wanted.keys():
+        if kind(tensors[name]) != kind(wanted[name]): raise TypeError(f'{name} is {tensors[name].dtype}, and {wanted[name].dtype} in the network')
+
 def load_weights(model, path): # -> `model`
     "Read what `save_weights` wrote; raises `ValueError` when the file is damaged or of another network"
-    try: model.load_state_dict(load_file(path))
+    try:
+        tensors = load_file(check_tensors(path))
+        _check_kinds(tensors, model.state_dict())
+        model.load_state_dict(tensors)
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except Exception as e: raise ValueError(f'{path} holds no weights of this network: {" ".join(str(e).split())[:200]}') from None
     return model
@@ -644,14 +667,27 @@ def _digest(tensors, text):
         h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'')
     return h.hexdigest()
 
+class _Facts(TypedDict):
+    "What a checkpoint holds besides tensors, as far as it is the same in every fit"
+    run: NotRequired[Text|None] # `id` of the run it is of
+    epoch: Count
+    batches: Count
+    fit: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)]] # epochs, and batches of each
+    train_iter: NotRequired[Count]
+    pct_train: NotRequired[Annotated[float, Field(ge=0, le=1.001)]] # sums of shares are not exact
+    param_groups: NotRequired[list[dict[str, Any]]]
+    scaler: NotRequired[dict[str, float]|None]
+    random: NotRequired[dict[str, Any]]
+    callbacks: NotRequired[dict[str, dict[str, Any]]]
+    others: NotRequired[list[dict[str, Any]]]
+
 def write_checkpoint(
     folder, # made when it is not there
     tensors:dict, # name -> tensor
     facts:dict, # JSON-ready; `epoch` and `batches` of it make the file's name
 ): # -> `Path`
     "A checkpoint, whole and verified or not at all; the one before stays, older ones go. `OSError` when the disk is full"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(folder)
     tensors, text = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, json.dumps(facts)
     path = write_whole(folder/f"{facts['epoch']:05}-{facts['batches']:07}.safetensors",
                        save(tensors, metadata=dict(facts=text, sha256=_digest(tensors, text))), check=read_checkpoint)
@@ -659,16 +695,17 @@ def write_checkpoint(
     return path
 
 def checkpoints_in(folder): # -> list of `Path`, the newest first
-    "The checkpoints of a folder"
+    "The checkpoints of a folder; raises `ValueError` when it is a link, which may lead anywhere"
+    if Path(folder).is_symlink(): raise ValueError(f'{folder} is a link: give a folder')
     return sorted(Path(folder).glob('[0-9]*-[0-9]*.safetensors'), reverse=True)
 
 def read_checkpoint(path): # -> (tensors, facts)
     "What `write_checkpoint` was given; raises `ValueError` when a single bit is another"
     try:
-        with safe_open(path, 'pt') as f:
+        with safe_open(check_tensors(path, 2**28), 'pt') as f:
             header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
         if _digest(tensors, header['facts']) != header['sha256']: raise ValueError('its checksum is another')
-        return tensors, json.loads(header['facts'])
+        return tensors, checked(json.loads(header['facts']), _Facts, 'what it says of the fit')
     except (OSError, MemoryError): raise # says nothing of the file
     except Exception as e: raise ValueError(f'{path} is no whole checkpoint: {" ".join(str(e).split())[:200] or type(e).__name__}') from None
 
@@ -714,6 +751,19 @@ def _random_states():
     return (dict(python=random.getstate(), numpy=[kind, numpy_[0].tolist(), *numpy_[1:]]),
             {'random.torch': torch.get_rng_state(), **{f'random.cuda.{i}': s for i, s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}})
 
+def _check_optimizer(opt, moments, groups): # of a checkpoint; torch takes whatever has the right names
+    params = [p for group in opt.param_groups for p in group['params']]
+    for i, p in enumerate(params):
+        for name, t in moments.get(i, {}).items():
+            if not t.is_floating_point() or t.shape not in (p.shape, torch.Size()): raise TypeError(f'{name} of parameter {i} is {t.dtype} {tuple(t.shape)}')
+    for own, kept in zip(opt.param_groups, groups):
+        for name in kept.keys() - {'params'}:
+            if _kind(kept[name]) != _kind(own[name]): raise TypeError(f'{name} is {kept[name]!r}')
+
+def _kind(value): # of a hyper-parameter: flags may be `None`
+    if isinstance(value, tuple): return [_kind(v) for v in value]
+    return 'flag' if value is None or isinstance(value, bool) else 'number' if isinstance(value, (int, float)) else type(value)
+
 def _set_random_states(facts, tensors):
     version, state, gauss = facts['python']
     random.setstate((version, tuple(state), gauss))
@@ -729,7 +779,13 @@ class Checkpoints(Callback):
         folder, # where they are; without `resume` it may hold none
         minutes:float=5., # within an epoch, at least so often
         resume:bool=False, # go on from the newest one, if there is one
-    ): self.folder, self.minutes, self.resume, self.position, self.state = Path(folder), minutes, resume, None, None
+        run:RunFolder=None, # whose checkpoints they are: others are refused, and none is written when it is gone
+    ):
+        self.folder, self.minutes, self.resume, self.position, self.state = Path(folder), minutes, resume, None, None
+        self.run_folder = run
+
+    @property
+    def run_id(self): return self.run_folder and self.run_folder.config.get('id')
 
     def after_create(self): raise ValueError('Checkpoints belong to one fit: give them to learn.fit(…, cbs=Checkpoints(…)) and not to the Learner')
 
@@ -758,13 +814,18 @@ class Checkpoints(Callback):
     def _load(self):
         tensors, facts = self.state
         with self._refused():
+            if self.run_folder and facts.get('run') != self.run_id: raise ValueError('theirs is another run')
             if facts['fit'] != [self.n_epoch, len(self.dls.train)]: raise ValueError('theirs was {} epochs of {} batches'.format(*facts['fit']))
             if not all(type(facts[k]) is int and 0 <= facts[k] <= most for k, most in zip(('epoch', 'batches', 'train_iter'), [*facts['fit'], math.prod(facts['fit'])])): raise ValueError('its place is none')
-            self.model.load_state_dict({k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')})
+            weights = {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
+            _check_kinds(weights, self.model.state_dict())
+            self.model.load_state_dict(weights)
             opt, moments = self.opt.opt, {}
             for name, t in tensors.items():
                 if name.startswith('opt.'): moments.setdefault(int(name.split('.')[1]), {})[name.split('.', 2)[2]] = t
-            opt.load_state_dict(dict(state=moments, param_groups=[{k: tuple(v) if k == 'betas' else v for k, v in group.items()} for group in facts['param_groups']]))
+            groups = [{k: tuple(v) if k == 'betas' else v for k, v in group.items()} for group in facts['param_groups']]
+            _check_optimizer(opt, moments, groups)
+            opt.load_state_dict(dict(state=moments, param_groups=groups))
             for name, cb in self._others().items():
                 if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
             if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
@@ -833,8 +894,9 @@ class Checkpoints(Callback):
         tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
         if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
             raise FloatingPointError(f'weights or moments are no longer finite after epoch {epoch + (batches > 0)}, step {batches or len(self.dls.train)}, though the loss was: {_remedy(self.learn)}')
+        if self.run_folder: self.run_folder.check()
         return write_checkpoint(self.folder, tensors, dict(
-            epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train,
+            run=self.run_id, epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)], train_iter=self.train_iter, pct_train=self.pct_train,
             param_groups=state['param_groups'], scaler=scaler.state_dict() if scaler else None, **own, **(dict(others=[theirs for theirs, _ in others]) if others else {})))
 
 def _processes(n): return f'{n} process' + 'es'*(n > 1)

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .core import RepeatSettings, read_json, recipes, write_json
+from .core import RepeatSettings, recipes, write_json
 from .data import CIFAR10Data, load_cifar10
-from .training import differences, read_history, resume, train
+from .folder import read_config, read_history, read_summary
+from .training import differences, resume, train
 
 # %% ../nbs/11_repeat.ipynb #1d805e63
 def collect_runs(
@@ -26,7 +27,7 @@ def collect_runs(
     "Seed, accuracies and seconds of each run; raises `FileNotFoundError` or `ValueError` with one sentence"
     rows = []
     for folder in folders:
-        summary, history = read_json(Path(folder)/'summary.json'), read_history(folder)
+        summary, history = read_summary(folder), read_history(folder)
         if summary.get('interrupted'): raise ValueError(f'{folder} is not finished: go on with it first')
         kept = {name: summary.get(name) for name in ('seed', 'accuracy', 'flip_averaged_accuracy', 'seconds', 'device', 'precision', 'weights_sha256', 'bounds')}
         rows.append(kept | dict(accuracies=history['accuracy'].tolist(), train_accuracies=history['train_accuracy'].tolist()))
@@ -48,7 +49,7 @@ def repeat_runs(
         if not (Path(run.out)/'config.json').exists(): train(run, data)
         else:
             wanted = {name: value for name, value in asdict(run).items() if name != 'out'} # the folder may have been moved
-            config = read_json(Path(run.out)/'config.json')
+            config = read_config(run.out)
             other = differences(config['settings'], wanted) + ['its images are others'][:config['data']['fingerprint'] != fingerprint]
             if other: raise ValueError(f'{run.out} holds another run: {"; ".join(other)}; give another folder')
             resume(run.out, data=data)

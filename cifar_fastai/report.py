@@ -27,11 +27,11 @@ from safetensors import safe_open
 from scipy.stats import binomtest
 
 from .augment import CropFlipCutout, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, unpack_pixels
-from .core import TrainSettings, read_json, settings_from, write_whole
+from .core import TrainSettings, settings_from, write_whole
 from .data import cifar_dls, load_cifar10
+from .folder import check_tensors, read_config, read_history, read_range_test, read_summary
 from .interpret import CifarInterpretation, plot_lrs
 from .schedule import LRBounds, one_cycle_lr, plot_range_test
-from .training import read_history, read_range_test
 
 # %% ../nbs/12_report.ipynb #0db6c5d9
 class RunRecord(NamedTuple):
@@ -49,29 +49,22 @@ class RunRecord(NamedTuple):
     def name(self): return self.path.resolve().name or str(self.path)
 
 # %% ../nbs/12_report.ipynb #7f12a003
-_numbers = 'accuracy', 'best_accuracy', 'best_epoch', 'n_wrong', 'n_params', 'seconds' # of a summary that every page shows
-
 def read_run(run): # run folder -> `RunRecord`
     "A finished run; raises `FileNotFoundError` or `ValueError` with one sentence"
     run = Path(run)
-    if not (run/'config.json').is_file(): raise FileNotFoundError(f'{run} is no run folder: give one that cifar_train has written')
-    config = read_json(run/'config.json')
-    if not (run/'summary.json').is_file() or (summary := read_json(run/'summary.json')).get('interrupted'):
+    config = read_config(run)
+    if not (run/'summary.json').is_file() or (summary := read_summary(run)).get('interrupted'):
         raise ValueError(f'{run} is not finished: go on with it first, by cifar_train --resume')
-    try:
-        settings, data = settings_from(config['settings']).resolved(), config['data']
-        bounds = LRBounds(*map(float, LRBounds(**config['bounds'])))
-        if not 0 < bounds.lr_min < bounds.lr_max < math.inf: raise ValueError(f'its bounds are {tuple(bounds)}')
-        if not isinstance(data['vocab'], list) or not data['vocab'] or not all(isinstance(label, str) for label in data['vocab']): raise ValueError('its class names are none')
-        if np.asarray(data['stats'], dtype=float).shape != (2, 3) or len(data['fingerprint']) != 2 or not data['n_train'] > 0 or not data['n_test'] > 0: raise ValueError('it does not say what its images are')
-        config['environment']['packages'].items()
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{run}/config.json is not complete ({e}): give a run folder that cifar_train has written') from None
-    if missing := [name for name in _numbers if type(summary.get(name)) not in (int, float)]:
-        raise ValueError(f'{run}/summary.json has no {", ".join(missing)}: give a run folder that cifar_train has written')
-    if type(summary.get('flip_averaged_accuracy')) not in (int, float, type(None)): raise ValueError(f"{run}/summary.json has a flip_averaged_accuracy of {summary['flip_averaged_accuracy']!r}: give a run folder that cifar_train has written")
+    if missing := [name for name in ('accuracy', 'n_wrong', 'best_accuracy', 'best_epoch') if summary[name] is None]:
+        raise ValueError(f'{run}/summary.json is not complete: it has no {", ".join(missing)}')
+    settings, bounds = settings_from(config['settings']).resolved(), config['bounds']
+    if bounds is None: raise ValueError(f'{run}/config.json is not complete: it has no bounds')
     history = read_history(run)
-    if not len(history) or not all(map(pd.api.types.is_numeric_dtype, history.dtypes)): raise ValueError(f'{run}/history.csv is no history of a run: it has no rows of numbers')
-    return RunRecord(run, settings, bounds, read_range_test(run) if (run/'range_test.csv').exists() else None, data, config['environment'], summary, history)
+    if len(history) != settings.epochs:
+        raise ValueError(f'{run}/history.csv has {len(history)} epochs, and config.json {settings.epochs}: they are not of one run')
+    tested = read_range_test(run) if (run/'range_test.csv').exists() else None
+    bounds = LRBounds(bounds['lr_min'], bounds['lr_max'])
+    return RunRecord(run, settings, bounds, tested, config['data'], config['environment'], summary, history)
 
 # %% ../nbs/12_report.ipynb #d5b15251
 def run_images(
@@ -92,16 +85,14 @@ def run_predictions(
     "What the last weights of a run predicted; raises `ValueError`"
     path, vocab = record.path/'predictions.safetensors', record.data['vocab']
     if not path.is_file(): raise ValueError(f'{record.path} has no predictions.safetensors: it is not finished, or was written by another version')
-    try: interp = CifarInterpretation.from_predictions(path, dls.valid if dls else SimpleNamespace(n=_n_predicted(path), vocab=vocab))
-    except (IndexError, TypeError): raise ValueError(f'{path} holds no predictions of {len(vocab)} classes') from None # tensors of other dimensions
-    if interp.probs.shape != (len(interp.targs), len(vocab)) or interp.targs.ndim != 1 or not len(interp.targs) or not 0 <= interp.targs.min() <= interp.targs.max() < len(vocab):
-        raise ValueError(f'{path} holds no predictions of {len(vocab)} classes')
+    interp = CifarInterpretation.from_predictions(path, dls.valid if dls else SimpleNamespace(n=_n_predicted(path), vocab=vocab))
+    if interp.probs.shape[1] != len(vocab) or not len(interp.targs): raise ValueError(f'{path} holds no predictions of {len(vocab)} classes')
     if interp.n_wrong != record.summary['n_wrong']: raise ValueError(f"{path} has {interp.n_wrong:,} wrong and summary.json {record.summary['n_wrong']:,}: they are not of one run")
     return interp
 
 def _n_predicted(path):
     try:
-        with safe_open(path, 'np') as f: return f.get_slice('targs').get_shape()[0]
+        with safe_open(check_tensors(path), 'np') as f: return f.get_slice('targs').get_shape()[0]
     except Exception: return 0 # what it is instead, `from_predictions` says
 
 # %% ../nbs/12_report.ipynb #45d4c48e
@@ -169,13 +160,15 @@ def _curves(history, columns, label): # of both sets -> what `page_plot` takes
 def run_lrs(
     record:RunRecord,
     n_valid:int, # images that validated it
-): # -> (the learning rate of each step, steps an epoch)
+    most:int=5000, # steps; of a longer run, so many at equal distances, the peak and the last
+): # -> (steps, the learning rate of each, steps an epoch)
     "The schedule of a run, from its bounds"
     s = record.settings
     n_batch = math.ceil((record.data['n_train'] - (n_valid if s.valid == 'holdout' else 0))/s.bs)
     n_steps = s.epochs*n_batch
     peak = max(0, min(round(s.peak_epoch*n_batch) - 1, n_steps - 2)) # as `OneCycle` has it
-    return [one_cycle_lr(step, n_steps, peak, *record.bounds, s.anneal) for step in range(n_steps)], n_batch
+    steps = range(n_steps) if n_steps <= most else sorted({*range(0, n_steps, -(-n_steps//most)), peak, n_steps - 1})
+    return list(steps), [one_cycle_lr(step, n_steps, peak, *record.bounds, s.anneal) for step in steps], n_batch
 
 # %% ../nbs/12_report.ipynb #f4a4c244
 def augmented_images(
@@ -269,7 +262,7 @@ def report_page(
 ): # -> str, HTML
     "The page of a run"
     confusion, vocab, history = interp.confusion_matrix(), list(interp.vocab), record.history
-    lrs, n_batch = run_lrs(record, len(interp.targs))
+    steps, lrs, n_batch = run_lrs(record, len(interp.targs))
     wrong, label = confusion - np.diag(np.diag(confusion)), {name: i for i, name in enumerate(vocab)}
     shares = np.where(np.eye(len(vocab), dtype=bool), confusion/max(1, confusion.max()), wrong/max(1, wrong.max())).round(3)
     train_loss, valid_loss, train_accuracy, accuracy = (history[name].iloc[-1] for name in ('train_loss', 'valid_loss', 'train_accuracy', 'accuracy'))
@@ -277,7 +270,7 @@ def report_page(
         name=record.name, origin=_origin(record), n_train=record.data['n_train'], n_valid=len(interp.targs), images=_images(record), vocab=vocab, accuracy=_per_cent(record.summary['accuracy']), n_wrong=interp.n_wrong,
         figures=_figures(record, len(interp.targs)), command=repeat_command(record.settings), settings=_settings(record), lr_text=_lr_text(record),
         range_test=record.tested and page_plot(lambda ax: plot_range_test(*record.tested, record.bounds, ax), f'Range test: LRMIN is {record.bounds.lr_min:.2e}, LRMAX {record.bounds.lr_max:.2e}'),
-        lr_plot=page_plot(lambda ax: plot_lrs(lrs, n_batch, ax), f'Learning rate over {len(lrs):,} steps: from {lrs[0]:.2e} up to {max(lrs):.2e} and back to {lrs[-1]:.2e}'),
+        lr_plot=page_plot(lambda ax: plot_lrs(lrs, n_batch, ax, steps), f'Learning rate over {steps[-1] + 1:,} steps: from {lrs[0]:.2e} up to {max(lrs):.2e} and back to {lrs[-1]:.2e}'),
         loss_plot=page_plot(_curves(history, dict(train_loss='training', valid_loss='validation'), 'loss'), f'Loss over {len(history)} epochs: at the end {train_loss:.3f} in training, {valid_loss:.3f} in validation'),
         accuracy_plot=page_plot(_curves(history, dict(train_accuracy='training', accuracy='validation'), 'accuracy'), f'Accuracy over {len(history)} epochs: at the end {train_accuracy:.2%} in training, {accuracy:.2%} in validation'),
         smoothing=f' (labels smoothed by {record.settings.label_smoothing:g})' if record.settings.label_smoothing else '',

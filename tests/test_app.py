@@ -135,7 +135,7 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence(command):
         done = command('app', '--port', port)
     assert done.returncode == 1 and re.fullmatch(r'cifar_app: .* cannot be listened on .*\n', done.stderr)
 
-@pytest.mark.parametrize('args, said', [(['--port', '0'], 'port is 0'), (['--max_mb', '0'], 'max_mb is 0'), (['no/such/run'], 'no/such/run is no run folder'), (['--weights', 'best'], 'weights is'), (['--data', 'no/such/data'], 'does not exist')])
+@pytest.mark.parametrize('args, said', [(['--port', '0'], 'port is 0'), (['--max_mb', '0'], 'max_mb is 0'), (['no/such/run'], 'no/such/run is not a run folder'), (['--weights', 'best'], 'weights is'), (['--data', 'no/such/data'], 'does not exist')])
 def test_wrong_arguments_get_one_sentence(args, said):
     with pytest.raises(SystemExit) as e: cifar_app(args if '--port' in args else ['--port', str(free_port()), *args])
     assert e.value.code.startswith('cifar_app: ') and said in e.value.code and '\n' not in e.value.code

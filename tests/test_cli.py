@@ -14,7 +14,7 @@ from cifar_fastai.core import BenchSettings, RepeatSettings, cifar10_classes, ci
 from cifar_fastai.data import read_image
 from cifar_fastai.interpret import class_probabilities, load_run
 from cifar_fastai.models import load_pretrained
-from cifar_fastai.training import read_csv_exact
+from cifar_fastai.folder import read_csv_exact
 
 commands = dict(cifar_train=RunSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings,
                 cifar_predict=PredictSettings, cifar_bench=BenchSettings, cifar_repeat=RepeatSettings,
@@ -245,7 +245,7 @@ def test_predict_refuses_what_is_no_image_and_predicts_the_rest(finished, images
     assert 'no image: give one or more files' in refused(cifar_predict, '--model', run)
 
 def test_predict_refuses_what_is_no_run(images):
-    assert 'no_run is no run folder: give one that cifar_train has written' in refused(cifar_predict, '--model', 'no_run', *images)
+    assert 'no_run is not a run folder: give one that cifar_train has written' in refused(cifar_predict, '--model', 'no_run', *images)
 
 @pytest.mark.parametrize('config', ['['*100_000, '{', '{}', *('{"settings": {}, "data": {"vocab": %s, "stats": %s}}' % facts for facts in [('3', '[[0,0,0],[1,1,1]]'), ('{"a": 1}', '[[0,0,0],[1,1,1]]'),
                                                                           ('["a", "b"]', '[[0],[1]]'), ('["a", "b"]', '[[0,0,0],[1,1,0]]'), ('["a", "b"]', '3')]), '{"settings": {}, "data": {"vocab": ["a", "b"]}}', '{"settings": {"epochs": "x"}, "data": {}}'])

@@ -7,7 +7,7 @@ import pytest
 
 from cifar_fastai.core import read_json
 from cifar_fastai.learner import checkpoints_in, read_checkpoint
-from cifar_fastai.training import read_history
+from cifar_fastai.folder import read_history
 
 needs_accelerate = pytest.mark.skipif(find_spec('accelerate') is None, reason='accelerate is not installed')
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import cifar_fastai
 from cifar_fastai.core import read_json, recipes
 from cifar_fastai.schedule import bounds_from
-from cifar_fastai.training import read_history, read_range_test
+from cifar_fastai.folder import read_history, read_range_test
 
 root = Path(__file__).resolve().parent.parent
 if not (root/'settings.ini').exists(): pytest.skip('a checkout: settings.ini, README.md and nbs/ beside tests/', allow_module_level=True)
@@ -246,7 +246,7 @@ def test_csv_files_are_read_by_read_csv_exact_alone():
     found = [call for p in files for call in calls_of(readers, p.read_text(encoding='utf8'), p.name)]
     for notebook in notebooks:
         for cell in cells(notebook, 'code'): found += calls_of(readers, python(cell), f"{notebook.name} {cell['id']}")
-    assert [where.split(':')[0] for where in found] == ['training.py', '07_training.ipynb 0efad4a2'] # `read_csv_exact` itself
+    assert [where.split(':')[0].split()[0] for where in found] == ['folder.py', '04a_folder.ipynb'] # `read_csv_exact` itself
 
 # ---- the package
 

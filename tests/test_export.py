@@ -203,7 +203,7 @@ def test_what_is_there_stays(how):
     (dict(out='network.pt2'), ValueError, 'out is network.pt2: give a name that ends in .onnx'),
     (dict(out='network', format='torch'), ValueError, 'out is network: give a name that ends in .pt2'),
     (dict(out='nowhere/network.onnx'), ValueError, 'out is nowhere/network.onnx: give a file in a folder that exists'),
-    (dict(run='nothing'), FileNotFoundError, 'nothing is no run folder: give one that cifar_train has written')])
+    (dict(run='nothing'), FileNotFoundError, 'nothing is not a run folder: give one that cifar_train has written')])
 def test_what_makes_no_sense_is_refused(arguments, error, says):
     with pytest.raises(error) as e: export_model(**arguments)
     assert str(e.value) == says and not list(Path().iterdir())
@@ -344,6 +344,6 @@ def test_the_commands_refuse_in_one_sentence(small):
     for command, args, says in [(cifar_predict, ['--model', 'text.onnx', 'image.png'], 'text.onnx is no ONNX file that cifar_export has written: '),
                                 (cifar_predict, ['--model', 'nothing.onnx', 'image.png'], 'nothing.onnx does not exist'),
                                 (cifar_export, ['--out', 'there.onnx'], 'there.onnx exists: delete it, or give another out'),
-                                (cifar_export, ['nothing'], 'nothing is no run folder: give one that cifar_train has written')]:
+                                (cifar_export, ['nothing'], 'nothing is not a run folder: give one that cifar_train has written')]:
         with pytest.raises(SystemExit) as e: command(args)
         assert str(e.value.code).startswith(f'{command.__name__}: {says}') and '\n' not in e.value.code

@@ -26,7 +26,7 @@ from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, le
                                     plot_lrs)
 from cifar_fastai.learner import cifar_learner, first_images, save_weights
 from cifar_fastai.schedule import OneCycle, bounds_from, plot_range_test
-from cifar_fastai.training import read_history
+from cifar_fastai.folder import read_history
 
 
 @pytest.fixture(scope='module')
@@ -278,8 +278,8 @@ def test_data_of_other_classes_is_refused(finished):
     with pytest.raises(ValueError, match="the run's classes are airplane, .* and the data's 0, 1,"): CifarInterpretation.from_run(finished[0], data='digits')
 
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing is no run folder'): load_run(tmp_path/'nothing')
-    with pytest.raises(FileNotFoundError, match='has no config.json'): load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match='nothing is not a run folder'): load_run(tmp_path/'nothing')
+    with pytest.raises(FileNotFoundError, match='is not a run folder'): load_run(tmp_path)
 
 def test_unknown_weights_are_refused(finished):
     with pytest.raises(ValueError, match="weights is 'first': give 'last' or 'best'"): load_run(finished[0], 'first')
@@ -312,7 +312,7 @@ def test_a_history_is_read_back(finished):
 @pytest.mark.parametrize('content', ['', 'epoch,loss\n1,2\n', '{}', 'a,b\n1,2,3\n4,5,6,7\n'])
 def test_what_is_no_history_is_refused_by_name(run, content):
     (run/'history.csv').write_text(content)
-    with pytest.raises(ValueError, match='history.csv is no history of a run'): read_history(run)
+    with pytest.raises(ValueError, match='history.csv is not the history of a run'): read_history(run)
 
 # ---- probabilities of single images
 

@@ -136,8 +136,8 @@ def test_a_page_is_the_same_each_time(reported, run): assert write_report(run).r
 def test_the_schedule_is_the_one_that_ran(compared):
     for run in compared[0]:
         record = read_run(run)
-        lrs, n_batch = run_lrs(record, len(run_predictions(record).targs))
-        assert len(lrs) == 2*n_batch and np.allclose(lrs[n_batch - 1::n_batch], record.history['lr'], rtol=1e-6)
+        steps, lrs, n_batch = run_lrs(record, len(run_predictions(record).targs))
+        assert steps == list(range(2*n_batch)) and np.allclose(lrs[n_batch - 1::n_batch], record.history['lr'], rtol=1e-6)
 
 def test_rates_that_were_given_have_no_range_test(reported): assert 'so there was no range test' in Page(reported).text
 
@@ -264,7 +264,7 @@ def test_images_of_another_run_are_not_shown(run, change, small):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for folder in (tmp_path/'nothing', tmp_path):
-        with pytest.raises(FileNotFoundError, match='is no run folder: give one that cifar_train has written'): write_report(folder)
+        with pytest.raises(FileNotFoundError, match='is not a run folder: give one that cifar_train has written'): write_report(folder)
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('damage', [lambda run: (run/'summary.json').unlink(), lambda run: write_json(run/'summary.json', read_json(run/'summary.json') | dict(interrupted=True)), lambda run: (run/'predictions.safetensors').unlink()],
@@ -356,7 +356,7 @@ def test_what_cannot_be_compared_is_refused(compared, tmp_path):
         with pytest.raises(ValueError, match='cannot be compared: give two or more run folders'): write_comparison(runs, 'c.html')
     for out in (tmp_path, tmp_path/'nothing/c.html'):
         with pytest.raises(ValueError, match='give a file in a folder that exists'): write_comparison([first, second], out)
-    with pytest.raises(FileNotFoundError, match='nothing is no run folder'): write_comparison([first, tmp_path/'nothing'], 'c.html')
+    with pytest.raises(FileNotFoundError, match='nothing is not a run folder'): write_comparison([first, tmp_path/'nothing'], 'c.html')
     assert not list(tmp_path.iterdir())
 
 def test_recorded_runs_are_compared(recorded_run, tmp_path):

@@ -12,7 +12,8 @@ from torch import nn
 from cifar_fastai.core import read_json, write_json
 from cifar_fastai.learner import _digest, Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
 from cifar_fastai.schedule import OneCycle
-from cifar_fastai.training import read_history, resume, train
+from cifar_fastai.folder import read_history
+from cifar_fastai.training import resume, train
 
 class Stop(Exception): "What stops a fit in these tests"
 
@@ -536,7 +537,7 @@ def test_killed_in_the_range_test_it_starts_over(small_archive, tmp_path):
     assert same_end(tmp_path/'run', other) and read_json(tmp_path/'run'/'config.json')['bounds'] == read_json(other/'config.json')['bounds']
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
-    for args, words in (['--resume', tmp_path/'nothing'], 'is no run folder'), (['--resume', ''], 'is no run folder'), (['--force'], 'give it with resume'):
+    for args, words in (['--resume', tmp_path/'nothing'], 'is not a run folder'), (['--resume', ''], "resume is ''"), (['--force'], 'give it with resume'):
         with start(*args) as process: out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and words in err and len(err.strip().splitlines()) == 1
 

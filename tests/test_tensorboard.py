@@ -10,7 +10,8 @@ from PIL import Image
 
 from cifar_fastai.core import read_json, settings_from
 from cifar_fastai.learner import Checkpoints
-from cifar_fastai.training import read_history, resume, train
+from cifar_fastai.folder import read_history
+from cifar_fastai.training import resume, train
 
 pytest.importorskip('tensorboard', reason='the extra tensorboard')
 

@@ -15,12 +15,12 @@ from cifar_fastai.augment import CropFlipCutout
 from cifar_fastai.core import TrainSettings, read_json, recipes, settings_from
 from cifar_fastai.data import cifar_dls
 from cifar_fastai.interpret import CifarInterpretation
+from cifar_fastai.folder import history_columns, read_history, read_range_test
 from cifar_fastai.learner import cifar_learner, first_images, load_weights
 from cifar_fastai.models import whitening_filters
 from cifar_fastai.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
-from cifar_fastai.training import (SaveRun, differences, finish_run, history_columns, new_run_folder, read_history,
-                                   read_range_test, resume, run_config, settings_learner, settle_bounds, train,
-                                   write_range_test)
+from cifar_fastai.training import (SaveRun, differences, finish_run, new_run_folder, resume, run_config,
+                                   settings_learner, settle_bounds, train, write_range_test)
 
 @pytest.fixture(scope='module')
 def history(finished): return read_history(finished[0])
@@ -117,7 +117,7 @@ def test_a_run_without_a_range_test_says_so(finished):
 @pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'lr,loss\nx,y\n', 'no table'])
 def test_what_is_no_range_test_is_refused_by_name(text, tmp_path):
     (tmp_path/'range_test.csv').write_text(text)
-    with pytest.raises(ValueError, match='range_test.csv is no range test'): read_range_test(tmp_path)
+    with pytest.raises(ValueError, match='range_test.csv is not a range test'): read_range_test(tmp_path)
 
 # ---- settings that were left out
 
