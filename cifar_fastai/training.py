@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, Learner, rank_distrib, set_seed
+from typing_extensions import TypedDict
 
 from .augment import CropFlipCutout, plot_augmented
 from .core import TrainSettings, environment, peak_memory, remove_parts, require_extra, settings_from, write_json, write_whole
@@ -59,6 +60,10 @@ def run_environment(learn:Learner): # -> dict
                                 processes=learn.processes.n)
 
 # %% ../nbs/07_training.ipynb #8966680c
+class _SaveRunState(TypedDict):
+    best: float # minus infinity before the first epoch
+    best_epoch: Count|None
+
 class SaveRun(TrackerCallback):
     "Make the run folder when a fit begins, and keep history, last and best weights in it after each epoch"
     order = TrackerCallback.order + 1
@@ -112,7 +117,7 @@ class SaveRun(TrackerCallback):
     def state_dict(self): return dict(best=float(self.best), best_epoch=self.best_epoch)
 
     def load_state_dict(self, state):
-        checked(state, dict[str, float|None], 'the state of SaveRun')
+        checked(state, _SaveRunState, 'the state of SaveRun')
         self.best, self.best_epoch = state['best'], state['best_epoch']
 
 # %% ../nbs/07_training.ipynb #e53d0744
