@@ -159,31 +159,40 @@ def _members(path:Path):
             if not wanted(name): continue
             content = _content_of(path/file, _largest_file)
             left -= len(content)
-            if left < 0: raise ValueError(f'{path} has images of more than {_most_bytes:,} bytes: this is not CIFAR-10')
+            if left < 0: raise ValueError(f'{path} has over {_most_bytes:,} bytes: this is not CIFAR-10')
             yield name, content
         return
     with open(check_file(path, _most_bytes), 'rb') as f:
         if path.stat().st_size == 0: raise ValueError(f'{path} is empty') # or a file in /proc, which may have no end
         try: yield from ((name, content) for name, content in _untar(io.BufferedReader(_Unzipped(f), 2**17)) if wanted(name))
         except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
-            raise ValueError(f'{path} cannot be read as a tar archive ({printable(e)}): it may be cut short; fetch it again') from None
+            reason = f'{path} cannot be read as a tar archive ({printable(e)})'
+            raise ValueError(f'{reason}: it may be cut short; fetch it again') from None
+
+# %% ../nbs/02_data.ipynb #da2c6e8f
+_extra_headers = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE
 
 def _untar(stream):
     "Yield (name, bytes) of the regular files in a tar archive; `tarfile` takes minutes over headers made for that"
     n, n_extra, long_name = 0, 0, None
     while any(header := _exactly(stream, 512)):
         info = tarfile.TarInfo.frombuf(header, 'utf8', 'surrogateescape') # raises `HeaderError`
-        is_extra = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        is_extra = info.type in _extra_headers
         n, n_extra = (n, n_extra + 1) if is_extra else (n + 1, 0)
-        if n > _most_files or n_extra > 3: raise OSError(f'it holds more than {_most_files:,} files, or 3 extra headers of one')
-        size, most = 0 if info.type in b'123456' else info.size, 2048 if is_extra else _largest_file # links, devices and folders have no content
+        if n > _most_files: raise OSError(f'it holds more than {_most_files:,} files')
+        if n_extra > 3: raise OSError('it has more than 3 extra headers in front of a file')
+        size = 0 if info.type in b'123456' else info.size # links, devices, folders and pipes have no content
+        most = 2048 if is_extra else _largest_file
         if not 0 <= size <= most: raise OSError(f'{info.name} in it has {size:,} bytes: at most {most:,} are read')
         content = _exactly(stream, -(-size//512)*512)[:size]
-        if info.type == tarfile.GNUTYPE_SPARSE or is_extra and b' GNU.sparse.' in content: raise OSError('it has a file with holes')
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or is_extra and b' GNU.sparse.' in content
+        if sparse: raise OSError('it has a file with holes')
         if info.type == tarfile.GNUTYPE_LONGNAME: long_name = content.rstrip(b'\0')
-        elif info.type == tarfile.XHDTYPE and (path := re.search(rb'(?:^|\n)\d+ path=([^\n]*)', content)): long_name = path[1]
+        elif info.type == tarfile.XHDTYPE:
+            if path := re.search(rb'(?:^|\n)\d+ path=([^\n]*)', content): long_name = path[1]
         if is_extra: continue
-        if info.isreg(): yield long_name.decode('utf8', 'surrogateescape') if long_name else info.name, content
+        name = long_name.decode('utf8', 'surrogateescape') if long_name else info.name
+        if info.isreg(): yield name, content
         long_name = None
     while stream.read(2**20): pass # gzip has a checksum at its end
 
@@ -193,7 +202,9 @@ def _exactly(stream, n): # -> n bytes
     return content
 
 class _Unzipped(io.RawIOBase):
-    "What is in a file, unpacked where it is gzip; raises `OSError` for too much. The `gzip` module reads names and empty members byte by byte"
+    """The content of a file, unpacked where it is gzip; raises `OSError` for too much.
+
+    The `gzip` module would read headers byte by byte, in Python."""
     def __init__(self, file):
         self.file, self.packed, self.n_in, self.n_out = file, file.read(2**16), 0, 0
         self.unzip = zlib.decompressobj(31) if self.packed.startswith(b'\x1f\x8b') else None
@@ -212,7 +223,10 @@ class _Unzipped(io.RawIOBase):
     def _unpacked(self, n): # -> up to n bytes of `packed`
         if self.unzip is None: block, self.packed = self.packed[:n], self.packed[n:]
         else:
-            if self.unzip.eof: self.packed, self.unzip = self.packed.lstrip(b'\0'), zlib.decompressobj(31)
+            if self.unzip.eof: # zeros may follow, and another gzip file
+                self.packed = self.packed.lstrip(b'\0')
+                if not self.packed: return b''
+                self.unzip = zlib.decompressobj(31)
             block = self.unzip.decompress(self.packed, n)
             self.packed = self.unzip.unconsumed_tail or self.unzip.unused_data
         return block
@@ -223,15 +237,16 @@ class _Unzipped(io.RawIOBase):
         if self.n_in > 2*self.n_out + 2**20: raise OSError('it is longer packed than unpacked')
         return self.packed
 
+# %% ../nbs/02_data.ipynb #15a67b31
 def _files(folder:Path):
     "Return the names of the files below `folder`, relative to it; links to folders are not followed"
     names, folders, n = [], [''], 0
-    for at in folders: # grows
+    for at in folders: # which grows
         try: entries = os.scandir(folder/at)
         except OSError: continue # not for us to read
         with entries:
             for entry in entries:
-                if (n := n + 1) > _most_files: raise ValueError(f'{folder} holds more than {_most_files:,} files: this is not CIFAR-10')
+                if (n := n + 1) > _most_files: raise ValueError(f'{folder} holds more than {_most_files:,} files: not CIFAR-10')
                 if entry.is_dir(follow_symlinks=False): folders.append(f'{at}{entry.name}/')
                 elif not os.path.isdir(entry.path): names.append(at + entry.name)
     return sorted(names)
@@ -263,13 +278,14 @@ def read_images(path): # folder or tar archive, either layout -> `CIFAR10Data`
     images = {'train': ([], []), 'test': ([], [])}
     label_of = {name: i for i, name in enumerate(cifar10_classes)}
     for name, data in _members(path):
+        shown = f'{path}: {printable(name)}'
         if png := _png_name.search(name):
             split, cls = png.groups()
-            if cls not in label_of: raise ValueError(f'{path}: {name} is of no class of CIFAR-10; the folders are {", ".join(cifar10_classes)}')
-            x, y = _decode_png(data, f'{path}: {name}')[None], np.array([label_of[cls]])
+            if cls not in label_of: raise ValueError(f'{shown} is of no class of CIFAR-10; the folders are {", ".join(cifar10_classes)}')
+            x, y = _decode_png(data, shown)[None], np.array([label_of[cls]])
         else:
             split = 'test' if name.endswith('test_batch') else 'train'
-            x, y = _decode_batch(data, f'{path}: {name}')
+            x, y = _decode_batch(data, shown)
         images[split][0].append(x); images[split][1].append(y)
     for split, (xs, ys) in images.items():
         if not ys: raise ValueError(f'{path} has no {split} images: expected {split}/<class>/*.png, or the Python batches of CIFAR-10')
@@ -321,7 +337,9 @@ def find_cifar10(
     if source != 'cifar10':
         try: path = Path(source).expanduser()
         except RuntimeError: path = Path(source) # there is no such user
-        if not path.exists(): raise FileNotFoundError(f"{printable(path)} does not exist: give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'")
+        if not path.exists():
+            remedy = "give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"
+            raise FileNotFoundError(f'{printable(path)} does not exist: {remedy}')
         return path
     cfg = fastai_cfg()
     places = [cfg.path(kind)/name for kind, name in [('data', 'cifar10'), ('data', 'cifar-10-batches-py'),
@@ -338,7 +356,7 @@ def _cache_file(path:Path):
     files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := _stat(os.path.join(path, name) if name else path))]
     key = hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:32]
     try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
-    except OSError as e: # fastai's folder cannot be made, as where the home folder is read-only
+    except (OSError, RuntimeError) as e: # fastai's folder cannot be made, as where the home folder is read-only
         warnings.warn(f'the decoded images are not cached, so the next start is slow: {e}', stacklevel=3)
 
 # %% ../nbs/02_data.ipynb #e30be6ad
@@ -411,6 +429,7 @@ def _read_content(content, name='the picture'): # of a file -> `uint8` (32, 32, 
             file.allow_pixels()
             return _as_network_takes_it(img, content)
 
+# %% ../nbs/02_data.ipynb #4e71d91e
 class _MeteredFile(io.BytesIO):
     """The content of a picture's file; raises `RuntimeError` when it is read too often, or too often over.
 
@@ -435,14 +454,17 @@ class _MeteredFile(io.BytesIO):
 
 def _too_many_parts(): return RuntimeError('its file has too many parts, or repeats them: save it anew')
 
+# %% ../nbs/02_data.ipynb #079c8692
 def _tiff_tiles(content): # -> int: the strips or tiles that the first directory of a TIFF names; 0 of other files
-    order, big = {b'II*\0': ('<', 0), b'MM\0*': ('>', 0), b'II+\0': ('<', 1), b'MM\0+': ('>', 1)}.get(content[:4], (None, 0))
-    if order is None: return 0
+    kinds = {b'II*\0': ('<', 0), b'MM\0*': ('>', 0), b'II+\0': ('<', 1), b'MM\0+': ('>', 1)} # byte order, is it BigTIFF
+    if content[:4] not in kinds: return 0
+    order, big = kinds[content[:4]]
     try:
         [at] = struct.unpack_from(order + 'IQ'[big], content, 4 + 4*big)
         [n] = struct.unpack_from(order + 'HQ'[big], content, at)
         entries = content[at + (2, 8)[big]:][:(12, 20)[big]*n]
-        return max((count for tag, _, count, _ in struct.iter_unpack(order + ('HHII', 'HHQQ')[big], entries) if tag in (273, 324)), default=0)
+        entries = struct.iter_unpack(order + ('HHII', 'HHQQ')[big], entries)
+        return max((count for tag, _, count, _ in entries if tag in (273, 324)), default=0)
     except (struct.error, OverflowError): return 0 # it is damaged, as Pillow will find
 
 def _gif_is_animated(content):
@@ -479,7 +501,8 @@ def _shrink_or_refuse(img, content): # a picture, and its file while it is still
     if len(img.info.get('exif', b'')) > 2**16: raise ValueError('its EXIF data are longer than 65,536 bytes')
     if pixels > max_pixels: raise ValueError(f'{size} are more than {max_pixels:,}')
     if pixels*passes > 16*max_pixels: raise ValueError(f'{size} in {passes} passes are too much work')
-    if _gif_is_animated(content) if content and img.format == 'GIF' else _is_animated(img): raise ValueError('it is animated or has several pages: give one picture of it')
+    animated = _gif_is_animated(content) if content and img.format == 'GIF' else _is_animated(img)
+    if animated: raise ValueError('it is animated or has several pages: give one picture of it')
     if img.format == 'PNG' and img.mode != 'P' and 'transparency' in img.info:
         bits = content[24] if content else 16 if img.mode.startswith('I') else 8
         if bits != 8: raise ValueError(f'it has a transparent colour at {bits} bits a channel: give it 8')

@@ -62,9 +62,10 @@ def answer(kind, content):
 def described(nodes): return [(node.name, node.type, node.shape) for node in nodes]
 
 try:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), 8)
-    session = ort.InferenceSession(request(), options, providers=['CPUExecutionProvider'], enable_fallback=False)
+    options.log_severity_level, options.intra_op_num_threads = 4, min(cores, 8)
+    session = ort.InferenceSession(request(), options, providers=['CPUExecutionProvider'])
     vocab = session.get_modelmeta().custom_metadata_map.get('vocab', 'null')
     answer(b'+', json.dumps([described(session.get_inputs()), described(session.get_outputs()), vocab]).encode())
     while True:
@@ -74,18 +75,23 @@ try:
 except Exception as e: answer(b'-', str(e).encode('utf8', 'replace')[:1000] or type(e).__name__.encode())
 '''
 
+# %% ../nbs/14_export.ipynb #b8e35fc9
 class OnnxClassifier:
-    "`uint8` images (N, 32, 32, 3), RGB → `float32` probabilities (N, classes), by ONNX Runtime in a process of its own; `vocab` names the classes"
+    """`uint8` images (N, 32, 32, 3), RGB → `float32` probabilities (N, classes), by ONNX Runtime; `vocab` names the classes.
+
+    ONNX Runtime runs in a process of its own, which is ended after `timeout` seconds and, on Linux, has 4 GB at most."""
     def __init__(self,
         path, # ONNX file
         timeout:float=60, # seconds for loading the file, and for each 500 images
     ):
         self.path, self.timeout = Path(path), timeout
         content = self.path.read_bytes()
-        if b'location' in content: raise ValueError(f'{printable(path)} keeps its weights in other files: give an ONNX file that cifar_export has written')
-        env = os.environ | dict(OPENBLAS_NUM_THREADS='1', MALLOC_ARENA_MAX='4') # else each core of a large machine takes address space
-        self.process = subprocess.Popen([sys.executable, '-I', '-c', _worker, os.pathsep.join(sys.path)], env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if b'location' in content: # of a weight, in another file
+            raise ValueError(f'{printable(path)} keeps its weights in other files: export it anew with cifar_export')
+        env = os.environ | dict(OPENBLAS_NUM_THREADS='1', MALLOC_ARENA_MAX='4') # which take address space for each core
+        command = [sys.executable, '-I', '-c', _worker, os.pathsep.join(map(os.path.abspath, sys.path))]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
         self._finalizer = weakref.finalize(self, _end, self.process)
         try:
             self.vocab = _vocab_of(*json.loads(self._ask(content)))
@@ -93,7 +99,8 @@ class OnnxClassifier:
         except BaseException as e:
             self._finalizer()
             if not isinstance(e, Exception): raise
-            raise ValueError(f'{printable(path)} is no ONNX file that cifar_export has written: {_in_one_line(e)}') from None
+            kind = f'{printable(path)} is no ONNX file that cifar_export has written'
+            raise ValueError(f'{kind}: {_in_one_line(e)}') from None
 
     def __call__(self, images): # a list of images serves, too
         images = np.asarray(images)
@@ -117,7 +124,9 @@ class OnnxClassifier:
             answer = self.process.stdout.read(int.from_bytes(self.process.stdout.read(8), 'big'))
         except (OSError, ValueError): answer = b'' # the process is gone
         finally: timer.cancel()
-        if answer[:1] != b'+': raise ValueError(answer[1:].decode('utf8', 'replace') or f'it takes more than {self.timeout:g} s or 4 GB, or ends the process that runs it')
+        if answer[:1] != b'+':
+            limits = f'it takes more than {self.timeout:g} s or 4 GB, or crashes'
+            raise ValueError(answer[1:].decode('utf8', 'replace') or limits)
         return answer[1:]
 
 def _end(process):
