@@ -9,6 +9,7 @@ __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'Int
 
 # %% ../nbs/20_cli.ipynb #0c38264d
 import os, signal, sys, tempfile, traceback, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -200,16 +201,25 @@ def cifar_predict(settings:PredictSettings):
     from cifar_fastai.data import read_image
     if not settings.images: raise ValueError('no image: give one or more files')
     classify, vocab = _classifier(settings.model, settings.weights)
-    refused = 0
-    for path in settings.images:
-        try: image = read_image(path)
-        except (ValueError, OSError) as e:
-            print(f'cifar_predict: {" ".join(str(e).split())}', file=sys.stderr)
-            refused += 1
-            continue
-        probs = classify(image[None])[0]
-        print(f'{path}: {vocab[probs.argmax()]} {probs.max():.1%}')
-    if refused: sys.exit(1)
+    def read(path): # -> image, or the exception that says why there is none
+        try: return read_image(path)
+        except (ValueError, OSError) as e: return e
+    n_refused = 0
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter('ignore') # threads would undo each other's filters
+        for start in range(0, len(settings.images), 256):
+            paths = settings.images[start:start + 256]
+            images = list(pool.map(read, paths))
+            pictures = [image for image in images if not isinstance(image, Exception)]
+            answers = iter(classify(pictures) if pictures else ())
+            for path, image in zip(paths, images):
+                if isinstance(image, Exception):
+                    print(f'cifar_predict: {printable(" ".join(str(image).split()))}', file=sys.stderr)
+                    n_refused += 1
+                    continue
+                probs = next(answers)
+                print(f'{printable(path)}: {printable(vocab[probs.argmax()])} {probs.max():.1%}')
+    if n_refused: sys.exit(1)
 
 # %% ../nbs/20_cli.ipynb #93a88772
 @_command

@@ -9,7 +9,7 @@ __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'max_pixels', 'max_bytes', 'pi
            'resolve_device', 'cifar_dls']
 
 # %% ../nbs/02_data.ipynb #c4e1935d
-import gzip, hashlib, io, os, pickle, pickletools, re, signal, tarfile, tempfile, warnings, zlib
+import hashlib, io, os, pickle, pickletools, re, signal, struct, tarfile, tempfile, warnings, zlib
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from http.client import HTTPException
@@ -31,10 +31,10 @@ from fastai.vision.all import (Categorize, CategoryBlock, DataBlock, Datasets, F
 from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .augment import CropFlipCutout, ItemAugment, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, sent, unpack_pixels
-from .core import cifar10_classes, cifar10_stats, data_variable, named_source, recipes, source_defaults
+from .core import check_file, cifar10_classes, cifar10_stats, data_variable, printable, named_source, recipes, source_defaults
 
 # %% ../nbs/02_data.ipynb #8296a05a
 class CIFAR10Data(NamedTuple):
@@ -153,57 +153,107 @@ def _members(path:Path):
     "Yield (name, bytes) of the files of a data set, from a folder or a tar archive"
     wanted = lambda name: not PurePosixPath(name).name.startswith('.') and (_png_name.search(name) or _batch_name.search(name))
     if path.is_dir():
-        path = path.resolve()
+        path, left = path.resolve(), _most_bytes
         for file in _files(path):
             name = f'{path.name}/{file}'
-            if not wanted(name) or not (path/file).is_file(): continue
-            if (path/file).stat().st_size > _largest_file: raise ValueError(f'{path/file} has more than {_largest_file:,} bytes: that is no part of CIFAR-10')
-            yield name, (path/file).read_bytes()
+            if not wanted(name): continue
+            content = _content_of(path/file, _largest_file)
+            left -= len(content)
+            if left < 0: raise ValueError(f'{path} has over {_most_bytes:,} bytes: this is not CIFAR-10')
+            yield name, content
         return
-    try:
-        with open(path, 'rb') as f:
-            zipped = f.read(2) == b'\x1f\x8b'
-            f.seek(0)
-            stream = _Tail(gzip.GzipFile(fileobj=f) if zipped else f)
-            with tarfile.open(fileobj=stream, mode='r|', tarinfo=_Member) as tar:
-                for n, member in enumerate(tar):
-                    if n == _most_files: raise OSError(f'it holds more than {_most_files:,} files')
-                    if member.size > _largest_file: raise OSError(f'{member.name} in it has {member.size:,} bytes')
-                    if member.issparse(): raise OSError(f'{member.name} in it has holes')
-                    if member.isreg() and wanted(member.name): yield member.name, tar.extractfile(member).read()
-            while stream.read(2**20): pass
-            if len(stream.tail) < 512 or any(stream.tail): raise EOFError('its end is missing')
-    except FileNotFoundError: raise
-    except Exception as e: # `tarfile` also raises what it was not made for
-        raise ValueError(f'{path} cannot be read as a tar archive ({" ".join(str(e).split()) or type(e).__name__}): it may be cut short; fetch it again') from None
+    with open(check_file(path, _most_bytes), 'rb') as f:
+        if path.stat().st_size == 0: raise ValueError(f'{path} is empty') # or a file in /proc, which may have no end
+        try: yield from ((name, content) for name, content in _untar(io.BufferedReader(_Unzipped(f), 2**17)) if wanted(name))
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
+            reason = f'{path} cannot be read as a tar archive ({printable(e)})'
+            raise ValueError(f'{reason}: it may be cut short; fetch it again') from None
 
-class _Member(tarfile.TarInfo):
-    "A file of an archive whose extra headers are short, as long names are: some Pythons take the square of their length (CVE-2024-6232)"
-    def _proc_member(self, tar):
-        if self.type not in tarfile.REGULAR_TYPES and self.size > 2048 and self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-            raise tarfile.ReadError('it has a header of too many bytes')
-        return super()._proc_member(tar)
+# %% ../nbs/02_data.ipynb #da2c6e8f
+_extra_headers = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE
 
-class _Tail:
-    "A file that is read from front to back, and its last 512 bytes: a tar archive ends with a block of zeros"
-    def __init__(self, file): self.file, self.tail, self.n = file, b'', 0
-    def read(self, n):
-        block = self.file.read(n)
-        self.n += len(block)
-        if self.n > _most_bytes: raise OSError(f'unpacked it has more than {_most_bytes:,} bytes')
-        self.tail = (self.tail + block)[-512:]
+def _untar(stream):
+    "Yield (name, bytes) of the regular files in a tar archive; `tarfile` takes minutes over headers made for that"
+    n, n_extra, long_name = 0, 0, None
+    while any(header := _exactly(stream, 512)):
+        info = tarfile.TarInfo.frombuf(header, 'utf8', 'surrogateescape') # raises `HeaderError`
+        is_extra = info.type in _extra_headers
+        n, n_extra = (n, n_extra + 1) if is_extra else (n + 1, 0)
+        if n > _most_files: raise OSError(f'it holds more than {_most_files:,} files')
+        if n_extra > 3: raise OSError('it has more than 3 extra headers in front of a file')
+        size = 0 if info.type in b'123456' else info.size # links, devices, folders and pipes have no content
+        most = 2048 if is_extra else _largest_file
+        if not 0 <= size <= most: raise OSError(f'{info.name} in it has {size:,} bytes: at most {most:,} are read')
+        content = _exactly(stream, -(-size//512)*512)[:size]
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or is_extra and b' GNU.sparse.' in content
+        if sparse: raise OSError('it has a file with holes')
+        if info.type == tarfile.GNUTYPE_LONGNAME: long_name = content.rstrip(b'\0')
+        elif info.type == tarfile.XHDTYPE:
+            if path := re.search(rb'(?:^|\n)\d+ path=([^\n]*)', content): long_name = path[1]
+        if is_extra: continue
+        name = long_name.decode('utf8', 'surrogateescape') if long_name else info.name
+        if info.isreg(): yield name, content
+        long_name = None
+    while stream.read(2**20): pass # gzip has a checksum at its end
+
+def _exactly(stream, n): # -> n bytes
+    content = stream.read(n)
+    if len(content) < n: raise EOFError('its end is missing')
+    return content
+
+class _Unzipped(io.RawIOBase):
+    """The content of a file, unpacked where it is gzip; raises `OSError` for too much.
+
+    The `gzip` module would read headers byte by byte, in Python."""
+    def __init__(self, file):
+        self.file, self.packed, self.n_in, self.n_out = file, file.read(2**16), 0, 0
+        self.unzip = zlib.decompressobj(31) if self.packed.startswith(b'\x1f\x8b') else None
+
+    def readable(self): return True
+
+    def readinto(self, buffer):
+        block = b''
+        while not block and (self.packed or self._more()): block = self._unpacked(len(buffer))
+        if not block and self.unzip and not self.unzip.eof: raise EOFError('its end is missing')
+        self.n_out += len(block)
+        if self.n_out > _most_bytes: raise OSError(f'unpacked it has more than {_most_bytes:,} bytes')
+        buffer[:len(block)] = block
+        return len(block)
+
+    def _unpacked(self, n): # -> up to n bytes of `packed`
+        if self.unzip is None: block, self.packed = self.packed[:n], self.packed[n:]
+        else:
+            if self.unzip.eof: # zeros may follow, and another gzip file
+                self.packed = self.packed.lstrip(b'\0')
+                if not self.packed: return b''
+                self.unzip = zlib.decompressobj(31)
+            block = self.unzip.decompress(self.packed, n)
+            self.packed = self.unzip.unconsumed_tail or self.unzip.unused_data
         return block
 
+    def _more(self):
+        self.packed = self.file.read(2**16)
+        self.n_in += len(self.packed)
+        if self.n_in > 2*self.n_out + 2**20: raise OSError('it is longer packed than unpacked')
+        return self.packed
+
+# %% ../nbs/02_data.ipynb #15a67b31
 def _files(folder:Path):
-    "Names below `folder`, relative to it"
-    n = len(str(folder)) # 60,000 `Path` would take half a second
-    names = islice((f'{root[n:].replace(os.sep, "/")}/{name}'[1:] for root, _, names in os.walk(folder) for name in names), _most_files + 1)
-    if len(names := sorted(names)) > _most_files: raise ValueError(f'{folder} holds more than {_most_files:,} files: that is not CIFAR-10')
-    return names
+    "Return the names of the files below `folder`, relative to it; links to folders are not followed"
+    names, folders, n = [], [''], 0
+    for at in folders: # which grows
+        try: entries = os.scandir(folder/at)
+        except OSError: continue # not for us to read
+        with entries:
+            for entry in entries:
+                if (n := n + 1) > _most_files: raise ValueError(f'{folder} holds more than {_most_files:,} files: not CIFAR-10')
+                if entry.is_dir(follow_symlinks=False): folders.append(f'{at}{entry.name}/')
+                elif not os.path.isdir(entry.path): names.append(at + entry.name)
+    return sorted(names)
 
 # %% ../nbs/02_data.ipynb #2e12696f
 def _decode_png(data:bytes, name:str):
-    try: img = Image.open(io.BytesIO(data), formats=('PNG',))
+    try: img = Image.open(_MeteredFile(data), formats=('PNG',))
     except Exception: raise ValueError(f'{name} is no image: it is no PNG') from None
     if img.size != (32, 32) or img.mode != 'RGB':
         raise ValueError(f'{name} is {img.size[0]}×{img.size[1]} {img.mode}: every image must be 32×32 RGB')
@@ -228,13 +278,14 @@ def read_images(path): # folder or tar archive, either layout -> `CIFAR10Data`
     images = {'train': ([], []), 'test': ([], [])}
     label_of = {name: i for i, name in enumerate(cifar10_classes)}
     for name, data in _members(path):
+        shown = f'{path}: {printable(name)}'
         if png := _png_name.search(name):
             split, cls = png.groups()
-            if cls not in label_of: raise ValueError(f'{path}: {name} is of no class of CIFAR-10; the folders are {", ".join(cifar10_classes)}')
-            x, y = _decode_png(data, f'{path}: {name}')[None], np.array([label_of[cls]])
+            if cls not in label_of: raise ValueError(f'{shown} is of no class of CIFAR-10; the folders are {", ".join(cifar10_classes)}')
+            x, y = _decode_png(data, shown)[None], np.array([label_of[cls]])
         else:
             split = 'test' if name.endswith('test_batch') else 'train'
-            x, y = _decode_batch(data, f'{path}: {name}')
+            x, y = _decode_batch(data, shown)
         images[split][0].append(x); images[split][1].append(y)
     for split, (xs, ys) in images.items():
         if not ys: raise ValueError(f'{path} has no {split} images: expected {split}/<class>/*.png, or the Python batches of CIFAR-10')
@@ -284,8 +335,11 @@ def find_cifar10(
     "Where CIFAR-10 is; raises `FileNotFoundError` when what is named does not exist"
     source = named_source(source)
     if source != 'cifar10':
-        path = Path(source).expanduser()
-        if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'")
+        try: path = Path(source).expanduser()
+        except RuntimeError: path = Path(source) # there is no such user
+        if not path.exists():
+            remedy = "give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"
+            raise FileNotFoundError(f'{printable(path)} does not exist: {remedy}')
         return path
     cfg = fastai_cfg()
     places = [cfg.path(kind)/name for kind, name in [('data', 'cifar10'), ('data', 'cifar-10-batches-py'),
@@ -301,7 +355,9 @@ def _cache_file(path:Path):
     names = _files(path) if path.is_dir() else ['']
     files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := _stat(os.path.join(path, name) if name else path))]
     key = hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:32]
-    return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
+    try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
+    except (OSError, RuntimeError) as e: # fastai's folder cannot be made, as where the home folder is read-only
+        warnings.warn(f'the decoded images are not cached, so the next start is slow: {e}', stacklevel=3)
 
 # %% ../nbs/02_data.ipynb #e30be6ad
 def _read_cache(file:Path):
@@ -338,7 +394,7 @@ def load_cifar10(
     if isinstance(source, CIFAR10Data): return source
     if str(named_source(source)) == 'digits': return load_digits()
     path = find_cifar10(source, urls)
-    cache = _cache_file(path)
+    if (cache := _cache_file(path)) is None: return read_images(path)
     if (data := _read_cache(cache)) is not None: return data
     with _alone(cache): # another process may be at it: then what it has made is waited for
         if (data := _read_cache(cache)) is None:
@@ -358,16 +414,70 @@ def read_image(path): # -> `uint8` (32, 32, 3)
     Raises `FileNotFoundError` or `ValueError`"""
     path = Path(path)
     if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)):
-        raise ValueError(f'{str(path)!a} has a name with a line break or another control character: give it another')
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
-    if not path.is_file(): raise ValueError(f'{path} is no file')
-    with open(path, 'rb') as f: content = f.read(max_bytes + 1)
-    return _read_content(content, path)
+        raise ValueError(f'{printable(path)} has a name with a line break or another control character: rename it')
+    return _read_content(_content_of(path, max_bytes), path)
+
+def _content_of(path, most): # -> bytes; files in /proc, which may have no end, are empty by their size
+    if not path.exists(): raise FileNotFoundError(f'{printable(path)} does not exist')
+    with open(check_file(path, most), 'rb') as f: return f.read(path.stat().st_size)
 
 def _read_content(content, name='the picture'): # of a file -> `uint8` (32, 32, 3)
-    if len(content) > max_bytes: raise ValueError(f'{name} has more than {max_bytes:,} bytes: give a smaller picture')
-    with _decoding(name), Image.open(io.BytesIO(content), formats=picture_formats) as img:
-        return _as_network_takes_it(img, content)
+    if len(content) > max_bytes: raise ValueError(f'{name} has {len(content):,} bytes: at most {max_bytes:,} are read')
+    with _decoding(name):
+        file = _MeteredFile(content)
+        with Image.open(file, formats=picture_formats) as img:
+            file.allow_pixels()
+            return _as_network_takes_it(img, content)
+
+# %% ../nbs/02_data.ipynb #4e71d91e
+class _MeteredFile(io.BytesIO):
+    """The content of a picture's file; raises `RuntimeError` when it is read too often, or too often over.
+
+    A file of 50 MB may have 25,000,000 parts (chunks, markers, blocks, directories), each of which Pillow reads in Python,
+    and may join to those before. In front of the pixels of ordinary pictures there are some hundreds; the pixels of the
+    largest need some 40,000 reads, a PNG of 50 MB in chunks of 4 kB."""
+    def __init__(self, content):
+        super().__init__(content)
+        self.reads_left, self.bytes_left = 10_000, 2*len(content) + 2**20
+        if content.startswith(b'\xff\xd8'): self.bytes_left = 2**23 # a JPEG is opened without its pixels
+        many = max(content.count(part) for part in (b'Exif\0\0', b'iCCP')) # each may be unpacked to a megabyte
+        if many > 100 or _tiff_tiles(content) > 100_000: raise _too_many_parts()
+
+    def allow_pixels(self): self.reads_left, self.bytes_left = 300_000, 2*len(self.getbuffer()) + 2**20
+
+    def read(self, size=-1):
+        block = super().read(size)
+        self.reads_left -= 1
+        self.bytes_left -= len(block)
+        if self.reads_left < 0 or self.bytes_left < 0: raise _too_many_parts()
+        return block
+
+def _too_many_parts(): return RuntimeError('its file has too many parts, or repeats them: save it anew')
+
+# %% ../nbs/02_data.ipynb #079c8692
+def _tiff_tiles(content): # -> int: the strips or tiles that the first directory of a TIFF names; 0 of other files
+    kinds = {b'II*\0': ('<', 0), b'MM\0*': ('>', 0), b'II+\0': ('<', 1), b'MM\0+': ('>', 1)} # byte order, is it BigTIFF
+    if content[:4] not in kinds: return 0
+    order, big = kinds[content[:4]]
+    try:
+        [at] = struct.unpack_from(order + 'IQ'[big], content, 4 + 4*big)
+        [n] = struct.unpack_from(order + 'HQ'[big], content, at)
+        entries = content[at + (2, 8)[big]:][:(12, 20)[big]*n]
+        entries = struct.iter_unpack(order + ('HHII', 'HHQQ')[big], entries)
+        return max((count for tag, _, count, _ in entries if tag in (273, 324)), default=0)
+    except (struct.error, OverflowError): return 0 # it is damaged, as Pillow will find
+
+def _gif_is_animated(content):
+    "Has a GIF a second picture? Pillow's own answer takes the square of the length of a comment"
+    table = lambda flags: 3 << (flags & 7) + 1 if flags & 128 else 0
+    at, pictures, inside = 13 + table(content[10]), 0, False
+    for _ in range(500_000): # 50 MB of pixels are 200,000 blocks
+        kind = content[at] if at < len(content) else 0
+        if inside: at, inside = at + 1 + kind, kind > 0
+        elif kind == 0x21: at, inside = at + 2, True # an extension
+        elif kind == 0x2c and not pictures: at, inside, pictures = at + 11 + table(content[at + 9]), True, 1
+        else: return kind == 0x2c
+    raise _too_many_parts()
 
 @contextmanager
 def _decoding(name):
@@ -388,9 +498,11 @@ def _shrink_or_refuse(img, content): # a picture, and its file while it is still
     large = img.width*img.height > 4_000_000
     if content and large and passes == 1: img.draft('RGB', (512, 512)) # a JPEG at an eighth to a half of its size
     size, pixels = f'{img.width}×{img.height} pixels', img.width*img.height
+    if len(img.info.get('exif', b'')) > 2**16: raise ValueError('its EXIF data are longer than 65,536 bytes')
     if pixels > max_pixels: raise ValueError(f'{size} are more than {max_pixels:,}')
     if pixels*passes > 16*max_pixels: raise ValueError(f'{size} in {passes} passes are too much work')
-    if _is_animated(img): raise ValueError('it is animated or has several pages: give one picture of it')
+    animated = _gif_is_animated(content) if content and img.format == 'GIF' else _is_animated(img)
+    if animated: raise ValueError('it is animated or has several pages: give one picture of it')
     if img.format == 'PNG' and img.mode != 'P' and 'transparency' in img.info:
         bits = content[24] if content else 16 if img.mode.startswith('I') else 8
         if bits != 8: raise ValueError(f'it has a transparent colour at {bits} bits a channel: give it 8')
@@ -403,11 +515,15 @@ def _is_animated(img): # a camera's MPO is a photo and its preview
     try: return getattr(img, 'is_animated', False) and img.format != 'MPO'
     except ValueError: return False # its file is closed, and one frame is there
 
+# `ImageOps.exif_transpose` would write all EXIF data anew, which can take minutes
+_upright = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))
+
 def _as_network_takes_it(img, content=None): # as for `_shrink_or_refuse` -> `uint8` (32, 32, 3)
     "Decode a picture, and make it upright, 8 bits a channel, on white where it is transparent, 32×32"
     _shrink_or_refuse(img, content)
-    if content: ImageOps.exif_transpose(img, in_place=True)
-    else: img = ImageOps.exif_transpose(img) # a copy: the caller's picture stays as it is
+    img.load() # a TIFF turns itself
+    turn = _upright.get(img.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None: img = img.transpose(turn)
     if img.mode.startswith('I'): # 16 bits, of which Pillow would cut off what is over 255
         grey = np.asarray(img)
         if grey.min() < 0 or grey.max() > 65535: raise ValueError('its grey values are not of 16 bits')

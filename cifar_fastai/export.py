@@ -6,7 +6,7 @@
 __all__ = ['max_onnx_bytes', 'ImagesToProbabilities', 'OnnxClassifier', 'load_onnx', 'export_model']
 
 # %% ../nbs/14_export.ipynb #f8eba62b
-import copy, io, json, os, warnings
+import copy, io, json, os, subprocess, sys, threading, warnings, weakref
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import cifar10_classes, cifar10_stats, require_extra, write_whole
+from .core import check_file, cifar10_classes, cifar10_stats, printable, require_extra, write_whole
 from .interpret import load_run
 from .models import load_pretrained
 
@@ -37,54 +37,125 @@ class ImagesToProbabilities(nn.Module):
 # %% ../nbs/14_export.ipynb #80feace6
 max_onnx_bytes = 2**28 # ten times what this network needs
 
+# The program of a process of its own, since an ONNX file is a program, too: it may loop, or fill the memory.
+# Requests and answers are bytes, with their length in front.
+_worker = '''
+import os, sys
+sys.path[:] = sys.argv[1].split(os.pathsep)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+except (ImportError, OSError, ValueError): pass # Windows and macOS have no such limit
+import json
+import numpy as np
+import onnxruntime as ort
+
+requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
+os.dup2(2, 1) # what libraries print is no answer
+
+def request(): return requests.read(int.from_bytes(requests.read(8), 'big'))
+
+def answer(kind, content):
+    answers.write((1 + len(content)).to_bytes(8, 'big') + kind + content)
+    answers.flush()
+
+def described(nodes): return [(node.name, node.type, node.shape) for node in nodes]
+
+try:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, min(cores, 8)
+    session = ort.InferenceSession(request(), options, providers=['CPUExecutionProvider'])
+    vocab = session.get_modelmeta().custom_metadata_map.get('vocab', 'null')
+    answer(b'+', json.dumps([described(session.get_inputs()), described(session.get_outputs()), vocab]).encode())
+    while True:
+        images = np.frombuffer(request(), np.uint8).reshape(-1, 32, 32, 3)
+        [probs] = session.run(['probabilities'], dict(images=images))
+        answer(b'+', probs.astype(np.float32).tobytes())
+except Exception as e: answer(b'-', str(e).encode('utf8', 'replace')[:1000] or type(e).__name__.encode())
+'''
+
+# %% ../nbs/14_export.ipynb #b8e35fc9
 class OnnxClassifier:
-    "`uint8` images (N, 32, 32, 3), RGB → `float32` probabilities (N, classes), by ONNX Runtime; `vocab` names the classes"
+    """`uint8` images (N, 32, 32, 3), RGB → `float32` probabilities (N, classes), by ONNX Runtime; `vocab` names the classes.
+
+    ONNX Runtime runs in a process of its own, which is ended after `timeout` seconds and, on Linux, has 4 GB at most."""
     def __init__(self,
         path, # ONNX file
+        timeout:float=60, # seconds for loading the file, and for each 500 images
     ):
-        import onnxruntime as ort
-        options, self.path = ort.SessionOptions(), Path(path)
-        options.log_severity_level = 4 # what is wrong is raised, and not printed as well
+        self.path, self.timeout = Path(path), timeout
+        content = self.path.read_bytes()
+        if b'location' in content: # of a weight, in another file
+            raise ValueError(f'{printable(path)} keeps its weights in other files: export it anew with cifar_export')
+        env = os.environ | dict(OPENBLAS_NUM_THREADS='1', MALLOC_ARENA_MAX='4') # which take address space for each core
+        command = [sys.executable, '-I', '-c', _worker, os.pathsep.join(map(os.path.abspath, sys.path))]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        self._finalizer = weakref.finalize(self, _end, self.process)
         try:
-            self.session = ort.InferenceSession(self.path.read_bytes(), options, providers=['CPUExecutionProvider'], enable_fallback=False) # which would print
-            self.vocab = _vocab_of(self.session)
+            self.vocab = _vocab_of(*json.loads(self._ask(content)))
             self._probabilities(np.zeros((2, 32, 32, 3), np.uint8))
-        except OSError: raise
-        except Exception as e: raise ValueError(f'{path} is no ONNX file that cifar_export has written: {_in_one_line(e)}') from None
+        except BaseException as e:
+            self._finalizer()
+            if not isinstance(e, Exception): raise
+            kind = f'{printable(path)} is no ONNX file that cifar_export has written'
+            raise ValueError(f'{kind}: {_in_one_line(e)}') from None
 
     def __call__(self, images): # a list of images serves, too
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3): raise ValueError(f'images are {images.dtype} {images.shape}: give uint8 (N, 32, 32, 3)')
         try: return np.concatenate([self._probabilities(images[i:i + 500]) for i in range(0, len(images), 500) or [0]]) # which takes about 400 MB
-        except Exception as e: raise ValueError(f'{self.path} does not run: {_in_one_line(e)}') from None
+        except Exception as e: raise ValueError(f'{printable(self.path)} does not run: {_in_one_line(e)}') from None
 
     def _probabilities(self, images):
-        [probs] = self.session.run(['probabilities'], {'images': images})
-        if probs.shape != (len(images), len(self.vocab)) or not np.allclose(probs.sum(axis=1), 1, atol=1e-3): raise ValueError('what it gives are no probabilities')
+        probs = np.frombuffer(self._ask(images.tobytes()), np.float32)
+        if len(probs) != len(images)*len(self.vocab): raise ValueError('what it gives are no probabilities')
+        probs = probs.reshape(len(images), len(self.vocab))
+        if not np.allclose(probs.sum(axis=1), 1, atol=1e-3): raise ValueError('what it gives are no probabilities')
         return probs
 
-def _vocab_of(session): # -> the names of the classes; `ValueError` when the session is of a file from elsewhere
-    kind = lambda nodes: [(node.name, node.type, node.shape[1:]) for node in nodes]
-    if kind(session.get_inputs()) != [('images', 'tensor(uint8)', [32, 32, 3])]: raise ValueError(f'it takes {_named(session.get_inputs())}, and not images uint8 (N, 32, 32, 3)')
-    vocab = json.loads(session.get_modelmeta().custom_metadata_map.get('vocab', 'null'))
+    def _ask(self, content): # bytes -> bytes
+        timer = threading.Timer(self.timeout, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(len(content).to_bytes(8, 'big') + content)
+            self.process.stdin.flush()
+            answer = self.process.stdout.read(int.from_bytes(self.process.stdout.read(8), 'big'))
+        except (OSError, ValueError): answer = b'' # the process is gone
+        finally: timer.cancel()
+        if answer[:1] != b'+':
+            limits = f'it takes more than {self.timeout:g} s or 4 GB, or crashes'
+            raise ValueError(answer[1:].decode('utf8', 'replace') or limits)
+        return answer[1:]
+
+def _end(process):
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        try: pipe.close()
+        except OSError: pass # what was not sent
+
+def _vocab_of(inputs, outputs, vocab): # (name, type, shape) of each, JSON -> the names of the classes; `ValueError` for a file from elsewhere
+    kind = lambda nodes: [(name, type, shape[1:]) for name, type, shape in nodes]
+    if kind(inputs) != [('images', 'tensor(uint8)', [32, 32, 3])]: raise ValueError(f'it takes {_named(inputs)}, and not images uint8 (N, 32, 32, 3)')
+    vocab = json.loads(vocab)
     if not isinstance(vocab, list) or not vocab or not all(isinstance(name, str) and name.isprintable() for name in vocab): raise ValueError('it does not name its classes')
-    if kind(session.get_outputs()) != [('probabilities', 'tensor(float)', [len(vocab)])]: raise ValueError(f'it gives {_named(session.get_outputs())}, and not probabilities float (N, {len(vocab)})')
+    if kind(outputs) != [('probabilities', 'tensor(float)', [len(vocab)])]: raise ValueError(f'it gives {_named(outputs)}, and not probabilities float (N, {len(vocab)})')
     return vocab
 
-def _named(nodes): return ', '.join(f'{node.name} {node.type} {node.shape}' for node in nodes) or 'nothing'
+def _named(nodes): return ', '.join(f'{name} {type} {shape}' for name, type, shape in nodes) or 'nothing'
 
-def _in_one_line(e): return ''.join(c if c.isprintable() else '?' for c in ' '.join(str(e).split()))[:200] or type(e).__name__
+def _in_one_line(e): return printable(' '.join(str(e).split())[:200]) or type(e).__name__
 
 def load_onnx(
     path, # ONNX file that `export_model` has written
+    timeout:float=60, # seconds for loading the file, and for each 500 images
 ): # -> `OnnxClassifier`
     "The network of an ONNX file; raises `FileNotFoundError`, `ValueError` or, without ONNX Runtime, `ModuleNotFoundError`, with one sentence"
     require_extra('export', 'onnxruntime')
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
-    if not path.is_file(): raise ValueError(f'{path} is no file: give an ONNX file that cifar_export has written')
-    if path.stat().st_size > max_onnx_bytes: raise ValueError(f'{path} has more than {max_onnx_bytes:,} bytes: give an ONNX file that cifar_export has written')
-    return OnnxClassifier(path)
+    if not Path(path).exists(): raise FileNotFoundError(f'{printable(path)} does not exist')
+    return OnnxClassifier(check_file(path, max_onnx_bytes), timeout)
 
 # %% ../nbs/14_export.ipynb #fce29dc5
 def _example(): # what both exporters follow the network with: two images, standing for any number

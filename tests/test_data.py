@@ -236,6 +236,14 @@ def test_images_that_cannot_be_cached_are_returned_all_the_same(empty_home, arch
     (empty_home/'data').write_text('a file where the folder should be')
     with pytest.warns(UserWarning, match='not cached'): assert same(load_cifar10(archive), canonical)
 
+@pytest.mark.parametrize('home', ['/proc/nonexistent', 'a file'])
+def test_a_home_that_cannot_be_written_to_stops_no_training(home, small_archive, command, tmp_path):
+    if home == 'a file': (home := tmp_path/'home').write_text('')
+    env = {name: value for name, value in os.environ.items() if name != 'FASTAI_HOME'} | dict(HOME=str(home))
+    done = command('train', '--data', small_archive, '--epochs', '1', '--bs', '40', '--lr_min', '1e-3', '--lr_max', '1e-2', '--ghost', '0', '--num_workers', '0', '--out', 'run', env=env)
+    assert done.returncode == 0 and Path('run/model.safetensors').exists(), done.stderr
+    assert 'not cached' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
 # ---- where it is found
 
 def test_what_is_given_comes_before_the_environment_before_fastais_folders_before_the_network(empty_home, server, small_archive, tmp_path, monkeypatch):
@@ -608,7 +616,7 @@ def test_what_is_no_image_is_refused_by_name(content, reason, tmp_path):
 
 def test_a_missing_image_and_a_folder_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing.png does not exist'): read_image(tmp_path/'nothing.png')
-    with pytest.raises(ValueError, match='is no file'): read_image(tmp_path)
+    with pytest.raises(ValueError, match='is not a regular file'): read_image(tmp_path)
 
 # ---- the real images
 

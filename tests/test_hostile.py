@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 
 import cifar_fastai.data as data_module
+from cifar_fastai.cli import cifar_predict, cifar_train
 from cifar_fastai.core import peak_memory
-from cifar_fastai.data import _decode_batch, max_pixels, read_image, read_images
+from cifar_fastai.data import _decode_batch, load_cifar10, max_pixels, read_image, read_images
 
 quick, long = 300, pytest.param(20_000, marks=pytest.mark.slow)
 
@@ -116,7 +117,7 @@ def test_a_bomb_in_a_text_chunk_is_refused(photo, tmp_path, grown):
 def test_a_file_of_too_many_bytes_is_refused_unread(photo, tmp_path, grown):
     photo.save(tmp_path/'a.webp')
     with open(tmp_path/'a.webp', 'r+b') as f: f.truncate(600_000_000) # a hole: it takes no room on the disk
-    with pytest.raises(ValueError, match='more than 50,000,000 bytes'): read_image(tmp_path/'a.webp')
+    with pytest.raises(ValueError, match='at most 50,000,000'): read_image(tmp_path/'a.webp')
     assert grown() < 200_000_000
 
 def test_a_jpeg_that_is_gone_over_again_and_again_is_refused(photo, tmp_path):
@@ -148,7 +149,7 @@ def test_grey_values_whose_scale_cannot_be_told_are_refused(tmp_path):
     for name in 'int32.tif', 'white_is_0.tif':
         with pytest.raises(ValueError, match='of 32 bits, or white is 0'): read_image(tmp_path/name)
 
-@pytest.mark.parametrize('make, words', [(lambda p: p.mkdir(), 'is no file'), (lambda p: os.mkfifo(p), 'is no file'), (lambda p: p.symlink_to('/dev/zero'), 'is no file'),
+@pytest.mark.parametrize('make, words', [(lambda p: p.mkdir(), 'is not a regular file'), (lambda p: os.mkfifo(p), 'is not a regular file'), (lambda p: p.symlink_to('/dev/zero'), 'is not a regular file'),
                                          (lambda p: p.symlink_to(p), 'does not exist')], ids=['folder', 'pipe', 'device', 'loop'])
 def test_what_is_no_file_is_refused(tmp_path, make, words):
     make(tmp_path/'a.png')
@@ -170,6 +171,173 @@ def test_one_bad_file_among_many_is_reported_and_the_rest_are_predicted(command,
     done = command('predict', '--model', finished[0], tmp_path/'0.png', tmp_path/'bad.png', tmp_path/'missing.png', tmp_path/'1.png', tmp_path/'2.png')
     assert done.returncode == 1 and [line.split(':')[0][-5:] for line in done.stdout.splitlines()] == ['0.png', '1.png', '2.png']
     assert len(done.stderr.splitlines()) == 2 and 'bad.png' in done.stderr and 'missing.png does not exist' in done.stderr
+
+# ---- made to cost time or memory
+
+most = 20_000_000 # bytes of the pictures below; limits are counts of parts, so more takes as long
+
+def many(part): return part*(most//len(part))
+
+def segment(marker, content): return bytes([0xff, marker]) + struct.pack('>H', len(content) + 2) + content
+
+def tiff(entries, n_bytes): # (tag, type, count, value)
+    return b'II*\0' + struct.pack('<IH', 8, len(entries)) + b''.join(struct.pack('<HHII', *e) for e in entries) + bytes(n_bytes)
+
+def exif(n): # entries that share their values
+    return b'MM\0\x2a\0\0\0\x08' + struct.pack('>HHHII', n + 1, 0x112, 3, 1, 6 << 16) + b''.join(struct.pack('>HHII', 1000 + i, 7, 30_000, 8) for i in range(n))
+
+rows, strips = zlib.compress(bytes(97*32)), [(256, 4, 1, 5000), (257, 4, 1, 5000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 2_000_000, 1000), (277, 3, 1, 1), (278, 4, 1, 1), (279, 4, 2_000_000, 1000)]
+
+def between_header_and_pixels(part): return png(32, 32)[:33] + part + chunk(b'IDAT', rows) + chunk(b'IEND', b'')
+
+def behind_pixels(part): return between_header_and_pixels(b'')[:-12] + part + chunk(b'IEND', b'')
+
+costly = {
+    'PNG, empty texts': lambda jpg, gif: between_header_and_pixels(many(chunk(b'tEXt', b''))),
+    'PNG, empty texts behind its pixels': lambda jpg, gif: behind_pixels(many(chunk(b'tEXt', b''))),
+    'PNG, unknown chunks': lambda jpg, gif: between_header_and_pixels(many(chunk(b'abCd', b''))),
+    'PNG, empty pixels': lambda jpg, gif: between_header_and_pixels(many(chunk(b'IDAT', b''))),
+    'PNG, packed profiles': lambda jpg, gif: between_header_and_pixels(many(chunk(b'iCCP', b'a\0\0' + zlib.compress(bytes(2**20), 9)))),
+    'PNG, large EXIF': lambda jpg, gif: between_header_and_pixels(chunk(b'eXIf', exif(60_000) + bytes(10_000_000))),
+    'JPEG, padding': lambda jpg, gif: jpg[:2] + b'\xff'*most + jpg[2:],
+    'JPEG, comments': lambda jpg, gif: jpg[:2] + many(segment(0xfe, b'')) + jpg[2:],
+    'JPEG, EXIF that is joined': lambda jpg, gif: jpg[:2] + many(segment(0xe1, b'Exif\0\0' + bytes(10_000))) + jpg[2:],
+    'JPEG, tables': lambda jpg, gif: jpg[:2] + many(segment(0xdb, bytes(65)*1000)) + jpg[2:],
+    'GIF, extensions': lambda jpg, gif: gif[:-1] + many(b'\x21\x01\0') + b';',
+    'GIF, blocks of a byte': lambda jpg, gif: gif[:-1] + b'\x21\xfe' + many(b'\1a') + b'\0;',
+    'TIFF, strips': lambda jpg, gif: tiff(strips, most),
+    'TIFF, values that are shared': lambda jpg, gif: tiff(strips[:5] + [(1000 + i, 7, most - 2_000_000, 1_000_000) for i in range(60_000)], most),
+    'BMP, runs of nothing': lambda jpg, gif: b'BM' + struct.pack('<IHHIIiiHHIIiiII', most, 0, 0, 1078, 40, 5000, 5000, 1, 8, 1, most, 0, 0, 256, 256) + bytes(1024) + b'\1\0'*(most//2)}
+
+def saved(img, kind):
+    file = io.BytesIO()
+    img.save(file, kind)
+    return file.getvalue()
+
+@pytest.mark.parametrize('name', costly)
+def test_a_picture_of_very_many_parts_is_refused(name, photo, tmp_path, grown):
+    content = costly[name](saved(photo, 'JPEG'), saved(photo.convert('P'), 'GIF'))
+    (tmp_path/'a.png').write_bytes(content)
+    with pytest.raises(ValueError, match='a.png is no image that can be read: its '): read_image(tmp_path/'a.png')
+    assert grown() < 400_000_000
+
+def test_a_long_comment_in_a_gif_costs_nothing(photo, tmp_path):
+    (tmp_path/'a.gif').write_bytes(saved(photo.convert('P'), 'GIF')[:-1] + b'\x21\xfe' + many(b'\xff' + b'a'*255) + b'\0;')
+    assert read_image(tmp_path/'a.gif').shape == (32, 32, 3)
+
+def test_exif_data_that_share_their_values_are_read_and_turn_the_picture(photo, tmp_path, grown):
+    photo.save(tmp_path/'a.png', exif=exif(2800))
+    assert close(read_image(tmp_path/'a.png'), as_network_takes_it(photo.transpose(Image.Transpose.ROTATE_270)), 1)
+    assert grown() < 400_000_000
+
+@pytest.mark.parametrize('kind', ['PNG', 'GIF', 'BMP', 'TIFF', 'JPEG'])
+def test_a_large_noisy_picture_is_read(kind, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3500, 3500), dtype=np.uint8)
+    (tmp_path/'a').write_bytes(saved(Image.fromarray(pixels).convert('RGB' if kind != 'GIF' else 'L'), kind))
+    assert read_image(tmp_path/'a').shape == (32, 32, 3)
+
+def test_an_image_of_a_data_set_of_very_many_parts_is_refused(folder):
+    (folder/'train'/'cat'/'0000.png').write_bytes(behind_pixels(many(chunk(b'tEXt', b''))))
+    with pytest.raises(ValueError, match='cat/0000.png is'): read_images(folder)
+
+def packed(content, level=1):
+    pack = zlib.compressobj(level, wbits=31)
+    return pack.compress(content) + pack.flush()
+
+def header(kind, content=b'', size=None):
+    info = tarfile.TarInfo('cifar10/x')
+    info.type, info.size = kind, len(content) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+costly_archives = {
+    'a long name in gzip': lambda: b'\x1f\x8b\x08\x08' + bytes(5) + b'\xff' + b'a'*100_000_000, 'empty gzip files': lambda: packed(b'')*3_000_000,
+    'empty blocks': lambda: b'\x1f\x8b\x08' + bytes(6) + b'\xff' + b'\0\0\0\xff\xff'*20_000_000,
+    'global headers': lambda: header(tarfile.XGLTYPE, b'6 a=b\n'*100)*50_000, 'empty members': lambda: header(tarfile.REGTYPE)*200_000,
+    'a long name': lambda: header(tarfile.GNUTYPE_LONGNAME, b'a'*50_000_000), 'less than nothing': lambda: header(tarfile.REGTYPE, size=-512)}
+
+@pytest.mark.parametrize('name', costly_archives)
+def test_an_archive_of_very_many_parts_is_refused(name, tmp_path, grown):
+    (tmp_path/'a.tgz').write_bytes(costly_archives[name]())
+    before = grown()
+    with pytest.raises(ValueError, match='a.tgz cannot be read as a tar archive'): read_images(tmp_path/'a.tgz')
+    assert grown() - before < 100_000_000
+
+def test_gzip_files_behind_one_another_are_one(small_archive, tmp_path):
+    import gzip
+    whole = gzip.decompress(small_archive.read_bytes())
+    (tmp_path/'a.tgz').write_bytes(b''.join(packed(whole[i:i + 10_000]) for i in range(0, len(whole), 10_000)) + bytes(1000))
+    assert read_images(tmp_path/'a.tgz').fingerprint == read_images(small_archive).fingerprint
+
+@pytest.mark.parametrize('format', [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize('parent', ['', 'x'*90 + '/' + 'y'*60, 'ü'*70 + '/' + 'z'*180])
+def test_every_format_of_tar_and_long_names_are_read(format, parent, small_folder, tmp_path):
+    if format == tarfile.USTAR_FORMAT and len(parent) > 200: pytest.skip('too long for it')
+    with tarfile.open(tmp_path/'a.tar', 'w', format=format) as tar: tar.add(small_folder, Path(parent)/'cifar10')
+    assert read_images(tmp_path/'a.tar').fingerprint == read_images(small_folder).fingerprint
+
+# ---- other things than files, and names
+
+kinds = dict(pipe=os.mkfifo, device=lambda p: p.symlink_to('/dev/zero'))
+
+@pytest.mark.parametrize('kind', kinds)
+def test_what_is_no_regular_file_is_no_data_set_and_no_part_of_one(kind, folder, tmp_path):
+    kinds[kind](tmp_path/'a.tgz')
+    with pytest.raises(ValueError, match='a.tgz is not a regular file'): load_cifar10(tmp_path/'a.tgz')
+    kinds[kind](folder/'train'/'cat'/'x.png')
+    with pytest.raises(ValueError, match='x.png is not a regular file'): load_cifar10(folder)
+
+def test_a_file_that_the_kernel_makes_is_no_archive():
+    if not Path('/proc/self/status').exists(): pytest.skip('no /proc')
+    with pytest.raises(ValueError, match='is empty'): read_images('/proc/self/status')
+
+def test_links_that_go_round_are_not_followed(folder):
+    (folder/'train'/'again').symlink_to(folder)
+    (folder/'train'/'itself').symlink_to(folder/'train'/'itself')
+    assert len(read_images(folder).train_y) == 80
+
+def test_folders_are_counted_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, '_most_files', 100)
+    for i in range(101): (tmp_path/f'{i}').mkdir()
+    with pytest.raises(ValueError, match='more than 100 files'): read_images(tmp_path)
+
+@pytest.mark.parametrize('name', ['~nobody-of-this-name/a', 'a\0b', 'a'*5000, '\ud800', 'file/below', 'loop', 'a\x1b[31m'])
+def test_a_strange_name_is_refused_in_a_sentence(name, tmp_path):
+    (tmp_path/'file').write_bytes(b'')
+    (tmp_path/'loop').symlink_to('loop')
+    for read in (load_cifar10, read_image):
+        with pytest.raises((ValueError, OSError)) as e: read(name)
+        assert str(e.value).isprintable()
+
+@pytest.mark.parametrize('extra', ['', '.onnx'])
+def test_a_command_refuses_other_things_than_files_at_once(extra, photo, tmp_path):
+    os.mkfifo(tmp_path/f'pipe{extra}')
+    photo.save(tmp_path/'a.png')
+    for command, args in [(cifar_predict, ['--model', f'pipe{extra}', 'a.png']), (cifar_train, ['--data', f'pipe{extra}']),
+                          (cifar_train, ['--data', '~nobody-of-this-name']), (cifar_predict, ['--model', '~nobody-of-this-name/a.onnx', 'a.png'])]:
+        with pytest.raises(SystemExit) as e: command(args)
+        assert str(e.value.code).startswith(f'{command.__name__}: ') and '\n' not in e.value.code
+
+def test_a_name_does_not_reach_the_terminal_as_it_is(photo, tmp_path, capsys):
+    names = ['umlaut-äöü-图.png', 'bidi-\u202egnp.png', 'isolate-\u2067.png']
+    for name in names: photo.save(tmp_path/name)
+    with pytest.raises(SystemExit): cifar_predict([*names, 'esc-\x1b[31m.png', 'c1-\x9b31m.png', 'missing-\u202e.png'])
+    said = capsys.readouterr()
+    assert all(line.isprintable() for line in (said.out + said.err).splitlines())
+    assert [line.split(':')[0] for line in said.out.splitlines()] == [names[0], 'bidi-\\u202egnp.png', 'isolate-\\u2067.png'] and len(said.err.splitlines()) == 3
+
+def test_many_pictures_are_predicted_in_order_as_one_at_a_time(small, tmp_path, capsys):
+    names = []
+    for i in range(300): # more than a batch
+        names.append(f'{i}.png')
+        if i % 100 == 50: Path(names[-1]).write_bytes(b'no picture')
+        else: Image.fromarray(small.train_x[i % 80]).save(names[-1])
+    with pytest.raises(SystemExit) as e: cifar_predict(names)
+    said = capsys.readouterr()
+    good = [name for i, name in enumerate(names) if i % 100 != 50]
+    assert e.value.code == 1 and [line.split(':')[0] for line in said.out.splitlines()] == good
+    assert [line.split()[1] for line in said.err.splitlines()] == ['50.png', '150.png', '250.png']
+    for name in good[:3] + good[-3:]: cifar_predict([name])
+    assert capsys.readouterr().out.splitlines() == said.out.splitlines()[:3] + said.out.splitlines()[-3:]
 
 # ---- mutated
 
@@ -286,7 +454,7 @@ def test_a_folder_of_too_many_files_is_refused(small_folder, monkeypatch):
 
 def test_a_file_that_is_too_large_is_refused_unread(folder, monkeypatch):
     monkeypatch.setattr(data_module, '_largest_file', 1000)
-    with pytest.raises(ValueError, match='more than 1,000 bytes'): read_images(folder)
+    with pytest.raises(ValueError, match='at most 1,000'): read_images(folder)
 
 def test_a_file_with_holes_in_an_archive_is_refused(tmp_path):
     info = tarfile.TarInfo('cifar10/train/cat/0000.png')
@@ -300,7 +468,7 @@ def test_long_headers_in_an_archive_are_refused_at_once(tmp_path):
     info.pax_headers = {'comment': '1'*1_000_000}
     with tarfile.open(tmp_path/'a.tar', 'w', format=tarfile.PAX_FORMAT) as tar: tar.addfile(info)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match='header of too many bytes'): read_images(tmp_path/'a.tar')
+    with pytest.raises(ValueError, match='has 1,000,017 bytes'): read_images(tmp_path/'a.tar')
     assert time.perf_counter() - start < 2
 
 def test_headers_behind_headers_are_refused(tmp_path):
