@@ -6,7 +6,7 @@
 __all__ = ['max_onnx_bytes', 'ImagesToProbabilities', 'OnnxClassifier', 'load_onnx', 'export_model']
 
 # %% ../nbs/14_export.ipynb #f8eba62b
-import copy, io, json, os, subprocess, sys, threading, warnings, weakref
+import copy, io, json, os, re, subprocess, sys, threading, warnings, weakref
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,7 @@ try:
     while True:
         images = np.frombuffer(request(), np.uint8).reshape(-1, 32, 32, 3)
         [probs] = session.run(['probabilities'], dict(images=images))
+        if probs.size > 10_000*len(images): raise ValueError('what it gives are no probabilities')
         answer(b'+', probs.astype(np.float32).tobytes())
 except Exception as e: answer(b'-', str(e).encode('utf8', 'replace')[:1000] or type(e).__name__.encode())
 '''
@@ -84,9 +85,9 @@ class OnnxClassifier:
         path, # ONNX file
         timeout:float=60, # seconds for loading the file, and for each 500 images
     ):
-        self.path, self.timeout = Path(path), timeout
+        self.path, self.timeout, self._lock = Path(path), timeout, threading.Lock()
         content = self.path.read_bytes()
-        if b'location' in content: # of a weight, in another file
+        if re.search(rb'[\x00\x08]location', content): # where a weight lies in another file; a name of a class has quotes around it
             raise ValueError(f'{printable(path)} keeps its weights in other files: export it anew with cifar_export')
         env = os.environ | dict(OPENBLAS_NUM_THREADS='1', MALLOC_ARENA_MAX='4') # which take address space for each core
         command = [sys.executable, '-I', '-c', _worker, os.pathsep.join(map(os.path.abspath, sys.path))]
@@ -117,17 +118,20 @@ class OnnxClassifier:
 
     def _ask(self, content): # bytes -> bytes
         timer = threading.Timer(self.timeout, self.process.kill)
-        timer.start()
-        try:
-            self.process.stdin.write(len(content).to_bytes(8, 'big') + content)
-            self.process.stdin.flush()
-            answer = self.process.stdout.read(int.from_bytes(self.process.stdout.read(8), 'big'))
-        except (OSError, ValueError): answer = b'' # the process is gone
-        finally: timer.cancel()
+        with self._lock: # one question after the other, as threads of the app ask
+            timer.start()
+            try: answer = self._exchange(content)
+            except (OSError, ValueError): answer = b'' # the process is gone
+            finally: timer.cancel()
         if answer[:1] != b'+':
             limits = f'it takes more than {self.timeout:g} s or 4 GB, or crashes'
             raise ValueError(answer[1:].decode('utf8', 'replace') or limits)
         return answer[1:]
+
+    def _exchange(self, content):
+        self.process.stdin.write(len(content).to_bytes(8, 'big') + content)
+        self.process.stdin.flush()
+        return self.process.stdout.read(int.from_bytes(self.process.stdout.read(8), 'big'))
 
 def _end(process):
     process.kill()

@@ -1,5 +1,6 @@
 """A network as one file: it says what PyTorch says, whatever the network and the number of images; other files are refused; nothing is half-written."""
 import hashlib, json, os, resource, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -396,3 +397,15 @@ def test_the_commands_refuse_in_one_sentence(small):
                                 (cifar_export, ['nothing'], 'nothing is not a run folder: give one that cifar_train has written')]:
         with pytest.raises(SystemExit) as e: command(args)
         assert str(e.value.code).startswith(f'{command.__name__}: {says}') and '\n' not in e.value.code
+
+def test_threads_that_ask_at_once_get_their_own_answers(files):
+    network, images = load_onnx(files['onnx']), np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    with ThreadPoolExecutor(8) as pool: answers = list(pool.map(lambda i: network(images[i:i + 1]), range(24)))
+    assert np.allclose(np.concatenate(answers), network(images), atol=1e-5)
+
+def test_a_class_may_be_called_location(run):
+    folder = run()
+    config = read_json(folder/'config.json')
+    config['data']['vocab'][:2] = 'location', 'a location'
+    write_json(folder/'config.json', config)
+    assert load_onnx(export_model(folder)).vocab[:2] == ['location', 'a location']
