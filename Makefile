@@ -8,11 +8,10 @@ NB_THREADS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(NB_WORKERS) \| 1)
 
 bin := .venv/bin
 installed := .venv/.installed
-newest := .venv-newest/bin/python
 
 # albumentations asks the network for updates unless told; plots of the checks need no display.
 export NO_ALBUMENTATIONS_UPDATE = 1
-check test-nbs test-py test-newest test-full: export MPLBACKEND = Agg
+check test-nbs test-py test-env test-full: export MPLBACKEND = Agg
 # What is imported is for the environments to say; with IN_TEST set, nbdev_export does nothing.
 unexport PYTHONPATH PYTHONHOME IN_TEST
 
@@ -25,14 +24,11 @@ nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 OMP_NUM_THREADS=$(NB
 
 with_cifar10 := nbs/03_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
 
-# Pages, documentation and files: what these tests look at is the same with any fastai.
-without_fastai = $(foreach name,app export report docs site,--ignore=test_$(name).py)
-
 in_parallel = -n $(NB_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install chromium demo train test check test-nbs test-py test-newest test-full export readme clean
+.PHONY: help install chromium demo train test check test-nbs test-py test-env test-full export readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -56,7 +52,7 @@ demo: $(installed) ## train on the handwritten digits that ship with scikit-lear
 train: $(installed) ## train on CIFAR-10, found or downloaded; options go in ARGS="--epochs 3 …"
 	$(bin)/cifar_train $(ARGS)
 
-test: chromium check test-nbs test-py ## run the checks of one environment; what takes longer is in test-full and test-newest
+test: chromium check test-nbs test-py ## run the checks of one environment; what takes longer is in test-full and test-env
 
 check: $(installed) ## notebooks are clean, the package is their export, README.md is made from the index
 	$(call timed,clean and in sync,$(bin)/python tools/check_sync.py)
@@ -69,17 +65,11 @@ test-nbs: $(installed) ## run all notebooks on the digits, one epoch; what needs
 test-py: $(installed) ## run pytest, without what is marked slow
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest -m "not slow" $(in_parallel))
 
-# The package is installed here, not linked, and without the extras that have nothing to do with fastai, so that it is seen to
-# work without them; in tests/ the checkout's own copy is out of reach.
-test-newest: ## pytest in a second environment, with the newest fastai
-	@test -x .venv-newest/bin/pip || $(PYTHON) -m venv .venv-newest
-	@rm -rf build
-	$(call timed,install with the newest fastai,$(newest) -m pip install -q --upgrade pip && $(newest) -m pip install -q --upgrade '.[tensorboard]' fastai pytest pytest-xdist hypothesis)
-	@rm -rf build
-	@cd tests && ../$(newest) -c "import cifar_fastai as c, fastai; assert 'site-packages' in c.__file__, c.__file__; print('fastai', fastai.__version__)"
-	$(call timed,pytest with the newest fastai,cd tests && OMP_NUM_THREADS=$(NB_THREADS) ../$(newest) -m pytest -m "not slow" $(in_parallel) -p no:cacheprovider --import-mode=importlib $(without_fastai) .)
+test-env: ## the fast tests in an environment of tests/envs: make test-env ENV=oldest (colab, newest, dev)
+	$(call timed,environment $(ENV),OMP_NUM_THREADS=$(NB_THREADS) $(PYTHON) tools/environment.py $(ENV) -- $(in_parallel))
 
-test-full: chromium check test-newest ## every check: all that is marked slow, and the newest fastai
+test-full: chromium check ## every check: all that is marked slow, and the newest versions of all libraries
+	$(MAKE) test-env ENV=newest
 	$(call timed,notebooks,$(nbdev_test) --flags slow)
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest $(in_parallel))
 

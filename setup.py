@@ -31,6 +31,7 @@ setup(
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
         'Programming Language :: Python :: 3 :: Only',
+        *(f'Programming Language :: Python :: {version}' for version in cfg['python_versions'].split()),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     python_requires=f">={cfg['min_python']}",
