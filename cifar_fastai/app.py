@@ -6,9 +6,11 @@
 __all__ = ['save_examples', 'find_examples', 'build_app', 'check_serving', 'exit_on_signals', 'AppServer', 'launch_app']
 
 # %% ../nbs/13_app.ipynb #7a10c0d3
-import asyncio, atexit, ipaddress, json, math, os, signal, socket, sys, tempfile, time, weakref
+import asyncio, atexit, ipaddress, json, logging, math, os, signal, socket, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cache
 from html import escape
 from inspect import signature
 from pathlib import Path
@@ -23,6 +25,14 @@ from .data import CIFAR10Data, find_cifar10, load_cifar10, read_image
 from .report import image_uri
 
 # %% ../nbs/13_app.ipynb #7a10c0d5
+@cache
+def _temporary_folder(): # -> `Path`
+    "The folder of this process for all that is deleted when Python exits; where Gradio keeps its files, if that is configured"
+    if parent := os.environ.get('GRADIO_TEMP_DIR'): os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.TemporaryDirectory(prefix='cifar_app_', dir=parent, ignore_cleanup_errors=True)
+    atexit.register(temporary.cleanup)
+    return Path(temporary.name).resolve()
+
 def save_examples(
     data:CIFAR10Data,
     folder, # where the PNG go; made when it is not there
@@ -43,12 +53,7 @@ def find_examples(
     if source is None:
         try: source = find_cifar10(urls=())
         except FileNotFoundError: return []
-    data = load_cifar10(source)
-    if folder is None:
-        temporary = tempfile.TemporaryDirectory(prefix='cifar_app_')
-        atexit.register(temporary.cleanup)
-        folder = temporary.name
-    return save_examples(data, folder)
+    return save_examples(load_cifar10(source), folder or tempfile.mkdtemp(dir=_temporary_folder()))
 
 # %% ../nbs/13_app.ipynb #7a10c0d8
 def _file_in(folder, path): # -> `Path` without symbolic links, or `None`
@@ -56,11 +61,6 @@ def _file_in(folder, path): # -> `Path` without symbolic links, or `None`
     try: real = Path(path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError): return None # missing, too long, with a null byte, or a loop of links
     return real if real.is_relative_to(folder) and real.is_file() else None
-
-def _temporary_folder(): # -> `TemporaryDirectory`
-    "A folder that only this user can read, where Gradio keeps its files if that is configured"
-    if parent := os.environ.get('GRADIO_TEMP_DIR'): os.makedirs(parent, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix='cifar_app_', dir=parent, ignore_cleanup_errors=True)
 
 def build_app(
     classify, # `uint8` (N, 32, 32, 3) -> probabilities (N, classes)
@@ -70,14 +70,15 @@ def build_app(
 ): # -> `gradio.Blocks`, for `launch_app`
     "The page: a picture in; out come what the network sees of it and the probability of each class"
     require_extra('app', 'gradio')
-    import gradio as gr
+    with modified_env(GRADIO_TEMP_DIR=str(_temporary_folder())): import gradio as gr # which remembers it
     has_alt_text = 'alt_text' in signature(gr.Image).parameters # gradio 6.27 or later
     alt_text = dict(alt_text='the picture that was given') if has_alt_text else {}
 
-    temporary = _temporary_folder()
-    folder = Path(temporary.name).resolve()
+    folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
 
-    def answer(upload): # as the browser sends it
+    pool = ThreadPoolExecutor(2) # of threads that Python waits for when it exits: torch aborts in one that is cut off
+
+    def look_at(upload): # as the browser sends it
         if upload is None: return '', None
         path = _file_in(folder, upload.get('path') or '')
         if path is None: raise gr.Error('that is no file: upload one', print_exception=False)
@@ -85,6 +86,8 @@ def build_app(
         try: image = read_image(path)
         except (ValueError, OSError) as e: raise gr.Error(escape(' '.join(str(e).replace(str(path), name).split())), print_exception=False) from None
         return f'<img src="{image_uri(image)}" alt="the picture, shrunk to 32 times 32 pixels and cut to a square" style="width: 256px; margin: 20px auto 0; image-rendering: pixelated">', dict(zip(vocab, map(float, classify(image[None])[0])))
+
+    def answer(upload): return pool.submit(look_at, upload).result()
 
     with modified_env(GRADIO_TEMP_DIR=str(folder)), gr.Blocks(title=title, analytics_enabled=False) as app:
         gr.HTML(f'<h1>{escape(title)}</h1><p>It knows {len(vocab)} things and nothing else: {escape(", ".join(vocab))}. Whatever it is shown, it names one of them.</p>')
@@ -96,7 +99,6 @@ def build_app(
                 seen = gr.HTML(label='What the network sees: 32×32 pixels', show_label=True, container=True, min_height=300) # no file: requests for the same picture would write it at once
                 label = gr.Label(label='What it says, and how sure it is', num_top_classes=len(vocab))
         picture.change(answer, picture, [seen, label], api_name='predict', concurrency_limit=2, show_progress='minimal', preprocess=False)
-    weakref.finalize(app, temporary.cleanup) # at the latest when Python exits
     return app.queue(max_size=1000)
 
 # %% ../nbs/13_app.ipynb #7a10c0da
@@ -298,10 +300,6 @@ class _Events:
         for each in held: await send(each)
 
 # %% ../nbs/13_app.ipynb #c9baf563
-class _Refused(asyncio.Protocol):
-    "A connection too many"
-    def connection_made(self, transport): transport.abort()
-
 @contextmanager
 def exit_on_signals():
     "As a context: SIGTERM, SIGHUP and SIGQUIT raise `SystemExit`, so that temporary files are deleted as after Ctrl-C"
@@ -330,13 +328,16 @@ class AppServer:
     ):
         import uvicorn
         from uvicorn.protocols.http.h11_impl import H11Protocol
-        def protocol(**kw):
-            return H11Protocol(**kw) if len(kw['server_state'].connections) < self.max_connections else _Refused()
+        max_connections = self.max_connections
+        class BoundedProtocol(H11Protocol):
+            def connection_made(self, transport):
+                super().connection_made(transport)
+                if len(self.connections) > max_connections: transport.abort()
         shown = 'localhost' if host in ('0.0.0.0', '::') else host
         self.address = f'http://{f"[{shown}]" if ":" in shown else shown}:{port}/'
         self.uploads, self.stuck = uploads, {}
         self.server = uvicorn.Server(uvicorn.Config(
-            web, host, port, http=protocol, ws='none', lifespan='on', log_level='error', proxy_headers=False,
+            web, host, port, http=BoundedProtocol, ws='none', lifespan='on', log_level='error', proxy_headers=False,
             server_header=False, callback_notify=self.sweep, timeout_notify=timeout, timeout_graceful_shutdown=2))
         self.thread = Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
         self.thread.start()
@@ -389,6 +390,7 @@ def launch_app(
     from starlette.responses import Response
     theme = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     max_bytes = int(max_mb*10**6)
+    logging.getLogger('python_multipart').setLevel(logging.ERROR) # malformed uploads are answered, not logged
     with redirect_stdout(None): # Gradio 6.0.0 prints the path
         gradio = gr.mount_gradio_app(
             FastAPI(), app, '/', max_file_size=max_bytes, show_error=False, ssr_mode=False, pwa=False, theme=theme,
