@@ -27,7 +27,7 @@ from .report import image_uri
 # %% ../nbs/13_app.ipynb #7a10c0d5
 @cache
 def _temporary_folder(): # -> `Path`
-    "The folder of this process for all that is deleted when Python exits; where Gradio keeps its files, if that is configured"
+    "The folder of this process that is deleted when Python exits; below `GRADIO_TEMP_DIR` if that is set"
     if parent := os.environ.get('GRADIO_TEMP_DIR'): os.makedirs(parent, exist_ok=True)
     temporary = tempfile.TemporaryDirectory(prefix='cifar_app_', dir=parent, ignore_cleanup_errors=True)
     atexit.register(temporary.cleanup)
@@ -75,7 +75,6 @@ def build_app(
     alt_text = dict(alt_text='the picture that was given') if has_alt_text else {}
 
     folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
-
     pool = ThreadPoolExecutor(2) # of threads that Python waits for when it exits: torch aborts in one that is cut off
 
     def look_at(upload): # as the browser sends it
@@ -142,14 +141,17 @@ class _Guard:
         from starlette.responses import PlainTextResponse
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         headers, started = Headers(scope=scope), False
-        if refused := self.refuse(headers, scope): return await PlainTextResponse(*refused)(scope, receive, send)
-        scope = {**scope, 'headers': [(k, v) for k, v in scope['headers'] if k != b'x-gradio-server']} # Gradio trusts it
-
+        trusted_by_gradio = b'x-gradio-server'
+        scope = {**scope, 'headers': [(k, v) for k, v in scope['headers'] if k != trusted_by_gradio]}
         async def note(message):
             nonlocal started
             started = True
             await send(message)
-        try: await self.app(scope, self.limited(receive), note)
+        try:
+            if refused := self.refuse(headers, scope):
+                if 'expect' not in headers: await self.discard(receive, time.monotonic() + self.timeout)
+                await PlainTextResponse(*refused)(scope, receive, note)
+            else: await self.app(scope, self.limited(receive), note)
         except asyncio.CancelledError: # the server ends
             if started: await send(dict(type='http.response.body'))
             else: await PlainTextResponse('The server ends', 503)(scope, receive, send)
@@ -165,6 +167,12 @@ class _Guard:
         if scope['method'] != 'POST' and (length or 'transfer-encoding' in headers):
             return 'Only POST may have a body\n', 400
 
+    async def discard(self, receive, deadline):
+        "Read the rest of a body, since some clients read no answer before they have sent all of it"
+        try:
+            while (await asyncio.wait_for(receive(), deadline - time.monotonic())).get('more_body'): pass
+        except asyncio.TimeoutError: pass
+
     def limited(self, receive): # -> function to be used in place of `receive`
         from starlette.exceptions import HTTPException
         size, done, deadline = 0, False, time.monotonic() + self.timeout
@@ -175,8 +183,9 @@ class _Guard:
             except asyncio.TimeoutError: raise HTTPException(408) from None
             size += len(message.get('body', b''))
             done = not message.get('more_body')
-            if size > self.max_bytes: raise HTTPException(413, f'A request may have {self.max_bytes} bytes')
-            return message
+            if size <= self.max_bytes: return message
+            if not done: await self.discard(receive, deadline)
+            raise HTTPException(413, f'A request may have {self.max_bytes} bytes')
         return limited_receive
 
 # %% ../nbs/13_app.ipynb #f3191211
@@ -237,6 +246,7 @@ def _routes(app, gradio, uploads): # -> list of `Route`
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
     folder, questions = Path(app.GRADIO_CACHE), TypeAdapter(_Question)
+    slots = asyncio.Semaphore(uploads.kept) # of uploads that come in at once
 
     async def page(request): # without the query, which the server has no use for
         path = request.url.path
@@ -250,8 +260,10 @@ def _routes(app, gradio, uploads): # -> list of `Route`
 
     async def upload(request):
         try:
-            async with request.form(max_files=1, max_fields=10) as form: content = await form['files'].read()
-        except (AttributeError, KeyError, ValueError): raise HTTPException(400, 'Send one file as the field "files"') from None
+            async with slots, request.form(max_files=1, max_fields=10) as form:
+                content = await form['files'].read()
+        except (AttributeError, KeyError, ValueError):
+            raise HTTPException(400, 'Send one file as the field "files"') from None
         if len(content) > uploads.max_bytes: raise HTTPException(413, f'A file may have {uploads.max_bytes} bytes')
         return JSONResponse([uploads.save(content)])
 
@@ -272,8 +284,8 @@ def _routes(app, gradio, uploads): # -> list of `Route`
 
     posts = {'/gradio_api/upload': upload, '/gradio_api/queue/join': question, '/gradio_api/call/predict': question,
              '/gradio_api/run/predict': question}
-    gets = {**dict.fromkeys(_pages, page), '/gradio_api/file={path:path}': file, '/gradio_api/upload_progress': progress,
-            '/gradio_api/queue/data': _Events(gradio), '/gradio_api/call/predict/{event}': _Events(gradio)}
+    gets = {**dict.fromkeys(_pages, page), '/gradio_api/file={path:path}': file,
+            '/gradio_api/upload_progress': progress, '/gradio_api/queue/data': _Events(gradio), '/gradio_api/call/predict/{event}': _Events(gradio)}
     return [Route(path, endpoint, methods=['POST' if group is posts else 'GET'])
             for group in (posts, gets) for path, endpoint in group.items()]
 
@@ -309,7 +321,7 @@ def exit_on_signals():
     numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP', 'SIGQUIT') if hasattr(signal, name)]
     handled = current_thread() is main_thread() # only it may handle signals
     former = {number: signal.getsignal(number) for number in numbers if handled}
-    former = {number: handler for number, handler in former.items() if handler is not signal.SIG_IGN} # as nohup wants it
+    former = {n: handler for n, handler in former.items() if handler is not signal.SIG_IGN} # as nohup wants it
     for number in former: signal.signal(number, leave)
     try: yield
     finally:
@@ -342,7 +354,8 @@ class AppServer:
         self.thread = Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
         self.thread.start()
         while not self.server.started:
-            if not self.thread.is_alive(): raise OSError(f'{host}:{port} cannot be listened on: give another port or host')
+            if not self.thread.is_alive():
+                raise OSError(f'{host}:{port} cannot be listened on: give another port or host')
             time.sleep(.01)
 
     async def serve(self):
@@ -398,6 +411,7 @@ def launch_app(
     uploads = _Uploads(app.GRADIO_CACHE, max_bytes)
     guard = Middleware(_Guard, _accepted_hosts(host, port, hosts), max_bytes + 10_000, timeout)
     async def gone(request, error): return Response(status_code=400) # nobody reads it
-    web = Starlette(routes=_routes(app, gradio, uploads), middleware=[guard], exception_handlers={ClientDisconnect: gone},
+    web = Starlette(routes=_routes(app, gradio, uploads), middleware=[guard],
+                    exception_handlers={ClientDisconnect: gone},
                     lifespan=lambda _: gradio.router.lifespan_context(gradio))
     return AppServer(web, uploads, host, port, timeout)

@@ -174,8 +174,9 @@ def launched(examples, classify):
 def test_a_request_over_the_limit_is_refused_and_leaves_nothing(guarded, path, headers, chunked):
     address, process = guarded
     before = files_below(process.temporary)
-    body = multipart(*[bytes(45_000)]*20) if path == 'upload' else json.dumps(dict(data=['x'*900_000])).encode()
-    assert send(address, 'POST', f'/gradio_api/{path}', body, headers, chunked)[0] == 413
+    body = multipart(*[bytes(45_000)]*200) if path == 'upload' else json.dumps(dict(data=['x'*9_000_000])).encode()
+    for how in {}, {'Connection': 'close'}: # the answer is read after all has been sent
+        assert send(address, 'POST', f'/gradio_api/{path}', body, headers | how, chunked)[0] == 413
     assert files_below(process.temporary) == before
 
 @pytest.mark.parametrize('method, path', [('POST', '/'), ('POST', '/gradio_api/component_server'), ('PUT', '/gradio_api/upload'), ('GET', '/config')])
