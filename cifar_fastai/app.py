@@ -249,8 +249,8 @@ def _routes(app, gradio, uploads): # -> list of `Route`
     slots = asyncio.Semaphore(uploads.kept) # of uploads that come in at once
 
     async def page(request): # without the query, which the server has no use for
-        path = request.url.path
-        if not path.isprintable() or max(map(len, path.split('/'))) > 100: raise HTTPException(404)
+        path = request.scope['path']
+        if not (path.isascii() and path.isprintable()) or max(map(len, path.split('/'))) > 100: raise HTTPException(404)
         return lambda scope, receive, send: gradio({**scope, 'query_string': b''}, receive, send)
 
     async def file(request):
@@ -272,9 +272,9 @@ def _routes(app, gradio, uploads): # -> list of `Route`
     async def question(request):
         try:
             asked = questions.validate_json(await request.body())
-            if '/call/' in request.url.path: asked.fn_index = asked.session_hash = None
+            if '/call/' in request.scope['path']: asked.fn_index = asked.session_hash = None
             elif not asked.session_hash: raise ValueError('session_hash is missing')
-            sent = json.dumps(asked.check(app, folder, queued='/run/' not in request.url.path)).encode()
+            sent = json.dumps(asked.check(app, folder, queued='/run/' not in request.scope['path'])).encode()
         except ValueError as e: raise HTTPException(422, ' '.join(str(e).split())) from None
         parts = iter([dict(type='http.request', body=sent)])
         async def ask(scope, receive, send):
