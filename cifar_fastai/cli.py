@@ -280,26 +280,28 @@ class AppSettings:
     host: str = '127.0.0.1' # where to listen; 0.0.0.0: every network that this machine is part of
     port: int = 7860 # where to listen
     max_mb: float = 10. # megabytes of an upload at most
+    hosts: tuple[str, ...] = () # further hosts as the browser shows them, e.g. of a proxy: demo.example.org localhost:8080
 
 @_command
 def cifar_app(settings:AppSettings):
     "Show a network in the browser: a picture in, what the network sees of it and its answer out. Ctrl-C ends it."
     require_extra('app', 'gradio')
-    from cifar_fastai.app import build_app, check_serving, find_examples, launch_app
+    from cifar_fastai.app import build_app, check_serving, exit_on_signals, find_examples, launch_app
     from cifar_fastai.folder import read_config
     check_serving(settings.host, settings.port, settings.max_mb)
     classify, vocab = _classifier(settings.model, settings.weights)
     is_run = settings.model and Path(settings.model).is_dir()
     source = settings.data or (settings_from(read_config(settings.model)['settings']).data if is_run else None)
-    try: examples = find_examples(source)
-    except (ValueError, OSError):
-        if settings.data: raise
-        examples = []
-    app = build_app(classify, vocab, examples=examples)
-    try:
-        print(f'{launch_app(app, settings.host, settings.port, settings.max_mb)} (Ctrl-C ends it)' + ('' if examples else '; no pictures to click on: give --data'), flush=True)
-        app.block_thread()
-    finally: app.close(verbose=False)
+    with exit_on_signals():
+        try: examples = find_examples(source)
+        except (ValueError, OSError):
+            if settings.data: raise
+            examples = []
+        app = build_app(classify, vocab, examples=examples)
+        with launch_app(app, settings.host, settings.port, settings.max_mb, settings.hosts) as server:
+            hint = '' if examples else '; no pictures to click on: give --data'
+            print(f'{server.address} (Ctrl-C ends it){hint}', flush=True)
+            server.block_thread()
 
 # %% ../nbs/20_cli.ipynb #8c20e0a4
 @dataclass(frozen=True)
