@@ -365,9 +365,12 @@ def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
     path = upload(address, picture.read_bytes())
     _, _, event = predict(address, dict(path=path))
     assert len(files_below(process.temporary)) > 10 # examples are among them
-    with socket.create_connection((where.hostname, where.port)) as uploading, socket.create_connection((where.hostname, where.port)) as waiting:
+    with socket.create_connection((where.hostname, where.port)) as uploading, socket.create_connection((where.hostname, where.port)) as waiting, \
+         socket.create_connection((where.hostname, where.port)) as staying:
         uploading.sendall(f'POST /gradio_api/upload HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: multipart/form-data; boundary=frame\r\nContent-Length: 5000000\r\n\r\n'.encode() + multipart(bytes(3_000_000))[:-20])
         waiting.sendall(f"GET /gradio_api/call/predict/{json.loads(event)['event_id']} HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
+        staying.sendall(f"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
+        assert staying.recv(15) == b'HTTP/1.1 200 OK'
         process.send_signal(number)
         assert process.wait(60) == 128 + number, process.log.read_text()
     assert not list(process.temporary.iterdir()) and process.log.read_text() == ''
