@@ -260,8 +260,9 @@ def _routes(app, gradio, uploads): # -> list of `Route`
 
     async def upload(request):
         try:
-            async with slots, request.form(max_files=1, max_fields=10) as form:
-                content = await form['files'].read()
+            async with slots:
+                await request.body() # too large a body is refused before what is wrong in it
+                async with request.form(max_files=1, max_fields=10) as form: content = await form['files'].read()
         except (AttributeError, KeyError, ValueError):
             raise HTTPException(400, 'Send one file as the field "files"') from None
         if len(content) > uploads.max_bytes: raise HTTPException(413, f'A file may have {uploads.max_bytes} bytes')
