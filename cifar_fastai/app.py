@@ -237,7 +237,7 @@ class _Uploads:
 
 # %% ../nbs/13_app.ipynb #c5ddc98d
 _pages = ['/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/robots.txt', '/monitoring/summary',
-          '/assets/{_:path}', '/static/{_:path}', '/gradio_api/info', '/gradio_api/app_id']
+          '/assets/{_:path}', '/static/{_:path}', '/gradio_api/info', '/gradio_api/app_id', '/gradio_api/heartbeat/{_}']
 
 def _routes(app, gradio, uploads): # -> list of `Route`
     "What of `gradio`, the web app that Gradio makes of `app`, can be asked for, and how"
@@ -260,8 +260,9 @@ def _routes(app, gradio, uploads): # -> list of `Route`
 
     async def upload(request):
         try:
-            async with slots, request.form(max_files=1, max_fields=10) as form:
-                content = await form['files'].read()
+            async with slots:
+                await request.body() # too large a body is refused before what is wrong in it
+                async with request.form(max_files=1, max_fields=10) as form: content = await form['files'].read()
         except (AttributeError, KeyError, ValueError):
             raise HTTPException(400, 'Send one file as the field "files"') from None
         if len(content) > uploads.max_bytes: raise HTTPException(413, f'A file may have {uploads.max_bytes} bytes')
@@ -285,12 +286,13 @@ def _routes(app, gradio, uploads): # -> list of `Route`
     posts = {'/gradio_api/upload': upload, '/gradio_api/queue/join': question, '/gradio_api/call/predict': question,
              '/gradio_api/run/predict': question}
     gets = {**dict.fromkeys(_pages, page), '/gradio_api/file={path:path}': file,
-            '/gradio_api/upload_progress': progress, '/gradio_api/queue/data': _Events(gradio), '/gradio_api/call/predict/{event}': _Events(gradio)}
+            '/gradio_api/upload_progress': progress,
+            '/gradio_api/queue/data': _Events(gradio), '/gradio_api/call/predict/{event}': _Events(gradio)}
     return [Route(path, endpoint, methods=['POST' if group is posts else 'GET'])
             for group in (posts, gets) for path, endpoint in group.items()]
 
 class _Events:
-    "ASGI app: the events of `gradio`, or 404 where it answers 200 and fails because it does not know the session"
+    "ASGI app: the events of `gradio`, with 404 where it sends that and 200, and fails, since it knows no such session"
     def __init__(self, gradio): self.gradio = gradio
 
     async def __call__(self, scope, receive, send):
@@ -307,7 +309,7 @@ class _Events:
         try: await self.gradio({**scope, 'headers': headers}, receive, hold)
         except Exception as e:
             if not isinstance(e.__cause__ or e, HTTPException): raise
-            if not started: raise HTTPException(404) from None
+            if not started: held[0]['status'] = 404
             held.append(dict(type='http.response.body'))
         for each in held: await send(each)
 
