@@ -15,7 +15,7 @@ from functools import partial
 from http.client import HTTPException
 from itertools import islice
 from operator import itemgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.error import ContentTooShortError, HTTPError
 from unicodedata import category
@@ -145,13 +145,13 @@ class _NotesOnly(pickle._Unpickler): # not the one in C
 
 _most_files, _most_bytes, _largest_file = 70_000, 400*2**20, 2**26 # of a data set; CIFAR-10 has 60,010 files and 210 MB as an archive of PNG
 
-_png_name = re.compile(r'(?:^|/)(train|test)/([^/]+)/[^/]+\.png$')
+_png_name = re.compile(r'(?:^|/)(train|test)/([^/.][^/]*)/[^/.][^/]*(?i:\.png)$') # hidden files and folders are left out
 _batch_name = re.compile(r'(?:^|/)(data_batch_[1-5]|test_batch)$')
 
 # %% ../nbs/02_data.ipynb #8129f20b
 def _members(path:Path):
     "Yield (name, bytes) of the files of a data set, from a folder or a tar archive"
-    wanted = lambda name: not PurePosixPath(name).name.startswith('.') and (_png_name.search(name) or _batch_name.search(name))
+    wanted = lambda name: _png_name.search(name) or _batch_name.search(name)
     if path.is_dir():
         path, left = path.resolve(), _most_bytes
         for file in _files(path):
@@ -164,16 +164,23 @@ def _members(path:Path):
         return
     with open(check_file(path, _most_bytes), 'rb') as f:
         if path.stat().st_size == 0: raise ValueError(f'{path} is empty') # or a file in /proc, which may have no end
-        try: yield from ((name, content) for name, content in _untar(io.BufferedReader(_Unzipped(f), 2**17)) if wanted(name))
+        names = set()
+        try:
+            for name, content in _untar(io.BufferedReader(_Unzipped(f), 2**17)):
+                if not wanted(name): continue
+                if name in names: raise ValueError(f'{path}: {printable(name)} is in it twice: pack the files anew')
+                names.add(name)
+                if content is None: raise ValueError(f'{path}: {printable(name)} is a link: pack the files themselves')
+                yield name, content
         except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
             reason = f'{path} cannot be read as a tar archive ({printable(e)})'
-            raise ValueError(f'{reason}: it may be cut short; fetch it again') from None
+            raise ValueError(f'{reason}: give a .tar or .tar.gz; if it is one, it may be cut short: fetch it again') from None
 
 # %% ../nbs/02_data.ipynb #da2c6e8f
 _extra_headers = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE
 
 def _untar(stream):
-    "Yield (name, bytes) of the regular files in a tar archive; `tarfile` takes minutes over headers made for that"
+    "Yield (name, bytes) of the regular files and (name, `None`) of the links in a tar archive; `tarfile` takes minutes over headers made for that"
     n, n_extra, long_name = 0, 0, None
     while any(header := _exactly(stream, 512)):
         info = tarfile.TarInfo.frombuf(header, 'utf8', 'surrogateescape') # raises `HeaderError`
@@ -182,7 +189,7 @@ def _untar(stream):
         if n > _most_files: raise OSError(f'it holds more than {_most_files:,} files')
         if n_extra > 3: raise OSError('it has more than 3 extra headers in front of a file')
         size = 0 if info.type in b'123456' else info.size # links, devices, folders and pipes have no content
-        most = 2048 if is_extra else _largest_file
+        most = 2**16 if is_extra else _largest_file # macOS has the addresses that a file came from in them
         if not 0 <= size <= most: raise OSError(f'{info.name} in it has {size:,} bytes: at most {most:,} are read')
         content = _exactly(stream, -(-size//512)*512)[:size]
         sparse = info.type == tarfile.GNUTYPE_SPARSE or is_extra and b' GNU.sparse.' in content
@@ -193,6 +200,7 @@ def _untar(stream):
         if is_extra: continue
         name = long_name.decode('utf8', 'surrogateescape') if long_name else info.name
         if info.isreg(): yield name, content
+        elif info.islnk() or info.issym(): yield name, None
         long_name = None
     while stream.read(2**20): pass # gzip has a checksum at its end
 
@@ -291,6 +299,8 @@ def read_images(path): # folder or tar archive, either layout -> `CIFAR10Data`
         if not ys: raise ValueError(f'{path} has no {split} images: expected {split}/<class>/*.png, or the Python batches of CIFAR-10')
         missing = set(range(10)) - set(np.concatenate(ys).tolist())
         if missing: raise ValueError(f'{path} has no {split} images of {", ".join(cifar10_classes[i] for i in sorted(missing))}')
+        n, most = sum(map(len, ys)), dict(train=50_000, test=10_000)[split]
+        if n > most: raise ValueError(f'{path} has {n:,} {split} images, and CIFAR-10 has {most:,}: give one copy of it')
     arrays = [a for xs, ys in images.values() for a in _canonical(np.concatenate(xs), np.concatenate(ys).astype(np.int64))]
     return CIFAR10Data(*arrays, list(cifar10_classes))
 
@@ -301,7 +311,9 @@ def _download(url, part:Path, show_progress):
     with urlopen(url, timeout=30) as response, open(part, 'wb') as f:
         size = int(response.headers.get('Content-Length') or 0)
         blocks = iter(partial(response.read, 2**20), b'')
-        for block in progress_bar(blocks, total=-(-size//2**20)) if size and show_progress else blocks: f.write(block)
+        for block in progress_bar(blocks, total=-(-size//2**20)) if size and show_progress else blocks:
+            f.write(block)
+            if f.tell() > _most_bytes: raise ValueError(f'it has more than {_most_bytes:,} bytes')
     if part.stat().st_size < size: raise ContentTooShortError(f'only {part.stat().st_size:,} of {size:,} bytes came', None)
 
 def fetch_cifar10(
@@ -324,7 +336,8 @@ def fetch_cifar10(
             except (OSError, HTTPException, ValueError) as e: failure = e
             finally: part.unlink(missing_ok=True)
             if not isinstance(failure, ContentTooShortError): break
-        tried.append(f'{url} ({" ".join(str(getattr(failure, "reason", failure)).split())})')
+        reason = printable(' '.join(str(getattr(failure, 'reason', failure)).split())) # a server may have written it
+        tried.append(f'{url} ({reason})')
     raise FileNotFoundError(f'CIFAR-10 not found, and it could not be fetched: tried {"; ".join(tried)}; give its folder or archive, or set {data_variable}')
 
 # %% ../nbs/02_data.ipynb #d7847683
@@ -467,6 +480,18 @@ def _tiff_tiles(content): # -> int: the strips or tiles that the first directory
         return max((count for tag, _, count, _ in entries if tag in (273, 324)), default=0)
     except (struct.error, OverflowError): return 0 # it is damaged, as Pillow will find
 
+_jpeg_marker = re.compile(rb'\xff+([^\0\xff\xd0-\xd7])') # neither a byte of pixels nor a restart
+
+def _jpeg_scans(content):
+    "Count the scans of a JPEG, each of which may go over all of its pixels; what follows its end, as a video may, is none"
+    at = n = 0
+    for _ in range(100_000): # segments
+        if (found := _jpeg_marker.search(content, at)) is None or found[1] == b'\xd9': return n
+        at = found.end()
+        if found[1] not in b'\x01\xd8': at += int.from_bytes(content[at:at + 2], 'big')
+        n += found[1] == b'\xda'
+    raise _too_many_parts()
+
 def _gif_is_animated(content):
     "Has a GIF a second picture? Pillow's own answer takes the square of the length of a comment"
     table = lambda flags: 3 << (flags & 7) + 1 if flags & 128 else 0
@@ -478,6 +503,10 @@ def _gif_is_animated(content):
         elif kind == 0x2c and not pictures: at, inside, pictures = at + 11 + table(content[at + 9]), True, 1
         else: return kind == 0x2c
     raise _too_many_parts()
+
+def _pixels_of_tiles(img): # a TIFF -> int; all of a tile is decoded, also what lies outside the picture
+    width, height = (img.tag_v2.get(tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
+    return -(-img.width//width)*width*-(-img.height//height)*height if width and height else img.width*img.height
 
 @contextmanager
 def _decoding(name):
@@ -494,13 +523,16 @@ def _decoding(name):
 # %% ../nbs/02_data.ipynb #5e92c7b2
 def _shrink_or_refuse(img, content): # a picture, and its file while it is still to be decoded, else `None`
     "Have a large JPEG decoded smaller; raise `ValueError` for what is too large or would be misread"
-    passes = content.count(b'\xff\xda') if content and img.info.get('progressive') else 1 # over all of its pixels
-    large = img.width*img.height > 4_000_000
-    if content and large and passes == 1: img.draft('RGB', (512, 512)) # a JPEG at an eighth to a half of its size
     size, pixels = f'{img.width}×{img.height} pixels', img.width*img.height
+    if content and img.format in ('JPEG', 'MPO'):
+        scans = _jpeg_scans(content)
+        if pixels*scans > 32*max_pixels: raise ValueError(f'{size} in {scans} scans are too much work')
+        if pixels > 4_000_000: img.draft('RGB', (512, 512)) # decode it at an eighth to a half of its size
+        pixels = img.width*img.height
     if len(img.info.get('exif', b'')) > 2**16: raise ValueError('its EXIF data are longer than 65,536 bytes')
     if pixels > max_pixels: raise ValueError(f'{size} are more than {max_pixels:,}')
-    if pixels*passes > 16*max_pixels: raise ValueError(f'{size} in {passes} passes are too much work')
+    if img.format == 'TIFF': pixels = _pixels_of_tiles(img)
+    if pixels > 2*max_pixels: raise ValueError(f'its tiles have {pixels:,} pixels: at most {2*max_pixels:,} are read')
     animated = _gif_is_animated(content) if content and img.format == 'GIF' else _is_animated(img)
     if animated: raise ValueError('it is animated or has several pages: give one picture of it')
     if img.format == 'PNG' and img.mode != 'P' and 'transparency' in img.info:

@@ -46,7 +46,7 @@ try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
 except (ImportError, OSError, ValueError): pass # Windows and macOS have no such limit
-import json
+import json, threading, time
 import numpy as np
 import onnxruntime as ort
 
@@ -58,6 +58,12 @@ def request(): return requests.read(int.from_bytes(requests.read(8), 'big'))
 def answer(kind, content):
     answers.write((1 + len(content)).to_bytes(8, 'big') + kind + content)
     answers.flush()
+
+def end_with(parent): # which may be killed while the network runs
+    while os.getppid() == parent: time.sleep(1)
+    os._exit(1)
+
+threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 def described(nodes): return [(node.name, node.type, node.shape) for node in nodes]
 
@@ -86,11 +92,12 @@ class OnnxClassifier:
         timeout:float=60, # seconds for loading the file, and for each 500 images
     ):
         self.path, self.timeout, self._lock = Path(path), timeout, threading.Lock()
+        self._pid = os.getpid()
         content = self.path.read_bytes()
         if re.search(rb'[\x00\x08]location', content): # where a weight lies in another file; a name of a class has quotes around it
             raise ValueError(f'{printable(path)} keeps its weights in other files: export it anew with cifar_export')
         env = os.environ | dict(OPENBLAS_NUM_THREADS='1', MALLOC_ARENA_MAX='4') # which take address space for each core
-        command = [sys.executable, '-I', '-c', _worker, os.pathsep.join(map(os.path.abspath, sys.path))]
+        command = [sys.executable, '-I', '-c', _worker, os.pathsep.join(filter(os.path.isabs, sys.path))]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL)
         self._finalizer = weakref.finalize(self, _end, self.process)
@@ -113,18 +120,22 @@ class OnnxClassifier:
         probs = np.frombuffer(self._ask(images.tobytes()), np.float32)
         if len(probs) != len(images)*len(self.vocab): raise ValueError('what it gives are no probabilities')
         probs = probs.reshape(len(images), len(self.vocab))
-        if not np.allclose(probs.sum(axis=1), 1, atol=1e-3): raise ValueError('what it gives are no probabilities')
+        if not (probs >= 0).all() or not np.allclose(probs.sum(axis=1), 1, atol=1e-3): raise ValueError('what it gives are no probabilities')
         return probs
 
     def _ask(self, content): # bytes -> bytes
+        if os.getpid() != self._pid: raise ValueError('it was loaded before this process was forked: load it here')
         timer = threading.Timer(self.timeout, self.process.kill)
         with self._lock: # one question after the other, as threads of the app ask
             timer.start()
             try: answer = self._exchange(content)
             except (OSError, ValueError): answer = b'' # the process is gone
+            except BaseException: # Ctrl-C: the answer that is still to come would be taken for the next one
+                self._finalizer()
+                raise
             finally: timer.cancel()
         if answer[:1] != b'+':
-            limits = f'it takes more than {self.timeout:g} s or 4 GB, or crashes'
+            limits = f'it takes more than {self.timeout:g} s or 4 GB, crashes, or was interrupted: load it again'
             raise ValueError(answer[1:].decode('utf8', 'replace') or limits)
         return answer[1:]
 

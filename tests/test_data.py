@@ -318,6 +318,12 @@ def test_the_second_address_is_asked_when_the_first_fails(server, content, tmp_p
     assert path.name == 'second.tgz' and path.read_bytes() == content
     assert kept(tmp_path/'archive') == ['second.tgz']
 
+def test_a_download_without_end_is_broken_off(server, content, tmp_path, monkeypatch):
+    monkeypatch.setattr('cifar_fastai.data._most_bytes', 2**20)
+    server.answers['/endless.tgz'] = [bytes(2**22)]
+    with pytest.raises(FileNotFoundError, match='1,048,576 bytes'): fetch_cifar10([server.url('/endless.tgz')], tmp_path/'archive', show_progress=False)
+    assert kept(tmp_path/'archive') == []
+
 def test_when_all_fail_it_says_what_was_tried_and_leaves_nothing(server, content, tmp_path):
     server.answers['/cut.tgz'] = [(content, 'cut')]
     urls = [server.url('/cut.tgz'), server.url('/missing.tgz'), 'http://127.0.0.1:9/nobody.tgz']

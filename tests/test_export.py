@@ -1,5 +1,5 @@
 """A network as one file: it says what PyTorch says, whatever the network and the number of images; other files are refused; nothing is half-written."""
-import hashlib, json, os, resource, shutil, subprocess, sys
+import hashlib, json, os, resource, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -297,6 +297,7 @@ foreign = {
     'classes that are no names': (dict(vocab='[1, 2]'), 'it does not name its classes'), 'classes that are no JSON': (dict(vocab='['), ''), 'deep JSON': (dict(vocab='['*100_000), ''),
     'a class that writes to the terminal': (dict(vocab='["a", "\\u001b[31m"]'), 'it does not name its classes'),
     'no probabilities': (dict(output=[[.5, .6], [.5, .5]]), 'what it gives are no probabilities'), 'nan': (dict(output=[[np.nan]*2]*2), 'what it gives are no probabilities'),
+    'less than nothing': (dict(output=[[1.5, -.5], [.5, .5]]), 'what it gives are no probabilities'),
     'an unknown operation': (dict(nodes=[helper.make_node('\x1b[31mEvil', ['images'], ['probabilities'])]), 'Evil')}
 
 @pytest.mark.parametrize('name', foreign)
@@ -325,12 +326,16 @@ half = constant('half', [[.5, .5], [.5, .5]], np.float32)
 
 def sum_of(nodes): return made_up(nodes=[half, *nodes, helper.make_node('ReduceSum', ['z'], ['r'], keepdims=0), helper.make_node('Add', ['half', 'r'], ['probabilities'])])
 
-def without_end():
+def without_end(more_than=None):
+    "A loop of 2**62 steps; with `more_than`, none for that many images, and 2**40 for each that is more"
     info = helper.make_tensor_value_info
     steps = [helper.make_node('Identity', [name], [f'{name}2']) for name in ('go_on', 'x')]
     body = helper.make_graph(steps, 'body', [info('i', TensorProto.INT64, []), info('go_on', TensorProto.BOOL, []), info('x', TensorProto.FLOAT, [2, 2])],
                              [info('go_on2', TensorProto.BOOL, []), info('x2', TensorProto.FLOAT, [2, 2])])
-    return made_up(nodes=[half, constant('n', 2**62), constant('yes', True, bool), helper.make_node('Loop', ['n', 'yes', 'half'], ['probabilities'], body=body)])
+    n = [constant('n', 2**62)] if more_than is None else [
+        helper.make_node('Shape', ['images'], ['shape']), constant('first', 0), helper.make_node('Gather', ['shape', 'first'], ['images_n']),
+        constant('most', more_than), helper.make_node('Sub', ['images_n', 'most'], ['more']), constant('much', 2**40), helper.make_node('Mul', ['more', 'much'], ['n'])]
+    return made_up(nodes=[half, *n, constant('yes', True, bool), helper.make_node('Loop', ['n', 'yes', 'half'], ['probabilities'], body=body)])
 
 def of_many_nodes(n):
     names = ['half', *map(str, range(n - 1)), 'probabilities']
@@ -367,6 +372,65 @@ def test_the_process_of_a_classifier_ends_with_it(files):
     assert process.poll() is None
     del classify
     assert process.poll() is not None
+
+def waited(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until: time.sleep(.1)
+    return condition()
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+def test_the_process_of_a_classifier_ends_with_a_process_that_is_killed():
+    Path('loop.onnx').write_bytes(without_end(more_than=2))
+    code = """
+import numpy as np
+from cifar_fastai.export import load_onnx
+classify = load_onnx('loop.onnx', timeout=600)
+print(classify.process.pid, flush=True)
+classify(np.zeros((3, 32, 32, 3), np.uint8))"""
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        time.sleep(1) # it is at work
+        parent.kill()
+    def is_gone():
+        try: os.kill(pid, 0)
+        except ProcessLookupError: return True
+        return Path(f'/proc/{pid}/stat').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z'
+    try: assert waited(is_gone)
+    finally:
+        if not is_gone(): os.kill(pid, 9)
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+def test_an_answer_that_was_interrupted_is_not_taken_for_the_next(files):
+    def interrupt(*args): raise KeyboardInterrupt
+    classify, images = load_onnx(files['onnx']), np.random.default_rng(0).integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, .2)
+        with pytest.raises(KeyboardInterrupt): classify(images[:500])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ValueError, match='interrupted'): classify(images[500:])
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='fork')
+def test_a_classifier_is_not_shared_with_a_forked_process(files):
+    classify = load_onnx(files['onnx'])
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try: classify(np.zeros((1, 32, 32, 3), np.uint8))
+        except ValueError as e: os.write(writer, str(e).encode())
+        finally: os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writer)
+    with open(reader) as f: assert 'forked' in f.read()
+    assert classify(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 10)
+
+def test_a_classifier_is_loaded_where_the_folder_is_gone(files, monkeypatch):
+    monkeypatch.syspath_prepend('')
+    Path('gone').mkdir()
+    monkeypatch.chdir('gone')
+    Path.cwd().rmdir()
+    assert len(load_onnx(files['onnx']).vocab) == 10
 
 @pytest.mark.parametrize('images', [np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8), []])
 def test_what_are_no_images_are_refused(files, images):
