@@ -375,9 +375,12 @@ def _cache_file(path:Path):
 # %% ../nbs/02_data.ipynb #e30be6ad
 def _read_cache(file:Path):
     try:
-        with open(file, 'rb') as f, np.load(f, allow_pickle=False) as arrays: return CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
-    except FileNotFoundError: return None
-    except Exception: return None # damaged: it is made again
+        with open(check_file(file, 2**30), 'rb') as f, np.load(f, allow_pickle=False) as arrays:
+            data = CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
+        for x, y in (data[:2], data[2:4]):
+            if (x.dtype, x.shape, y.dtype, y.shape) != (np.uint8, (len(y), 32, 32, 3), np.int64, (len(x),)): return None
+        return data
+    except Exception: return None # not there, or damaged: it is made again
 
 def _write_cache(file:Path, data:CIFAR10Data):
     try:

@@ -189,6 +189,9 @@ def test_the_second_load_decodes_nothing(empty_home, request, kind):
 
 damages = {'cut short': lambda file: file.write_bytes(file.read_bytes()[:-3000]), 'empty': lambda file: file.write_bytes(b''),
            'text': lambda file: file.write_bytes(b'text'), 'of other arrays': lambda file: np.savez(file, a=1),
+           'of other shapes': lambda file: np.savez(file, **{**np.load(file), 'train_x': np.zeros((3, 8, 8), np.uint8)}),
+           'of other types': lambda file: np.savez(file, **{**np.load(file), 'test_y': np.zeros(20, np.float32)}),
+           'a pipe': lambda file: (file.unlink(), os.mkfifo(file)),
            'with other bytes': lambda file: file.write_bytes(file.read_bytes()[:5000] + b'\xff'*9 + file.read_bytes()[5009:])}
 
 @pytest.mark.parametrize('damage', damages)
