@@ -345,7 +345,7 @@ def main(
     "Run the command that the first argument names"
     args = sys.argv[1:] if args is None else args
     if args and args[0] in _commands: return _commands[args[0]](args[1:])
-    usage = f'usage: python -m cifar_fastai.cli {{{",".join(_commands)}}} …'
+    usage = f'usage: python -m cifar_fastai.cli {{{",".join(_commands)}}} ...' # in ASCII, for any terminal
     if args and args[0] in ('-h', '--help'): print(usage)
     else: sys.exit(f'{usage}\n{"unknown command " + printable(args[0]) if args else "no command"}: give one of {", ".join(_commands)}, and --help behind it')
 

@@ -584,7 +584,8 @@ class SetEpoch(Callback):
 
 def bars_for_people(learn:Learner): # -> `learn`
     "Take the progress bars away where nobody sees them: a file or a pipe gets a line an epoch"
-    return learn if IN_NOTEBOOK or sys.stdout.isatty() else learn.remove_cbs(ProgressCallback)
+    seen = IN_NOTEBOOK or sys.stdout is not None and sys.stdout.isatty() # a closed one is `None`
+    return learn if seen else learn.remove_cbs(ProgressCallback)
 
 def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`

@@ -459,6 +459,15 @@ def test_a_working_folder_that_was_deleted_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'working folder' in said
 
+def test_a_run_needs_no_output(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr('sys.stdout', None)
+    assert train(settings(out=str(tmp_path/'run'), epochs=1))['epochs'] == 1
+
+@pytest.mark.parametrize('args', [['--help'], ['report', '--help'], ['report', '/no/such/é…']], ids=' '.join)
+def test_a_terminal_without_the_letters_is_no_error(command, args):
+    done = command(*args, env=os.environ | dict(PYTHONIOENCODING='ascii:strict'))
+    assert done.returncode == (0 if '--help' in args else 1) and 'Traceback' not in done.stderr and 'codec' not in done.stderr
+
 def test_a_folder_name_reaches_the_terminal_as_text(run, capsys):
     run = run.rename(run.with_name('r\x1b[31m'))
     cifar_report([str(run)])
