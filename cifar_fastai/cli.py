@@ -8,12 +8,13 @@ __all__ = ['RunSettings', 'cifar_train', 'LRFindSettings', 'cifar_lr_find', 'Int
            'AppSettings', 'cifar_app', 'ExportSettings', 'cifar_export', 'main']
 
 # %% ../nbs/20_cli.ipynb #0c38264d
-import os, signal, sys, tempfile, traceback, warnings
+import os, shutil, signal, sys, tempfile, traceback, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial, wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,12 @@ def _command(f):
     ):
         settings = f.__annotations__['settings']
         parse = partial(_parse, settings, prog=f.__name__, description=f.__doc__, args=args)
-        rank, n = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1))) # as a launcher of several processes sets them
+        rank, n = _launched()
         with warnings.catch_warnings(), _silence() if rank else nullcontext(): # of several processes the first one speaks
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's, at its import
             warnings.showwarning = lambda message, *where, **how: print(printable(f'{f.__name__}: {message}'), file=sys.stderr, flush=True)
             try:
+                _check_surroundings()
                 given = parse()
                 if n > 1 and f.__name__ != 'cifar_train': raise ValueError(f'started as {n} processes, and only cifar_train is for several: start it once')
                 if hasattr(settings, 'recorded') and not rank and (recorded := settings.recorded(given['resume'])):
@@ -52,6 +54,19 @@ def _command(f):
                 sys.exit(1 if rank else said)
             except Exception as e: sys.exit(f'{f.__name__}: {_unexpected(e)}')
     return command
+
+def _launched(): # -> (which of the processes of a launch this is, their number)
+    rank, n = (os.environ.get(name, default) for name, default in (('RANK', '0'), ('WORLD_SIZE', '1')))
+    if rank.isdecimal() and n.isdecimal() and int(rank) < int(n): return int(rank), int(n)
+    sys.exit(printable(f'RANK is {rank!r} and WORLD_SIZE {n!r} in the environment: unset both, or start the processes with a launcher, which sets them'))
+
+def _check_surroundings():
+    "Raise `FileNotFoundError` without a working folder; what the terminal's encoding lacks is written as escapes"
+    try: os.getcwd()
+    except FileNotFoundError: raise FileNotFoundError('the working folder was deleted: change to another one') from None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper): stream.reconfigure(errors='backslashreplace')
+    if shutil.get_terminal_size().columns < 20: os.environ['COLUMNS'] = '20' # in fewer columns tyro never ends
 
 def _unexpected(e): # -> str: one sentence, which names a file with the traceback
     said = printable(f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:200]}')
@@ -117,8 +132,10 @@ def cifar_train(settings:RunSettings):
             train(replace(run, out=str(folder)), processes=processes)
     finally: processes.end()
     if processes.rank: return
-    try: print(f'report {write_report(folder)}')
-    except (OSError, ValueError) as e: print(f'cifar_train: the run is finished, but its report is not written: {e}; cifar_report {folder} makes it', file=sys.stderr)
+    try: print(printable(f'report {write_report(folder)}'))
+    except (OSError, ValueError) as e:
+        said = f'cifar_train: the run is finished, but its report is not written: {" ".join(str(e).split())}; cifar_report {folder} makes it'
+        print(printable(said), file=sys.stderr)
 
 # %% ../nbs/20_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)
@@ -133,12 +150,13 @@ def cifar_lr_find(settings:LRFindSettings):
     from cifar_fastai.interpret import save_figure
     from cifar_fastai.training import settings_learner
     from cifar_fastai.schedule import bounds_from, plot_range_test, range_test
-    if not Path(settings.plot).absolute().parent.is_dir(): raise ValueError(f'plot is {settings.plot}: give a file in a folder that exists')
+    if not Path(settings.plot).absolute().parent.is_dir() or Path(settings.plot).is_dir(): raise ValueError(f'plot is {settings.plot}: give a file in a folder that exists')
     settings = settings.resolved()
     with lost_worker_in_words(): lrs, losses = range_test(settings_learner(settings)[0])
     bounds = bounds_from(lrs, losses)
+    print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}', flush=True) # the plot may be refused
     save_figure(plot_range_test(lrs, losses, bounds).figure, settings.plot)
-    print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}\nplot {settings.plot}')
+    print(f'plot {printable(settings.plot)}')
     if settings.lr_min != 'find': print(f'cifar_train begins and ends at {settings.lr_min:g} with these settings; with --lr_min find, at the rate above')
 
 # %% ../nbs/20_cli.ipynb #e3abe7ca
@@ -235,7 +253,7 @@ def cifar_bench(settings:BenchSettings):
         if rates: print(f'{label}, images/s: ' + ', '.join(f'{name} {sum(r)/len(r):,.0f}' for name, r in rates.items()))
         if rates and key != 'batches': print(f'{label}, peak memory, GiB: ' + ', '.join(f"{name} {case['memory']/2**30:.1f}" for name, case in result[key].items() if case['memory']))
     print(f"importing fastai {result['import_fastai']:.1f} s" + (f", first step of package {result['cases']['package']['first_step']:.1f} s after its process began" if 'package' in result['cases'] else ''))
-    print(f'saved {settings.out}')
+    print(f'saved {printable(settings.out)}')
 
 # %% ../nbs/20_cli.ipynb #a11dea02
 @_command
@@ -248,7 +266,7 @@ def cifar_repeat(settings:RepeatSettings):
     results = ablate_recipe(settings) if settings.ablate else {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
     print('\n' + repeat_table(results).to_string())
     if settings.ablate: print('\nwhat an ingredient brings, in points of accuracy\n' + ablation_effects(results).to_string())
-    print(f'\nsaved {settings.out}')
+    print(f'\nsaved {printable(settings.out)}')
 
 # %% ../nbs/20_cli.ipynb #8c20e0a2
 @dataclass(frozen=True)
@@ -265,10 +283,10 @@ def cifar_report(settings:ReportSettings):
     if not settings.runs: raise ValueError('no run: give one run folder, or several to compare')
     if len(settings.runs) == 1:
         if settings.out is not None: raise ValueError(f'out is {settings.out!r}: give it with several runs; the report of one lies in its folder')
-        print(f'saved {write_report(settings.runs[0], settings.data)}')
+        print(printable(f'saved {write_report(settings.runs[0], settings.data)}'))
     else:
         if settings.data is not None: raise ValueError(f'data is {settings.data!r}: give it with one run; a comparison needs no images')
-        print(f"saved {write_comparison(settings.runs, settings.out or 'compare.html')}")
+        print(printable(f"saved {write_comparison(settings.runs, settings.out or 'compare.html')}"))
 
 # %% ../nbs/20_cli.ipynb #8c20e0a3
 @dataclass(frozen=True)
@@ -317,7 +335,7 @@ def cifar_export(settings:ExportSettings):
     "Write a network as one file that takes images and gives probabilities, verified against PyTorch."
     from cifar_fastai.export import export_model
     path = export_model(settings.run, settings.format, settings.out, settings.weights)
-    print(f'saved {path}, {path.stat().st_size/1e6:.1f} MB')
+    print(f'saved {printable(path)}, {path.stat().st_size/1e6:.1f} MB')
 
 # %% ../nbs/20_cli.ipynb #a2e5ce52
 _commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench, repeat=cifar_repeat,
@@ -329,8 +347,8 @@ def main(
     "Run the command that the first argument names"
     args = sys.argv[1:] if args is None else args
     if args and args[0] in _commands: return _commands[args[0]](args[1:])
-    usage = f'usage: python -m cifar_fastai.cli {{{",".join(_commands)}}} …'
+    usage = f'usage: python -m cifar_fastai.cli {{{",".join(_commands)}}} ...' # in ASCII, for any terminal
     if args and args[0] in ('-h', '--help'): print(usage)
-    else: sys.exit(f'{usage}\n{"unknown command " + args[0] if args else "no command"}: give one of {", ".join(_commands)}, and --help behind it')
+    else: sys.exit(f'{usage}\n{"unknown command " + printable(args[0]) if args else "no command"}: give one of {", ".join(_commands)}, and --help behind it')
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -206,6 +206,7 @@ def _fits(value, kind):
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...: return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     if get_origin(kind) is tuple: return isinstance(value, tuple) and len(value) == len(get_args(kind)) and all(map(_fits, value, get_args(kind)))
     if kind is int: return isinstance(value, int) and _is_number(value) and abs(value) < 2**63
+    if kind is str: return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value) # bytes that are not UTF-8
     if kind is float: return isinstance(value, float) or _is_number(value) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
@@ -219,7 +220,7 @@ def _in_words(kind):
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...: return f'some of {_in_words(get_args(kind)[0]).removeprefix("one of ")}'
     if get_origin(kind) is tuple: return f'{len(get_args(kind))} numbers'
     if get_args(kind): return ' or '.join(_in_words(k) for k in get_args(kind))
-    return {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False'}.get(kind, 'None')
+    return {int: 'a whole number', float: 'a number', str: 'a text in UTF-8', bool: 'True or False'}.get(kind, 'None')
 
 def _check(ok, name, value, remedy):
     if ok: return
@@ -239,8 +240,11 @@ def write_whole(
     """Write a file whole or not at all: under a new name, flushed to the disk, then renamed.
 
     What was there stays until then; a symbolic link there is replaced and not followed. Raises `OSError`, which names
-    the file, when the disk is full."""
+    the file, when the disk is full, or when a device, a pipe or a folder is there."""
     path = Path(path)
+    kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
+    if kind not in (stat.S_IFREG, stat.S_IFLNK) or path.absolute().parent == Path('/dev'): # root could replace a device
+        raise FileExistsError(f'{path} is not a regular file: it is not replaced; give another file')
     part = path.with_name(f'.{token_hex(8)}.part')
     try:
         with open(part, 'xb') as f: # never a file or a link that is there

@@ -7,7 +7,8 @@ __all__ = ['history_columns', 'read_config', 'read_summary', 'read_csv_exact', '
            'RunFolder', 'own_folder']
 
 # %% ../nbs/04_folder.ipynb #283d6522
-import csv, os
+import csv, os, stat
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -178,10 +179,23 @@ class RunFolder:
     def open(self):
         "Make the folder, unless the run is resumed, and lock it. Raises `FileExistsError`, `BlockingIOError` or `ValueError`"
         if not self.resume: self.path.mkdir(parents=True)
-        if (self.path/'.lock').is_symlink(): raise ValueError(f'{self.path}/.lock is a link: the folder is not one that cifar_train has written')
-        try: self.lock.acquire(timeout=0)
+        lock = self.path/'.lock'
+        if os.path.lexists(lock) and not (stat.S_ISREG((info := os.lstat(lock)).st_mode) and info.st_size == 0): # filelock may empty it
+            raise ValueError(f'{lock} is a link or not empty: the folder is not one that cifar_train has written')
+        try:
+            self.lock.acquire(timeout=0)
+            if not self.resume: write_json(self.path/'config.json', self.config)
         except Timeout: raise BlockingIOError(f'{self.path} is being written to by another process: wait for its end, or give another run folder') from None
-        if not self.resume: write_json(self.path/'config.json', self.config)
+        except BaseException: # as when the disk is full
+            if not self.resume: self.remove()
+            raise
+
+    def remove(self):
+        "Remove the folder while nothing is in it but what `open` wrote; files of others stay"
+        self.close()
+        with suppress(OSError):
+            for name in ('config.json', '.lock'): (self.path/name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def close(self): self.lock.release()
 

@@ -403,4 +403,6 @@ def class_probabilities(
     "The softmax of the logits, in fp32 on the model's device"
     mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in stats)
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()/255
-    with torch.inference_mode(): return model.eval()(((x - mean)/std).to(next(model.parameters()).device)).softmax(dim=1).cpu()
+    with torch.inference_mode(): probs = model.eval()(((x - mean)/std).to(next(model.parameters()).device)).softmax(dim=1).cpu()
+    if not probs.isfinite().all(): raise ValueError('the network gives no probabilities, but nan: take one that did not diverge')
+    return probs

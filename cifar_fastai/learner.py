@@ -250,7 +250,7 @@ class EpochRecorder(Recorder):
 
     def before_epoch(self):
         super().before_epoch()
-        self.trained, self.n_read, self.start_epoch = False, len(self.losses), time.time()
+        self.trained, self.n_read, self.began = False, len(self.losses), time.monotonic() # the clock may be set back
         self.of_train, self.of_valid = [], []
         for met in self._train_mets: met.reset()
 
@@ -289,7 +289,8 @@ class EpochRecorder(Recorder):
         row = _read([train_loss, *of_valid, *of_train]) + [self.lrs[-1] if self.lrs else math.nan]
         self.log += [math.nan if value is None else value for value in row]
         self.losses[self.n_read:] = _fetched(self.losses[self.n_read:])
-        seconds = time.time() - self.start_epoch
+        seconds = time.monotonic() - self.began
+        self.start_epoch = time.time() - seconds # of which fastai makes the column 'time'
         super().after_epoch()
         names = [*self.of_valid_names, *self.of_train_names]
         row = dict(zip(_unique(['epoch', 'train_loss', *names, 'lr']), [self.epoch + 1, *self.values[-1]]))
@@ -300,7 +301,7 @@ class EpochRecorder(Recorder):
         "Where it stands, also in the middle of an epoch"
         sums = [[*_read(both), isinstance(both[0], torch.Tensor)] if both else None for both in self.train_sums or self._sums()]
         return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=[list(v) for v in self.values], history=list(self.history),
-                    smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums, seconds=time.time() - self.start_epoch)
+                    smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums, seconds=time.monotonic() - self.began)
 
     def _sums(self): return [[m.total, m.count] if hasattr(m, 'total') and hasattr(m, 'count') else None for m in L(self.loss) + self.metrics]
 
@@ -314,7 +315,7 @@ class EpochRecorder(Recorder):
         self.smooth_loss.val = as_tensor(val)
         for m, kept in zip(L(self.loss) + self.metrics, state['sums']):
             if kept is not None: m.total, m.count = as_tensor(kept[0]) if kept[2] else kept[0], kept[1]
-        self.fresh, self.n_read, self.start_epoch = False, len(self.losses), time.time() - state['seconds']
+        self.fresh, self.n_read, self.began = False, len(self.losses), time.monotonic() - state['seconds']
 
     def after_fit(self): # a fit that was cancelled, as `lr_find` does, has not read its last epoch
         self.losses = _fetched(getattr(self, 'losses', []))
@@ -583,7 +584,8 @@ class SetEpoch(Callback):
 
 def bars_for_people(learn:Learner): # -> `learn`
     "Take the progress bars away where nobody sees them: a file or a pipe gets a line an epoch"
-    return learn if IN_NOTEBOOK or sys.stdout.isatty() else learn.remove_cbs(ProgressCallback)
+    seen = IN_NOTEBOOK or sys.stdout is not None and sys.stdout.isatty() # a closed one is `None`
+    return learn if seen else learn.remove_cbs(ProgressCallback)
 
 def cifar_learner(
     dls, # fastai `DataLoaders`, from `cifar_dls`
@@ -697,7 +699,8 @@ def write_checkpoint(
 def checkpoints_in(folder): # -> list of `Path`, the newest first
     "The checkpoints of a folder; raises `ValueError` when it is a link, which may lead anywhere"
     if Path(folder).is_symlink(): raise ValueError(f'{folder} is a link: give a folder')
-    return sorted(Path(folder).glob('[0-9]*-[0-9]*.safetensors'), reverse=True)
+    place = lambda path: [n.zfill(20) for n in path.stem.split('-')] # an epoch may have more digits than another
+    return sorted(Path(folder).glob('[0-9]*-[0-9]*.safetensors'), key=place, reverse=True)
 
 def read_checkpoint(path): # -> (tensors, facts)
     "What `write_checkpoint` was given; raises `ValueError` when a single bit is another"

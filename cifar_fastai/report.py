@@ -27,8 +27,8 @@ from safetensors import safe_open
 from scipy.stats import binomtest
 
 from .augment import CropFlipCutout, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, unpack_pixels
-from .core import TrainSettings, settings_from, write_whole
-from .data import cifar_dls, load_cifar10
+from .core import TrainSettings, named_source, settings_from, write_whole
+from .data import cifar10_fingerprint, cifar_dls, load_cifar10
 from .folder import check_tensors, read_config, read_history, read_range_test, read_summary
 from .interpret import CifarInterpretation, plot_lrs
 from .schedule import LRBounds, one_cycle_lr, plot_range_test
@@ -49,6 +49,16 @@ class RunRecord(NamedTuple):
     def name(self): return self.path.resolve().name or str(self.path)
 
 # %% ../nbs/12_report.ipynb #7f12a003
+def _check_history(run, summary, history): # `ValueError` unless they are of one run
+    accuracies = history['accuracy']
+    wanted = dict(epochs=len(history), accuracy=accuracies.iloc[-1], best_accuracy=accuracies.max(), seconds=history['seconds'].sum())
+    wanted['best_epoch'] = accuracies.tolist().index(wanted['best_accuracy']) + 1
+    for name, value in wanted.items():
+        if math.isclose(summary[name], value, rel_tol=1e-6): continue
+        raise ValueError(f'{run}/summary.json has {name} {summary[name]}, and history.csv {value}: they are not of one run')
+    if not history['train_accuracy'].between(0, 1).all():
+        raise ValueError(f'{run}/history.csv is not the history of a run: train_accuracy is not from 0 to 1')
+
 def read_run(run): # run folder -> `RunRecord`
     "A finished run; raises `FileNotFoundError` or `ValueError` with one sentence"
     run = Path(run)
@@ -62,6 +72,7 @@ def read_run(run): # run folder -> `RunRecord`
     history = read_history(run)
     if len(history) != settings.epochs:
         raise ValueError(f'{run}/history.csv has {len(history)} epochs, and config.json {settings.epochs}: they are not of one run')
+    _check_history(run, summary, history)
     tested = read_range_test(run) if (run/'range_test.csv').exists() else None
     bounds = LRBounds(bounds['lr_min'], bounds['lr_max'])
     return RunRecord(run, settings, bounds, tested, config['data'], config['environment'], summary, history)
@@ -88,6 +99,8 @@ def run_predictions(
     interp = CifarInterpretation.from_predictions(path, dls.valid if dls else SimpleNamespace(n=_n_predicted(path), vocab=vocab))
     if interp.probs.shape[1] != len(vocab) or not len(interp.targs): raise ValueError(f'{path} holds no predictions of {len(vocab)} classes')
     if interp.n_wrong != record.summary['n_wrong']: raise ValueError(f"{path} has {interp.n_wrong:,} wrong and summary.json {record.summary['n_wrong']:,}: they are not of one run")
+    told = record.summary['accuracy']
+    if abs(interp.accuracy - told) > .01 + 1/len(interp.targs): raise ValueError(f'{path} has an accuracy of {interp.accuracy:.2%} and summary.json {told:.2%}: they are not of one run')
     return interp
 
 def _n_predicted(path):
@@ -148,9 +161,14 @@ def image_uri(img): # `uint8` (32, 32, 3) -> str
     return f'data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 # %% ../nbs/12_report.ipynb #7f12a009
+def _thinned(history, most=2000): # -> `DataFrame`: no more rows than can be told apart, and the last
+    kept = range(len(history) - 1, -1, -(-len(history)//most))
+    return history.iloc[kept[::-1]]
+
 def _curves(history, columns, label): # of both sets -> what `page_plot` takes
     def plot(ax):
-        for column, name in columns.items(): ax.plot(history['epoch'], history[column], marker='.', label=name)
+        drawn = _thinned(history)
+        for column, name in columns.items(): ax.plot(drawn['epoch'], drawn[column], marker='.', label=name)
         ax.set(xlabel='epoch', ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.2); ax.legend()
@@ -221,8 +239,9 @@ def _machine(record): # -> list of (name, value)
         (f'images, {split}', fingerprint[:16] + '…') for split, fingerprint in zip(('training', 'test'), map(str, record.data['fingerprint']))] + [('weights', str(record.summary.get('weights_sha256'))[:16] + '…')]
 
 def _origin(record):
-    if record.data.get('is_cifar10'): return 'CIFAR-10'
-    return "scikit-learn's digits" if record.data['vocab'] == list('0123456789') else 'Images of its own, not the original CIFAR-10'
+    if tuple(record.data['fingerprint']) == cifar10_fingerprint: return 'CIFAR-10'
+    digits = named_source(record.settings.data) == 'digits' and record.data['vocab'] == list('0123456789')
+    return "scikit-learn's digits" if digits else 'Images of its own, not the original CIFAR-10'
 
 # %% ../nbs/12_report.ipynb #7f12a00f
 def _lr_text(record):
@@ -260,7 +279,8 @@ def report_page(
     missing='', # why there are no images
     most:int=2_200_000, # bytes of the gallery; the rest of a page has a tenth of that
 ): # -> str, HTML
-    "The page of a run"
+    "The page of a run; raises `ValueError` for more than 1,000 classes, and shows no confusion matrix of more than 100"
+    if len(record.data['vocab']) > 1000: raise ValueError(f"{record.path} has {len(record.data['vocab']):,} classes: a page shows at most 1,000")
     confusion, vocab, history = interp.confusion_matrix(), list(interp.vocab), record.history
     steps, lrs, n_batch = run_lrs(record, len(interp.targs))
     wrong, label = confusion - np.diag(np.diag(confusion)), {name: i for i, name in enumerate(vocab)}
@@ -323,7 +343,9 @@ def _names(records):
 
 def _plot_accuracies(records, names): # -> what `page_plot` takes
     def plot(ax):
-        for k, record in enumerate(records): ax.plot(record.history['epoch'], 100*record.history['accuracy'], marker='.', linestyle=['-', '--', ':', '-.'][k//6 % 4])
+        for k, record in enumerate(records):
+            drawn = _thinned(record.history)
+            ax.plot(drawn['epoch'], 100*drawn['accuracy'], marker='.', linestyle=['-', '--', ':', '-.'][k//6 % 4])
         ax.set(xlabel='epoch', ylabel='accuracy, %')
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.2); ax.legend(ax.lines, [(name if len(name) < 40 else name[:39] + '…').replace('$', r'\$') for name in names], fontsize=8)

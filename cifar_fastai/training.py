@@ -8,7 +8,7 @@ __all__ = ['may_change', 'new_run_folder', 'run_config', 'run_environment', 'Sav
            'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
 
 # %% ../nbs/07_training.ipynb #206bdd13
-import errno, hashlib, shutil, signal, warnings
+import errno, hashlib, signal, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -26,7 +26,7 @@ from fastai.vision.all import Callback, Learner, rank_distrib, set_seed
 from typing_extensions import TypedDict
 
 from .augment import CropFlipCutout, plot_augmented
-from .core import TrainSettings, environment, peak_memory, remove_parts, require_extra, settings_from, write_json, write_whole
+from .core import TrainSettings, environment, peak_memory, printable, remove_parts, require_extra, settings_from, write_json, write_whole
 from .data import CIFAR10Data, cifar10_fingerprint, cifar_dls, resolve_device, load_cifar10, lost_worker_in_words
 from .folder import Count, RunFolder, checked, history_columns, own_folder, read_config, read_range_test, read_summary
 from .interpret import CifarInterpretation, plot_classes, plot_history, plot_lrs, save_figure
@@ -325,7 +325,7 @@ def train(
     run = processes.from_first(lambda: new_run_folder(settings.out))
     learn, data = settings_learner(settings, data, processes)
     if processes.n > 1: _same_images(processes, data)
-    print(f'{data}, {data.origin}')
+    print(printable(f'{data}, {data.origin}'))
     return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
 
 def _same_images(processes, data, fingerprint=None): # `None`: that of the first process
@@ -345,7 +345,7 @@ def _run(settings, learn, data, saved):
             if saved.config['bounds'] is None:
                 try: bounds, tested = settle_bounds(settings, learn)
                 except BaseException: # what is refused or stopped before its first step leaves no folder
-                    if not saved.resume and learn.processes.rank == 0 and saved.folder.is_own: shutil.rmtree(saved.path)
+                    if not saved.resume and learn.processes.rank == 0 and saved.folder.is_own: saved.folder.remove()
                     raise
                 saved.config['bounds'] = bounds._asdict()
                 first(partial(_write_bounds, saved, tested))
@@ -384,7 +384,8 @@ def _fit(settings, learn, bounds, saved, stop, logs):
                 checkpoints.save()
                 saved.save_last()
                 first(lambda: write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True)))
-            print(f'\ninterrupted: checkpoint, history and last model are in {saved.path}; cifar_train --resume {saved.path} goes on from here', flush=True)
+            path = printable(saved.path)
+            print(f'\ninterrupted: checkpoint, history and last model are in {path}; cifar_train --resume {path} goes on from here', flush=True)
         raise
 
 def _finish(settings, learn, data, tested, saved, logs):
@@ -393,7 +394,7 @@ def _finish(settings, learn, data, tested, saved, logs):
     for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
     print(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; averaged with mirror images {summary['flip_averaged_accuracy']:.2%}; "
-          f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {saved.path}")
+          f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {printable(saved.path)}")
     return summary
 
 _disk_errors = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -488,5 +489,5 @@ def _finished(run): # -> the summary of a run that is, or `None`
     try: summary = read_summary(run)
     except (FileNotFoundError, ValueError): summary = dict(interrupted=True) # not written yet, or not to its end
     if not summary.get('interrupted'):
-        print(f"{run} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
+        print(f"{printable(run)} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
         return summary

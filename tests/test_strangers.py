@@ -6,9 +6,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from fastai.vision.all import Callback
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cifar_fastai.cli import cifar_export, cifar_interpret, cifar_report, cifar_train
+from cifar_fastai.cli import cifar_export, cifar_interpret, cifar_predict, cifar_report, cifar_train
 from cifar_fastai.core import TrainSettings, printable, read_json, write_json, write_whole
 from cifar_fastai.folder import read_history, read_range_test, read_summary
 from cifar_fastai.interpret import load_run, save_figure
@@ -100,6 +101,12 @@ def test_a_lock_that_is_a_link_is_refused(run, mine):
     with pytest.raises(ValueError, match='.lock is a link'): resume(run)
 
 # ---- a run whose images are not at hand
+
+def test_a_lock_that_is_another_file_by_a_second_name_is_refused(run, mine):
+    (run/'.lock').unlink(missing_ok=True)
+    os.link(mine, run/'.lock')
+    (run/'summary.json').unlink()
+    assert '.lock' in sentence(cifar_train, '--resume', run)
 
 def test_a_report_without_images_has_the_names_of_the_classes(run, finished):
     change(run/'config.json', 'settings', 'data', to='/no/such/folder')
@@ -349,3 +356,135 @@ def test_errors_on_resume_are_said_without_the_prefix_of_fastai(run):
         write_checkpoint(run/'checkpoint', tensors, facts | dict(fit=[7, 7]))
     with pytest.raises(ValueError) as e: resume(run)
     assert 'Exception occured' not in str(e.value) and '\n' not in str(e.value)
+
+# ---- surroundings
+
+def test_a_clock_that_is_set_back_changes_no_duration(settings, tmp_path, monkeypatch):
+    now = [2e9]
+    def clock():
+        now[0] -= 1000
+        return now[0]
+    monkeypatch.setattr('time.time', clock)
+    train(settings(out=str(tmp_path/'run')))
+    assert (read_history(tmp_path/'run')['seconds'].between(0, 1000)).all()
+    (tmp_path/'run'/'summary.json').unlink()
+    assert 0 <= resume(tmp_path/'run')['seconds'] < 1000
+
+def test_more_epochs_than_five_digits_keep_their_newest_checkpoint(tmp_path):
+    for epoch in (99_998, 99_999, 100_000, 100_001): write_checkpoint(tmp_path, {}, dict(epoch=epoch, batches=0))
+    assert [path.name[:6] for path in checkpoints_in(tmp_path)] == ['100001', '100000']
+
+def test_a_folder_that_could_not_be_begun_is_no_hindrance(settings, tmp_path, monkeypatch):
+    def full(path, content): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with monkeypatch.context() as m:
+        m.setattr('cifar_fastai.folder.write_json', full)
+        with pytest.raises(OSError): train(settings(out=str(tmp_path/'run')))
+    assert not (tmp_path/'run').exists()
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path):
+    assert 'out' in sentence(cifar_train, '--data', 'digits', '--out', tmp_path/'r\udcff')
+    assert not list(tmp_path.iterdir())
+
+def test_a_range_test_that_is_stopped_leaves_the_files_of_others(settings, tmp_path, monkeypatch):
+    def interrupted(learn):
+        (tmp_path/'run'/'notes').write_text('mine')
+        raise KeyboardInterrupt
+    monkeypatch.setattr('cifar_fastai.training.range_test', interrupted)
+    with pytest.raises(KeyboardInterrupt): train(settings(out=str(tmp_path/'run'), lr_max='find'))
+    assert [path.name for path in (tmp_path/'run').iterdir()] == ['notes']
+
+def test_a_range_test_that_is_stopped_does_not_stumble_over_a_moved_folder(settings, tmp_path, monkeypatch):
+    def interrupted(learn):
+        (tmp_path/'run').rename(tmp_path/'moved')
+        (tmp_path/'run').symlink_to(tmp_path/'moved')
+        raise KeyboardInterrupt
+    monkeypatch.setattr('cifar_fastai.training.range_test', interrupted)
+    with pytest.raises(KeyboardInterrupt): train(settings(out=str(tmp_path/'run'), lr_max='find'))
+
+@pytest.mark.parametrize('name', ['accuracy', 'best_accuracy', 'best_epoch', 'seconds', 'epochs'])
+def test_a_summary_that_its_history_contradicts_is_refused(run, name):
+    change(run/'summary.json', name, to=dict(best_epoch=7, epochs=7).get(name, .99))
+    assert name in sentence(cifar_report, run)
+
+def test_an_accuracy_that_the_predictions_contradict_is_refused(run):
+    rows = (run/'history.csv').read_text().splitlines()
+    cells = rows[-1].split(',')
+    cells[5] = '1.0'
+    (run/'history.csv').write_text('\n'.join([*rows[:-1], ','.join(cells)]) + '\n')
+    for name, value in dict(accuracy=1., best_accuracy=1., best_epoch=2).items(): change(run/'summary.json', name, to=value)
+    with pytest.raises(ValueError, match='accuracy'): run_predictions(read_run(run))
+
+def test_a_page_calls_images_those_of_cifar10_by_their_content_only(run):
+    change(run/'config.json', 'data', 'is_cifar10', to=True)
+    page = write_report(run).read_text()
+    assert 'not the original CIFAR-10' in page
+    change(run/'config.json', 'data', 'vocab', to=list('0123456789'))
+    change(run/'config.json', 'settings', 'data', to='/no/such/folder')
+    assert 'not the original CIFAR-10' in write_report(run).read_text()
+
+@pytest.mark.parametrize('n', [101, 1000, 1001])
+def test_many_classes_make_no_endless_page(run, n):
+    kept = load_file(run/'predictions.safetensors')
+    save_file(kept | dict(probs=torch.nn.functional.pad(kept['probs'], (0, n - 10))), run/'predictions.safetensors')
+    change(run/'config.json', 'data', 'vocab', to=[f'class {i}' for i in range(n)])
+    if n > 1000: assert '1,001 classes' in sentence(cifar_report, run)
+    else: assert 'left out' in (page := write_report(run).read_text()) and len(page) < 10**6
+
+def test_a_long_history_makes_no_endless_page(run):
+    n = 100_000
+    header, *_, last = (run/'history.csv').read_text().splitlines()
+    (run/'history.csv').write_text('\n'.join([header, *(f"{i},{last.split(',', 1)[1]}" for i in range(1, n + 1))]) + '\n')
+    history = read_history(run)
+    change(run/'config.json', 'settings', 'epochs', to=n)
+    wanted = dict(epochs=n, best_epoch=1, best_accuracy=history['accuracy'].max(), seconds=history['seconds'].sum())
+    for name, value in wanted.items(): change(run/'summary.json', name, to=value)
+    assert len(write_report(run).read_text()) < 2*10**6
+
+@pytest.mark.parametrize('rank, n', [('abc', '1'), ('-1', '0'), ('3', None), ('2', '2')])
+def test_a_rank_without_its_launch_is_refused_and_not_silent(monkeypatch, rank, n):
+    monkeypatch.setenv('RANK', rank)
+    if n is not None: monkeypatch.setenv('WORLD_SIZE', n)
+    assert 'RANK' in sentence(cifar_report, '/no/such')
+
+def test_a_terminal_of_one_column_gets_its_help(monkeypatch, capsys):
+    monkeypatch.setenv('COLUMNS', '1')
+    with pytest.raises(SystemExit) as e: cifar_report(['--help'])
+    assert e.value.code in (0, None) and '--data' in capsys.readouterr().out
+
+def test_a_working_folder_that_was_deleted_is_said(tmp_path, monkeypatch):
+    (tmp_path/'gone').mkdir()
+    monkeypatch.chdir(tmp_path/'gone')
+    (tmp_path/'gone').rmdir()
+    said = sentence(cifar_report, '/no/such')
+    monkeypatch.chdir(tmp_path)
+    assert 'working folder' in said
+
+def test_a_run_needs_no_output(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr('sys.stdout', None)
+    assert train(settings(out=str(tmp_path/'run'), epochs=1))['epochs'] == 1
+
+@pytest.mark.parametrize('args', [['--help'], ['report', '--help'], ['report', '/no/such/é…']], ids=' '.join)
+def test_a_terminal_without_the_letters_is_no_error(command, args):
+    done = command(*args, env=os.environ | dict(PYTHONIOENCODING='ascii:strict'))
+    assert done.returncode == (0 if '--help' in args else 1) and 'Traceback' not in done.stderr and 'codec' not in done.stderr
+
+def test_a_folder_name_reaches_the_terminal_as_text(run, capsys):
+    run = run.rename(run.with_name('r\x1b[31m'))
+    cifar_report([str(run)])
+    assert '\\x1b' in (said := capsys.readouterr().out) and '\x1b' not in said
+
+# ---- what a command writes
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    make_fifo(tmp_path/'pipe')
+    for path in (tmp_path/'pipe', Path('/dev/no-such-device'), tmp_path):
+        with pytest.raises(FileExistsError, match='not a regular file'): write_whole(path, b'')
+    assert (tmp_path/'pipe').is_fifo()
+
+def test_a_network_that_gives_no_probabilities_is_not_asked(run):
+    weights = load_file(run/'model.safetensors')
+    for t in weights.values():
+        if t.is_floating_point(): t.fill_(float('nan'))
+    save_file(weights, run/'model.safetensors')
+    Image.new('RGB', (32, 32)).save('picture.png')
+    assert 'nan' in sentence(cifar_predict, 'picture.png', '--model', run)
