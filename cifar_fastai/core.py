@@ -265,7 +265,8 @@ def write_whole(
 
 def remove_parts(folder):
     "Remove what `write_whole` leaves below `folder` when the process is killed"
-    for part in Path(folder).rglob('.' + 16*'?' + '.part'): part.unlink()
+    for part in Path(folder).rglob('.' + 16*'?' + '.part'):
+        if not part.is_dir(): part.unlink()
 
 def write_json(path, content): # -> the path
     "Write `content` as indented JSON, whole or not at all"

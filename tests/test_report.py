@@ -15,6 +15,7 @@ from scipy.stats import binom
 from cifar_fastai.cli import RunSettings
 from cifar_fastai.core import TrainSettings, read_json, write_json
 from cifar_fastai.data import CIFAR10Data
+from cifar_fastai.folder import read_history
 from cifar_fastai.report import changed_settings, mcnemar, read_run, repeat_command, report_page, run_images, run_lrs, run_predictions, write_comparison, write_report
 from cifar_fastai.training import train, write_range_test
 
@@ -154,11 +155,20 @@ def test_other_data_have_a_page_too(compared, few_digits):
     assert "scikit-learn's digits" in page.text and f"{record.summary['n_wrong']} of {len(run_predictions(record).targs)} held-out training images" in page.text and len(page.gallery) == record.summary['n_wrong']
     assert 'in half cosines' in page.text and 'mirrored by chance' in page.text
 
-def test_a_run_without_a_mistake_has_a_page(run, change):
+def with_mistakes(run, n_wrong, n):
+    "Make summary and history say that `n_wrong` of `n` images are wrong at the end"
+    history = read_history(run)
+    history.loc[len(history) - 1, 'accuracy'] = 1 - n_wrong/n
+    history.to_csv(run/'history.csv', index=False)
+    accuracies = history['accuracy'].tolist()
+    told = dict(n_wrong=n_wrong, accuracy=accuracies[-1], best_accuracy=max(accuracies), best_epoch=accuracies.index(max(accuracies)) + 1)
+    write_json(run/'summary.json', read_json(run/'summary.json') | told)
+
+def test_a_run_without_a_mistake_has_a_page(run):
     kept = load_file(run/'predictions.safetensors')
     kept['probs'] = torch.eye(10)[kept['targs']]
     save_file(kept, run/'predictions.safetensors')
-    change('summary.json', lambda s: s.update(n_wrong=0))
+    with_mistakes(run, 0, len(kept['targs']))
     page = Page(write_report(run))
     assert 'None is wrong.' in page.text and not page.gallery and not page.all('button')
 
@@ -380,7 +390,7 @@ def test_most_mistakes_do_not_make_it_larger(recorded_run, real_cifar):
     kept['probs'] = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(10), 10_000)).float()
     save_file(kept, run/'predictions.safetensors')
     n_wrong = int((kept['probs'].argmax(1) != kept['targs']).sum())
-    write_json(run/'summary.json', read_json(run/'summary.json') | dict(n_wrong=n_wrong))
+    with_mistakes(run, n_wrong, 10_000)
     path = write_report(run, real_cifar)
     n = len(Page(path).gallery)
     assert 2_000_000 < path.stat().st_size < 3_000_000 and 500 < n < n_wrong and f'{n} of {n_wrong:,} shown, those it was surest of' in Page(path).text

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cifar_fastai.cli import cifar_export, cifar_interpret, cifar_predict, cifar_report, cifar_train
-from cifar_fastai.core import TrainSettings, printable, read_json, write_json, write_whole
+from cifar_fastai.core import TrainSettings, printable, read_json, remove_parts, write_json, write_whole
 from cifar_fastai.folder import read_history, read_range_test, read_summary
 from cifar_fastai.interpret import load_run, save_figure
 from cifar_fastai.learner import Checkpoints, checkpoints_in, read_checkpoint, write_checkpoint
@@ -488,3 +488,9 @@ def test_a_network_that_gives_no_probabilities_is_not_asked(run):
     save_file(weights, run/'model.safetensors')
     Image.new('RGB', (32, 32)).save('picture.png')
     assert 'nan' in sentence(cifar_predict, 'picture.png', '--model', run)
+
+def test_a_folder_named_like_a_part_of_a_file_is_no_hindrance(tmp_path):
+    (tmp_path/'.0123456789abcdef.part').mkdir()
+    (tmp_path/'.fedcba9876543210.part').write_bytes(b'')
+    remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['.0123456789abcdef.part']
