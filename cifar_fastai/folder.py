@@ -153,6 +153,7 @@ def read_range_test(run): # -> (learning rates, losses), as `range_test` returne
     path = Path(run)/'range_test.csv'
     if not os.path.lexists(path): raise FileNotFoundError(f'{path} does not exist: the learning rates of the run were given, or it is no run folder')
     lrs, losses = _read_numbers(path, ['lr', 'loss'], 'a range test').to_numpy(float).T
+    if not len(lrs) or not ((lrs > 0) & (lrs < float('inf'))).all(): raise ValueError(f'{path} is not a range test: it needs positive learning rates')
     return lrs, losses
 
 # %% ../nbs/04_folder.ipynb #6911d8a3

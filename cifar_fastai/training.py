@@ -417,8 +417,8 @@ def _in_words(settings, learn, saved):
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e) and 'out of memory' not in str(e): raise
         raise MemoryError(f'{settings.bs} images a batch do not fit into the memory of {learn.dls.device}: try ' + ('a new run with ' if saved.resume else '') + f'--bs {max(2, settings.bs//2)}') from None
     except OSError as e:
-        if e.errno not in _disk_errors or not saved.folder.is_own: raise
-        raise OSError(f'{e.strerror}: {e.filename or saved.path}; make room, then cifar_train --resume {saved.path} goes on from the last checkpoint') from None
+        if e.errno not in _disk_errors or not e.filename or not saved.folder.is_own: raise
+        raise OSError(f'{e.strerror}: {e.filename}; make room, then cifar_train --resume {saved.path} goes on from the last checkpoint') from None
 
 # %% ../nbs/07_training.ipynb #6442a584
 may_change = {'data', 'num_workers', 'checkpoint_minutes', 'log'}

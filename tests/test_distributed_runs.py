@@ -125,7 +125,7 @@ def sentences(said): return [line for line in said.splitlines() if line.startswi
     (3, ['--bs', 2], 'cifar_train: bs is 2, and 3 processes share each batch: give 3 or more images, or start fewer'),
     (2, ['--bs', 79], 'cifar_train: the last batch of an epoch has 1 image for 2 processes: give another bs than 79, or start fewer'),
     (2, ['--data', '/not/here'], "cifar_train: /not/here does not exist: give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"),
-    (2, ['--epochs', 0], 'cifar_train: epochs is 0: give 1 or more'),
+    (2, ['--epochs', 0], 'cifar_train: epochs is 0'),
     (2, ['--device', 'cuda:1'], "cifar_train: device is 'cuda:1', and each of several processes has one of its own: give 'auto', 'cuda' or 'cpu'")])
 def test_it_is_refused_in_one_sentence_and_leaves_no_folder(start_run, options, tmp_path, n, changes, sentence):
     rc, said = finish(start_run(n, *options, *changes, '--out', tmp_path/'run'))

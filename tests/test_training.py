@@ -114,7 +114,7 @@ def test_numbers_of_a_run_are_read_back_to_the_last_bit(tmp_path):
 def test_a_run_without_a_range_test_says_so(finished):
     with pytest.raises(FileNotFoundError, match='range_test.csv does not exist: the learning rates of the run were given'): read_range_test(finished[0])
 
-@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'lr,loss\nx,y\n', 'no table'])
+@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'lr,loss\nx,y\n', 'lr,loss\n', 'lr,loss\n-1,2\n', 'no table'])
 def test_what_is_no_range_test_is_refused_by_name(text, tmp_path):
     (tmp_path/'range_test.csv').write_text(text)
     with pytest.raises(ValueError, match='range_test.csv is not a range test'): read_range_test(tmp_path)
