@@ -373,7 +373,6 @@ def load_run(
 ): # -> (`CustomResNet` in evaluation mode, on the processor; what `config.json` holds)
     "The network of a run folder; raises `FileNotFoundError` or `ValueError` with one sentence"
     run = Path(run)
-    if not run.is_dir(): raise FileNotFoundError(f'{run} is no run folder: give one that cifar_train has written')
     if weights not in ('last', 'best'): raise ValueError(f"weights is {weights!r}: give 'last' or 'best'")
     config = read_config(run)
     settings, vocab = settings_from(config['settings']), config['data']['vocab']
