@@ -141,6 +141,7 @@ class _Guard:
         from starlette.responses import PlainTextResponse
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         headers, started = Headers(scope=scope), False
+        max_bytes = self.max_bytes if scope['path'] == '/gradio_api/upload' else 10_000 # for a question, which Gradio keeps
         trusted_by_gradio = b'x-gradio-server'
         scope = {**scope, 'headers': [(k, v) for k, v in scope['headers'] if k != trusted_by_gradio]}
         async def note(message):
@@ -148,22 +149,22 @@ class _Guard:
             started = True
             await send(message)
         try:
-            if refused := self.refuse(headers, scope):
+            if refused := self.refuse(headers, scope, max_bytes):
                 if 'expect' not in headers: await self.discard(receive, time.monotonic() + self.timeout)
                 await PlainTextResponse(*refused)(scope, receive, note)
-            else: await self.app(scope, self.limited(receive), note)
+            else: await self.app(scope, self.limited(receive, max_bytes), note)
         except asyncio.CancelledError: # the server ends
             if started: await send(dict(type='http.response.body'))
             else: await PlainTextResponse('The server ends', 503)(scope, receive, send)
 
-    def refuse(self, headers, scope): # -> (text, status), or `None`
+    def refuse(self, headers, scope, max_bytes): # -> (text, status), or `None`
         forwarded = [host.strip() for value in headers.getlist('x-forwarded-host') for host in value.split(',')]
         origins = [origin.partition('://')[2] for origin in headers.getlist('origin')]
         accepted = self.hosts.union(_with_port(*scope['server']))
         if not accepted.issuperset(host.lower() for host in (headers.get('host', ''), *forwarded, *origins)):
             return 'This host or origin is not accepted: see --hosts\n', 403
         length = int(headers.get('content-length', 0))
-        if length > self.max_bytes: return f'A request may have {self.max_bytes} bytes\n', 413
+        if length > max_bytes: return f'A request may have {max_bytes} bytes\n', 413
         if scope['method'] != 'POST' and (length or 'transfer-encoding' in headers):
             return 'Only POST may have a body\n', 400
 
@@ -173,7 +174,7 @@ class _Guard:
             while (await asyncio.wait_for(receive(), deadline - time.monotonic())).get('more_body'): pass
         except asyncio.TimeoutError: pass
 
-    def limited(self, receive): # -> function to be used in place of `receive`
+    def limited(self, receive, max_bytes): # -> function to be used in place of `receive`
         from starlette.exceptions import HTTPException
         size, done, deadline = 0, False, time.monotonic() + self.timeout
         async def limited_receive():
@@ -183,9 +184,9 @@ class _Guard:
             except asyncio.TimeoutError: raise HTTPException(408) from None
             size += len(message.get('body', b''))
             done = not message.get('more_body')
-            if size <= self.max_bytes: return message
+            if size <= max_bytes: return message
             if not done: await self.discard(receive, deadline)
-            raise HTTPException(413, f'A request may have {self.max_bytes} bytes')
+            raise HTTPException(413, f'A request may have {max_bytes} bytes')
         return limited_receive
 
 # %% ../nbs/13_app.ipynb #f3191211
@@ -250,7 +251,7 @@ def _routes(app, gradio, uploads): # -> list of `Route`
 
     async def page(request): # without the query, which the server has no use for
         path = request.scope['path']
-        if not (path.isascii() and path.isprintable()) or max(map(len, path.split('/'))) > 100: raise HTTPException(404)
+        if not (path.isascii() and path.isprintable()) or len(path) > 1000 or max(map(len, path.split('/'))) > 100: raise HTTPException(404)
         return lambda scope, receive, send: gradio({**scope, 'query_string': b''}, receive, send)
 
     async def file(request):
