@@ -81,7 +81,7 @@ def build_app(
         if upload is None: return '', None
         path = _file_in(folder, upload.get('path') or '')
         if path is None: raise gr.Error('that is no file: upload one', print_exception=False)
-        name = upload.get('orig_name') or path.name
+        name = (upload.get('orig_name') or path.name)[:200]
         try: image = read_image(path)
         except (ValueError, OSError) as e: raise gr.Error(escape(' '.join(str(e).replace(str(path), name).split())), print_exception=False) from None
         return f'<img src="{image_uri(image)}" alt="the picture, shrunk to 32 times 32 pixels and cut to a square" style="width: 256px; margin: 20px auto 0; image-rendering: pixelated">', dict(zip(vocab, map(float, classify(image[None])[0])))
