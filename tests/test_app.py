@@ -178,6 +178,12 @@ def test_a_request_over_the_limit_is_refused_and_leaves_nothing(guarded, path, h
         assert send(address, 'POST', f'/gradio_api/{path}', body, headers | how, chunked)[0] == 413
     assert files_below(process.temporary) == before
 
+@pytest.mark.parametrize('chunked', [False, True], ids=['announced', 'chunked'])
+@pytest.mark.parametrize('path', ['queue/join', 'call/predict', 'run/predict'])
+def test_a_question_is_short_whatever_an_upload_may_have(guarded, path, chunked):
+    body = json.dumps(dict(data=[dict(path='x', orig_name='&'*20_000)], session_hash='x')).encode()
+    assert send(guarded[0], 'POST', f'/gradio_api/{path}', body, as_json, chunked)[0] == 413
+
 @pytest.mark.parametrize('method, path', [('POST', '/'), ('POST', '/gradio_api/component_server'), ('PUT', '/gradio_api/upload'), ('GET', '/config')])
 def test_no_other_route_takes_a_large_body(guarded, method, path):
     for chunked in False, True:
@@ -293,7 +299,7 @@ def test_malformed_requests_get_a_4xx_and_nothing_in_the_log(guarded):
     asked += [('POST', f'/gradio_api/{path}', b'{"data": [null]}', as_json)
               for path in ('call/nope', 'call/', 'call/load_example', 'run/nope', 'api/predict', 'api/nope', 'call/v2/nope', 'call/v2/predict', 'stream/x', 'cancel', 'component_server', 'process_recording', 'vibe-edit')]
     asked += [('GET', path, None, {}) for path in (
-        '/nope', '/%00', '/static/%00', '/assets/%00', '/assets/' + 'x'*300, '/static/%3F' + 'x'*300, '/static/' + '%F0%9F%98%80'*90, '/static/a%0Ab', '/assets/&' + 'x'*250, '/assets/../../etc/passwd', '/static/%2e%2e/%2e%2e/x', '/gradio_api/file=%00', '/gradio_api/file=' + 'x'*300, '/gradio_api/call/predict/nope',
+        '/nope', '/%00', '/static/%00', '/assets/%00', '/assets/' + 'x'*300, '/static/%3F' + 'x'*300, '/static/' + '%F0%9F%98%80'*90, '/static/a%0Ab', '/assets/&' + 'x'*250, '/assets/../../etc/passwd', '/static/' + 'a/'*5000, '/static/%2e%2e/%2e%2e/x', '/gradio_api/file=%00', '/gradio_api/file=' + 'x'*300, '/gradio_api/call/predict/nope',
         '/gradio_api/queue/data?session_hash=nope', '/gradio_api/queue/data', '/gradio_api/stream/a/b/1/playlist.m3u8', '/gradio_api/custom_component/a/client/component/x', '/gradio_api/deep_link?session_hash=x', '/docs', '/openapi.json')]
     content_types = ['', 'multipart/form-data', 'multipart/form-data; boundary=', 'multipart/form-data; boundary=other', 'multipart/form-data; boundary=frame; charset=nope', 'application/x-www-form-urlencoded', 'text/plain', 'x'*1000]
     forms = [multipart(b'x').replace(*change) for change in ((b'name="files"', b'name="other"'), (b'; filename="0.png"', b''), (b'Content-Disposition', b'X'), (b'frame--', b''), (b'0.png"\r\n', b'0.png"\r\n' + b'x'*9000 + b'\r\n'), (b'form-data; ', b'\xff'))]
