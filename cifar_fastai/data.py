@@ -562,6 +562,7 @@ def _as_network_takes_it(img, content=None): # as for `_shrink_or_refuse` -> `ui
     if img.mode.startswith('I'): # 16 bits, of which Pillow would cut off what is over 255
         grey = np.asarray(img)
         if grey.min() < 0 or grey.max() > 65535: raise ValueError('its grey values are not of 16 bits')
+        if not content and 0 < grey.max() < 256: raise ValueError('its grey values are below 256 in a mode of 16 bits: convert it to L')
         img = Image.fromarray((grey >> 8).astype(np.uint8))
     transparent = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
     img = ImageOps.fit(img.convert('RGBA' if transparent else 'RGB'), (32, 32))

@@ -7,10 +7,11 @@ __all__ = ['history_columns', 'read_config', 'read_summary', 'read_csv_exact', '
            'RunFolder', 'own_folder']
 
 # %% ../nbs/04_folder.ipynb #283d6522
-import csv, os, stat
+import csv, os, shutil, stat
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from secrets import token_hex
 from typing import Annotated, Any
 
 import pandas as pd
@@ -179,17 +180,22 @@ class RunFolder:
 
     def open(self):
         "Make the folder, unless the run is resumed, and lock it. Raises `FileExistsError`, `BlockingIOError` or `ValueError`"
-        if not self.resume: self.path.mkdir(parents=True)
+        if not self.resume: self._make()
         lock = self.path/'.lock'
         if os.path.lexists(lock) and not (stat.S_ISREG((info := os.lstat(lock)).st_mode) and info.st_size == 0): # filelock may empty it
             raise ValueError(f'{lock} is a link or not empty: the folder is not one that cifar_train has written')
-        try:
-            self.lock.acquire(timeout=0)
-            if not self.resume: write_json(self.path/'config.json', self.config)
+        try: self.lock.acquire(timeout=0)
         except Timeout: raise BlockingIOError(f'{self.path} is being written to by another process: wait for its end, or give another run folder') from None
-        except BaseException: # as when the disk is full
-            if not self.resume: self.remove()
-            raise
+
+    def _make(self):
+        "Make the folder with its `config.json`, or none at all"
+        if os.path.lexists(self.path): raise FileExistsError(f'{self.path} exists already: give another run folder')
+        part = self.path.with_name(f'.{token_hex(8)}.part')
+        try:
+            part.mkdir(parents=True)
+            write_json(part/'config.json', self.config)
+            part.rename(self.path)
+        finally: shutil.rmtree(part, ignore_errors=True)
 
     def remove(self):
         "Remove the folder while nothing is in it but what `open` wrote; files of others stay"

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 import cifar_fastai.data as data_module
 from cifar_fastai.cli import cifar_predict, cifar_train
 from cifar_fastai.core import peak_memory
-from cifar_fastai.data import _decode_batch, load_cifar10, max_pixels, read_image, read_images
+from cifar_fastai.data import NetworkImage, _decode_batch, load_cifar10, max_pixels, read_image, read_images
 
 quick, long = 300, pytest.param(20_000, marks=pytest.mark.slow)
 
@@ -580,3 +580,7 @@ def test_more_images_than_cifar10_has_are_refused(folder):
     batch = {b'data': np.zeros((n, 3072), dtype=np.uint8), b'labels': [i % 10 for i in range(n)]}
     (folder/'test_batch').write_bytes(pickle.dumps(batch, protocol=2))
     with pytest.raises(ValueError, match='10,0[0-9]+ test images'): read_images(folder)
+
+@pytest.mark.parametrize('mode', ['I', 'I;16'])
+def test_8_bits_in_a_mode_of_more_are_not_taken_for_black(photo, mode):
+    with pytest.raises(ValueError, match='below 256'): NetworkImage.create(photo.convert('L').convert(mode))

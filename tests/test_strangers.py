@@ -494,3 +494,14 @@ def test_a_folder_named_like_a_part_of_a_file_is_no_hindrance(tmp_path):
     (tmp_path/'.fedcba9876543210.part').write_bytes(b'')
     remove_parts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['.0123456789abcdef.part']
+
+def test_a_run_folder_is_there_with_its_settings_or_not_at_all(settings, small, tmp_path, monkeypatch):
+    def killed(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(os, 'fsync', killed)
+    saved = SaveRun(tmp_path/'run', run_config(settings(), small, LRBounds(1e-3, 1e-2)))
+    with pytest.raises(KeyboardInterrupt): saved.begin()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    saved.begin()
+    saved.end()
+    assert {p.name for p in (tmp_path/'run').iterdir()} >= {'config.json'}
