@@ -377,7 +377,7 @@ def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
         staying.sendall(f"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
         assert staying.recv(15) == b'HTTP/1.1 200 OK'
         process.send_signal(number)
-        assert process.wait(60) == 128 + number, process.log.read_text()
+        assert process.wait(240) == 128 + number, process.log.read_text()
     assert not list(process.temporary.iterdir()) and process.log.read_text() == ''
 
 def test_closing_and_leaving_delete_the_temporary_files(tmp_path):

@@ -129,7 +129,7 @@ def sentences(said): return [line for line in said.splitlines() if line.startswi
     (2, ['--device', 'cuda:1'], "cifar_train: device is 'cuda:1', and each of several processes has one of its own: give 'auto', 'cuda' or 'cpu'")])
 def test_it_is_refused_in_one_sentence_and_leaves_no_folder(start_run, options, tmp_path, n, changes, sentence):
     rc, said = finish(start_run(n, *options, *changes, '--out', tmp_path/'run'))
-    assert rc != 0 and sentences(said) == [sentence], said
+    assert rc != 0 and len(sentences(said)) == 1 and sentences(said)[0].startswith(sentence), said
     assert not (tmp_path/'run').exists()
 
 @needs_accelerate

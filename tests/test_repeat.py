@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cifar_fastai.core import RepeatSettings, TrainSettings, read_json, recipes
+from cifar_fastai.core import RepeatSettings, TrainSettings, read_json, recipes, write_json
 from cifar_fastai.repeat import (ablate_recipe, ablation_effects, collect_runs, mean_interval, plot_band, recipe_ingredients, repeat_runs,
                                  repeat_table)
 
@@ -50,7 +50,7 @@ def test_runs_on_other_images_are_refused(repeated, small):
 
 def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path/'run', ignore=shutil.ignore_patterns('checkpoint'))
-    (run/'summary.json').write_text('{"interrupted": true}')
+    write_json(run/'summary.json', read_json(run/'summary.json') | dict(interrupted=True))
     with pytest.raises(ValueError, match='run is not finished'): collect_runs([run])
     with pytest.raises(FileNotFoundError): collect_runs([tmp_path/'nothing'])
 
