@@ -64,7 +64,7 @@ class TrainSettings:
     dropout: float = 0. # share of activations dropped after each ReLU
     conv_bias: bool = False # biases in the convolutions
     betas: tuple[float, float] = (0.9, 0.99) # Adam's decay of the gradient's mean and square
-    eps: float = 1e-8 # Adam's guard against division by nought
+    eps: float = 1e-8 # Adam's numerical-stability term
     wd: float|None = None # decoupled weight decay, of weights but not of norms and biases; the recipe's
     label_smoothing: float|None = None # share of each label that is spread over all classes, in the loss of both sets; the recipe's
     flip: Literal['random', 'alternate']|None = None # mirror by chance, or in every other epoch; the recipe's
