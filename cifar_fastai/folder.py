@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import pandas as pd
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
-from safetensors import safe_open
 from typing_extensions import NotRequired, TypedDict # pydantic asks for this one before Python 3.12
 
 from .core import check_file, printable, read_json, settings_from, write_json

@@ -29,7 +29,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 
 from .augment import CropFlipCutout
-from .core import TrainSettings, settings_from, write_whole
+from .core import settings_from, write_whole
 from .data import cifar_dls, load_cifar10
 from .folder import check_tensors, read_config
 from .learner import bars_for_people, cifar_learner, class_names, in_order, load_weights, make_batch

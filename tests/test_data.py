@@ -1,12 +1,11 @@
 """CIFAR-10 found, fetched, read, refused, cached, and made into `DataLoaders`."""
-import gzip, hashlib, io, json, multiprocessing, os, pickle, random, re, signal, subprocess, sys, tarfile, time
+import gzip, hashlib, io, json, multiprocessing, os, pickle, random, re, signal, subprocess, sys, tarfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.data.external import fastai_cfg
 from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cifar_fastai.core import RepeatSettings, TrainSettings, read_json, recipes, write_json
+from cifar_fastai.core import RepeatSettings, read_json, recipes, write_json
 from cifar_fastai.repeat import (ablate_recipe, ablation_effects, collect_runs, mean_interval, plot_band, recipe_ingredients, repeat_runs,
                                  repeat_table)
 
