@@ -240,6 +240,8 @@ class _Uploads:
 _pages = ['/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/robots.txt', '/monitoring/summary',
           '/assets/{_:path}', '/static/{_:path}', '/gradio_api/info', '/gradio_api/app_id', '/gradio_api/heartbeat/{_}']
 
+_most_unread = 30 # messages of a session, of which an answer takes about five
+
 def _routes(app, gradio, uploads): # -> list of `Route`
     "What of `gradio`, the web app that Gradio makes of `app`, can be asked for, and how"
     from pydantic import TypeAdapter
@@ -247,6 +249,8 @@ def _routes(app, gradio, uploads): # -> list of `Route`
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
     folder, questions = Path(app.GRADIO_CACHE), TypeAdapter(_Question)
+    unread = app._queue.pending_messages_per_session # of answers, kept until a client asks for them
+    unread.max_size = AppServer.max_connections # sessions; beyond that Gradio drops the oldest
     slots = asyncio.Semaphore(uploads.kept) # of uploads that come in at once
 
     async def page(request): # without the query, which the server has no use for
@@ -276,6 +280,8 @@ def _routes(app, gradio, uploads): # -> list of `Route`
             asked = questions.validate_json(await request.body())
             if '/call/' in request.scope['path']: asked.fn_index = asked.session_hash = None
             elif not asked.session_hash: raise ValueError('session_hash is missing')
+            elif (session := unread.get(asked.session_hash)) and session.qsize() > _most_unread:
+                raise HTTPException(429, 'Read the answers first')
             sent = json.dumps(asked.check(app, folder, queued='/run/' not in request.scope['path'])).encode()
         except ValueError as e: raise HTTPException(422, ' '.join(str(e).split())) from None
         parts = iter([dict(type='http.request', body=sent)])

@@ -9,9 +9,9 @@ __all__ = ['cifar10_fingerprint', 'cifar10_urls', 'max_pixels', 'max_bytes', 'pi
            'resolve_device', 'cifar_dls']
 
 # %% ../nbs/02_data.ipynb #c4e1935d
-import hashlib, io, os, pickle, pickletools, re, signal, struct, tarfile, tempfile, warnings, zlib
+import hashlib, io, os, pickle, pickletools, re, signal, struct, tarfile, tempfile, time, warnings, zlib
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from http.client import HTTPException
 from itertools import islice
 from operator import itemgetter
@@ -307,10 +307,27 @@ def read_images(path): # folder or tar archive, either layout -> `CIFAR10Data`
 # %% ../nbs/02_data.ipynb #4aed1124
 cifar10_urls = (URLs.CIFAR, 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
 
+_slowest = 10_000 # bytes a second, below which a download is broken off
+_patience = 30 # seconds without a byte, and over which the speed is measured
+
+def _blocks(response): # -> iterator of `bytes`
+    "What the server sends, in blocks of 1 MB; the last may have fewer"
+    received, block, start = 0, bytearray(), time.monotonic()
+    while data := response.read1(2**20 - len(block)): # what has come, where `read` waits for all of it
+        block += data
+        received += len(data)
+        if (seconds := time.monotonic() - start) > _patience:
+            if received < _slowest*seconds: raise ValueError(f'it sends fewer than {_slowest:,} bytes a second')
+            received, start = 0, time.monotonic()
+        if len(block) == 2**20:
+            yield bytes(block)
+            block.clear()
+    if block: yield bytes(block)
+
 def _download(url, part:Path, show_progress):
-    with urlopen(url, timeout=30) as response, open(part, 'wb') as f:
+    with urlopen(url, timeout=_patience) as response, open(part, 'wb') as f:
         size = int(response.headers.get('Content-Length') or 0)
-        blocks = iter(partial(response.read, 2**20), b'')
+        blocks = _blocks(response)
         for block in progress_bar(blocks, total=-(-size//2**20)) if size and show_progress else blocks:
             f.write(block)
             if f.tell() > _most_bytes: raise ValueError(f'it has more than {_most_bytes:,} bytes')
@@ -364,13 +381,17 @@ def _stat(path):
     try: return os.stat(path)
     except OSError: return None # a link to nothing
 
+@lru_cache
+def _warn_uncached(reason:str): # once, although a run and its report both read the images
+    warnings.warn(f'the decoded images are not cached, so the next start is slow: {reason}', stacklevel=4)
+
 def _cache_file(path:Path):
     names = _files(path) if path.is_dir() else ['']
     files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := _stat(os.path.join(path, name) if name else path))]
     key = hashlib.sha256(repr((str(path.resolve()), files)).encode()).hexdigest()[:32]
     try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
     except (OSError, RuntimeError) as e: # fastai's folder cannot be made, as where the home folder is read-only
-        warnings.warn(f'the decoded images are not cached, so the next start is slow: {e}', stacklevel=3)
+        _warn_uncached(str(e))
 
 # %% ../nbs/02_data.ipynb #e30be6ad
 def _read_cache(file:Path):
@@ -393,7 +414,7 @@ def _write_cache(file:Path, data:CIFAR10Data):
                 os.fsync(part.fileno())
             except BaseException: Path(part.name).unlink(); raise
         Path(part.name).replace(file)
-    except OSError as e: warnings.warn(f'the decoded images are not cached, so the next start is slow: {e}', stacklevel=3)
+    except OSError as e: _warn_uncached(str(e))
 
 def _alone(file): # -> context in which no other process prepares `file`
     try:

@@ -110,6 +110,8 @@ class OnnxClassifier:
             kind = f'{printable(path)} is no ONNX file that cifar_export has written'
             raise ValueError(f'{kind}: {_in_one_line(e)}') from None
 
+    def __reduce__(self): return type(self), (self.path, self.timeout) # another process loads the file for itself
+
     def __call__(self, images): # a list of images serves, too
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3): raise ValueError(f'images are {images.dtype} {images.shape}: give uint8 (N, 32, 32, 3)')

@@ -1,5 +1,5 @@
 """What the tests share: small real images in both layouts, a server on this machine, learners, and one finished run."""
-import os, pickle, shutil, struct, subprocess, sys, tarfile, threading
+import os, pickle, shutil, struct, subprocess, sys, tarfile, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -188,14 +188,21 @@ class _Answer(BaseHTTPRequestHandler):
         self.send_response(200)
         if how != 'cut, length unsaid': self.send_header('Content-Length', str(len(body)))
         self.end_headers()
+        if how == 'dripping': return self.drip(body)
         self.wfile.write(body if how == 'whole' else body[:len(body)//2])
+
+    def drip(self, body):
+        for i in range(1000):
+            try: self.wfile.write(body[i:i + 1])
+            except OSError: return # the client has gone
+            time.sleep(.02)
 
     def log_message(self, *args): pass
 
 @pytest.fixture
 def server():
     """A server on this machine. `answers` holds a list for each path, used up from the left, the last one for good:
-    a status, the content, or (content, 'cut' | 'cut, length unsaid' | 'no HTTP'). `asked` holds the paths that were asked for."""
+    a status, the content, or (content, 'cut' | 'cut, length unsaid' | 'dripping' | 'no HTTP'). `asked` holds the paths that were asked for."""
     with ThreadingHTTPServer(('127.0.0.1', 0), _Answer) as httpd:
         httpd.answers, httpd.asked = {}, []
         httpd.url = lambda path: f'http://127.0.0.1:{httpd.server_port}{path}'

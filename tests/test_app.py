@@ -327,6 +327,17 @@ def test_who_leaves_early_is_not_in_the_log(guarded, picture):
     assert predict(address, dict(path=path))[0] == 200
     assert process.log.read_text() == logged
 
+def test_answers_that_nobody_reads_are_bounded(launched, picture):
+    server = launched()
+    path = upload(server.address, picture.read_bytes())
+    def join(session):
+        body = json.dumps(dict(data=[dict(path=path)], fn_index=1, session_hash=session)).encode()
+        return send(server.address, 'POST', '/gradio_api/queue/join', body, as_json)[0]
+    statuses = [join('x') for _ in range(100)]
+    assert set(statuses) == {200, 429} and statuses[-1] == 429
+    assert join('y') == 200 and send(server.address, 'GET', '/gradio_api/queue/data?session_hash=x')[0] == 200
+    assert join('x') == 200
+
 # ---- connections
 
 @pytest.mark.parametrize('start', [b'', b'G', b'GET / HTTP/1.1\r\nHost: x\r\n', b'GET /config HTTP/1.1\r\nHost: {host}\r\n\r\nGET /', b'GET /config HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n',

@@ -1,6 +1,7 @@
 """A network as one file: it says what PyTorch says, whatever the network and the number of images; other files are refused; nothing is half-written."""
 import hashlib, json, os, resource, shutil, signal, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,10 @@ def test_the_same_weights_give_the_same_onnx_file(files):
 def alone(code, *hidden, **kwargs): # a process in which modules are not there
     hide = f'import sys\nfor name in {hidden!r}: sys.modules[name] = None\n'
     return subprocess.run([sys.executable, '-c', hide + code], capture_output=True, text=True, timeout=120, **kwargs)
+
+def test_a_classifier_can_be_sent_to_another_process(files, thousand):
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+        assert np.array_equal(pool.submit(load_onnx(files['onnx']), thousand[:3]).result(), load_onnx(files['onnx'])(thousand[:3]))
 
 def test_onnx_runs_without_this_package_and_without_pytorch(files, thousand, expected):
     np.save('images.npy', thousand[:9])
