@@ -1,4 +1,5 @@
 # A fresh machine needs Python 3.10 or later (with venv) and make, nothing else: `make demo`, `make test`.
+# With uv (pip install uv) the installation takes a third of the time.
 
 PYTHON ?= python3
 ARGS ?=
@@ -33,11 +34,13 @@ in_parallel = -n $(NB_WORKERS) --dist loadfile
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
+by_uv = { test -x $(bin)/python || uv venv -q --python $(PYTHON) .venv; } && uv pip install -q --python $(bin)/python -e '.[dev]'
+by_pip = { test -x $(bin)/pip || $(PYTHON) -m venv .venv; } && $(bin)/pip install -q -e '.[dev]'
+
 install: $(installed) ## make .venv with the package, editable, and all it needs
 
 $(installed): settings.ini setup.py pyproject.toml
-	@test -x $(bin)/pip || $(PYTHON) -m venv .venv
-	$(call timed,install,$(bin)/python -m pip install -q --upgrade pip && $(bin)/python -m pip install -q -e '.[dev]')
+	$(call timed,install,if uv --version >/dev/null 2>&1; then $(by_uv); else $(by_pip); fi)
 	@touch $@
 
 # Some tests look at pages. Without root, or where there is no apt-get, they are skipped.

@@ -39,6 +39,8 @@ def _command(f):
             try:
                 _check_surroundings()
                 given = parse()
+                if empty := [name for name, value in given.items() if '' in (value if isinstance(value, tuple) else (value,))]:
+                    raise ValueError(f"{empty[0]} is '': give a value, or leave it out")
                 if n > 1 and f.__name__ != 'cifar_train': raise ValueError(f'started as {n} processes, and only cifar_train is for several: start it once')
                 if hasattr(settings, 'recorded') and not rank and (recorded := settings.recorded(given['resume'])):
                     given = parse(default=recorded)
@@ -61,7 +63,8 @@ def _launched(): # -> (which of the processes of a launch this is, their number)
     sys.exit(printable(f'RANK is {rank!r} and WORLD_SIZE {n!r} in the environment: unset both, or start the processes with a launcher, which sets them'))
 
 def _check_surroundings():
-    "Raise `FileNotFoundError` without a working folder; what the terminal's encoding lacks is written as escapes"
+    "Raise `OSError` without a working folder or an output; what the terminal's encoding lacks is written as escapes"
+    if sys.stdout is None: raise OSError('standard output is closed: redirect it, to /dev/null if nobody reads it')
     try: os.getcwd()
     except FileNotFoundError: raise FileNotFoundError('the working folder was deleted: change to another one') from None
     for stream in (sys.stdout, sys.stderr):
@@ -102,7 +105,6 @@ class RunSettings(TrainSettings):
     def recorded(cls, resume): # -> the settings of the run to go on with, or `None`
         if resume is None: return None
         from cifar_fastai.folder import read_config
-        if not resume: raise ValueError("resume is '': give a run folder")
         return cls(**asdict(settings_from(read_config(resume)['settings']).resolved()), resume=resume)
 
     @property

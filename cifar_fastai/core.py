@@ -29,7 +29,8 @@ data_variable = 'CIFAR_FASTAI_DATA'
 def named_source(
     source=None, # 'cifar10' (or `None`), 'digits', a folder, an archive
 ): # what it stands for: the same, or what the environment names in place of 'cifar10'
-    "`source`, or what `CIFAR_FASTAI_DATA` holds when `source` is `'cifar10'` or `None`"
+    "`source`, or what `CIFAR_FASTAI_DATA` holds when `source` is `'cifar10'` or `None`; raises `ValueError` for `''`"
+    if isinstance(source, str) and not source: raise ValueError("data is '': give a folder, an archive, 'cifar10' or 'digits'")
     if source is None or str(source) == 'cifar10': return os.environ.get(data_variable) or 'cifar10'
     return source
 
@@ -60,6 +61,7 @@ class TrainSettings:
     n_groups: int = 2 # groups of norm 'group'
     ghost: int|None = None # images that are normalised together in training, with norm 'batch'; 0: the whole batch; the recipe's
     logit_scale: float|None = None # fixed factor of the network's output; the recipe's
+    width: int = 64 # channels of the first convolution; those behind it have 2, 4 and 8 times as many
     whiten: bool|None = None # begin with first filters that decorrelate the pixels of a patch; the recipe's
     dropout: float = 0. # share of activations dropped after each ReLU
     conv_bias: bool = False # biases in the convolutions
@@ -105,7 +107,9 @@ class TrainSettings:
         _check(s.ghost == 0 or s.ghost >= 2, 'ghost', s.ghost, 'give 2 or more images, or 0 for the whole batch')
         _check(_positive(s.logit_scale), 'logit_scale', s.logit_scale, 'give a positive number')
         _check(0 <= s.dropout < 1, 'dropout', s.dropout, 'give 0 or more and less than 1')
-        _check(s.n_groups >= 1 and 64 % s.n_groups == 0, 'n_groups', s.n_groups, 'give a divisor of 64')
+        _check(2 <= s.width <= 1024 and s.width % 2 == 0, 'width', s.width, 'give an even number from 2 to 1,024')
+        divides = s.n_groups >= 1 and s.width % s.n_groups == 0
+        _check(divides, 'n_groups', s.n_groups, f'give a divisor of width ({s.width})')
         _check(all(0 <= b < 1 for b in s.betas), 'betas', s.betas, 'give two numbers, 0 or more and less than 1')
         _check(_positive(s.eps), 'eps', s.eps, 'give a positive number')
         _check(0 <= s.wd < math.inf, 'wd', s.wd, 'give 0 or more')
@@ -119,7 +123,7 @@ class TrainSettings:
         "What the network depends on"
         s = self.resolved()
         return dict(norm=s.norm, n_groups=s.n_groups, ghost=s.ghost, dropout=s.dropout,
-                    conv_bias=s.conv_bias, logit_scale=s.logit_scale)
+                    conv_bias=s.conv_bias, logit_scale=s.logit_scale, width=s.width)
 
     @property
     def optimization(self): # -> keyword arguments of `cifar_learner`
@@ -287,10 +291,12 @@ def read_json(
     path,
     most:int=2**24, # bytes
 ): # -> dict
-    """Return the object in a JSON file. Raises `FileNotFoundError`, and `ValueError` when it holds none or has numbers
-    that are not finite or of more than 20 digits"""
-    try: content = json.loads(Path(check_file(path, most)).read_text(encoding='utf8'), **_finite_numbers)
+    """Return the object in a JSON file. Raises `FileNotFoundError`, and `ValueError` when it holds none, names a value
+    twice or has numbers that are not finite or of more than 20 digits"""
+    text = Path(check_file(path, most)).read_bytes()
+    try: content = json.loads(text.decode('utf8'), object_pairs_hook=_named_once, **_finite_numbers)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
+    except _TwiceError as e: raise ValueError(printable(f'{path} has {str(e)[:100]} twice')) from None
     except _NumberError as e: raise ValueError(f'{path} has the number {e}: numbers must be finite, of at most 20 digits') from None
     if not isinstance(content, dict): raise ValueError(f'{path} holds no JSON object')
     return content
@@ -301,6 +307,15 @@ def _finite(text): # a number as JSON has it -> int or float
     number = float(text) if set(text) & set('.eENI') else int(text) if len(text) <= 20 else math.inf
     if not math.isfinite(number): raise _NumberError(text[:20])
     return number
+
+class _TwiceError(Exception): pass
+
+def _named_once(pairs): # of an object in JSON -> dict
+    content = {}
+    for name, value in pairs:
+        if name in content: raise _TwiceError(name)
+        content[name] = value
+    return content
 
 _finite_numbers = dict.fromkeys(('parse_float', 'parse_int', 'parse_constant'), _finite)
 

@@ -90,6 +90,8 @@ class _Summary(TypedDict):
     seed: Count
     epochs: Count
     flip_averaged_accuracy: NotRequired[Share|None]
+    peak_memory: NotRequired[Count|None]
+    settings: NotRequired[dict[str, Any]] # as in `config.json`
     interrupted: NotRequired[bool]
     best_is: NotRequired[Text]
     device: NotRequired[Text]
@@ -146,6 +148,7 @@ def read_history(run): # -> `DataFrame` of a run folder's `history.csv`
     history = _read_numbers(path, history_columns, 'the history of a run')
     if history['epoch'].tolist() != list(range(1, len(history) + 1)):
         raise ValueError(f'{path} is not the history of a run: its epochs are not 1 to {len(history)}')
+    if not (history['lr'] > 0).all(): raise ValueError(f'{path} is not the history of a run: lr is not positive')
     return history
 
 def read_range_test(run): # -> (learning rates, losses), as `range_test` returned them

@@ -48,7 +48,7 @@ class Residual(nn.Sequential):
 class CustomResNet(nn.Module):
     """Images (N, `c_in`, 32, 32), normalised → logits (N, `n_out`). 6,573,130 parameters, or 6,575,370 with `conv_bias`.
 
-    Raises `ValueError` for an unknown `norm`, a `dropout` outside [0, 1), an `n_groups` that does not divide 64, a `ghost` of less than 2 images, or a `logit_scale` that is not positive.
+    Raises `ValueError` for an unknown `norm`, a `dropout` outside [0, 1), a `width` that is odd or outside 2 to 1024, an `n_groups` that does not divide it, a `ghost` of less than 2 images, or a `logit_scale` that is not positive.
     Source: D. Page, *How to train your ResNet* (2018), with the assignment's names."""
     def __init__(self,
         n_out:int=10, # classes
@@ -59,11 +59,13 @@ class CustomResNet(nn.Module):
         n_groups:int=2, # groups of norm 'group'
         ghost:int=0, # images whose statistics normalise together in training, with norm 'batch'; 0: the whole batch
         logit_scale:float=1., # fixed factor of the logits: with less than 1, a step of Adam changes them by less
+        width:int=64, # channels of the first convolution; those behind it have 2, 4 and 8 times as many
     ):
         super().__init__()
         if norm not in ('batch', 'group', 'layer'): raise ValueError(f"norm is {norm!r}: give 'batch', 'group' or 'layer'")
         if not 0 <= dropout < 1: raise ValueError(f'dropout is {dropout}: give 0 or more and less than 1')
-        if norm == 'group' and (n_groups < 1 or 64 % n_groups): raise ValueError(f'n_groups is {n_groups}: give a divisor of 64')
+        if not 2 <= width <= 1024 or width % 2: raise ValueError(f'width is {width}: give an even number from 2 to 1024')
+        if norm == 'group' and (n_groups < 1 or width % n_groups): raise ValueError(f'n_groups is {n_groups}: give a divisor of width ({width})')
         if ghost < 0 or ghost == 1: raise ValueError(f'ghost is {ghost}: give 2 or more images, or 0 for the whole batch')
         if not 0 < logit_scale < float('inf'): raise ValueError(f'logit_scale is {logit_scale}: give a positive number')
         self.logit_scale = logit_scale
@@ -75,14 +77,15 @@ class CustomResNet(nn.Module):
             if dropout: layers.append(nn.Dropout(dropout))
             return layers
 
-        self.prep = nn.Sequential(*conv(c_in, 64))
-        self.layer1 = nn.Sequential(*conv(64, 128, pool=True))
-        self.res1 = Residual(*conv(128, 128), *conv(128, 128))
-        self.layer2 = nn.Sequential(*conv(128, 256, pool=True))
-        self.layer3 = nn.Sequential(*conv(256, 512, pool=True))
-        self.res2 = Residual(*conv(512, 512), *conv(512, 512))
+        n1, n2, n3 = 2*width, 4*width, 8*width
+        self.prep = nn.Sequential(*conv(c_in, width))
+        self.layer1 = nn.Sequential(*conv(width, n1, pool=True))
+        self.res1 = Residual(*conv(n1, n1), *conv(n1, n1))
+        self.layer2 = nn.Sequential(*conv(n1, n2, pool=True))
+        self.layer3 = nn.Sequential(*conv(n2, n3, pool=True))
+        self.res2 = Residual(*conv(n3, n3), *conv(n3, n3))
         self.pool = nn.MaxPool2d(4)
-        self.fc = nn.Linear(512, n_out)
+        self.fc = nn.Linear(n3, n_out)
 
     def forward(self, x):
         x = self.res1(self.layer1(self.prep(x)))
@@ -170,9 +173,10 @@ def whiten_first_layer(
     model:CustomResNet, # its first convolution is changed
     images, # normalised, (N, C, H, W); some thousands are enough
 ): # -> `model`
-    "Have the first layer begin with `whitening_filters` and their negatives; its other filters stay as they are"
-    filters = whitening_filters(images)
-    with torch.no_grad(): model.prep[0].weight[:2*len(filters)] = torch.cat([filters, -filters])
+    "Have the first layer begin with as many `whitening_filters` and their negatives as it has room for; its other filters stay as they are"
+    weight = model.prep[0].weight
+    filters = whitening_filters(images)[:len(weight)//2]
+    with torch.no_grad(): weight[:2*len(filters)] = torch.cat([filters, -filters])
     return model
 
 # %% ../nbs/03_models.ipynb #666908f2

@@ -8,7 +8,7 @@ __all__ = ['RunRecord', 'read_run', 'run_images', 'run_predictions', 'changed_se
            'comparison_page', 'write_comparison']
 
 # %% ../nbs/12_report.ipynb #ffedb588
-import base64, hashlib, io, math, re, shlex, warnings
+import base64, hashlib, io, math, os, re, shlex, warnings
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from itertools import combinations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import torch
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -27,10 +28,11 @@ from safetensors import safe_open
 from scipy.stats import binomtest
 
 from .augment import CropFlipCutout, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, unpack_pixels
-from .core import TrainSettings, named_source, settings_from, write_whole
+from .core import TrainSettings, named_source, printable, settings_from, write_whole
 from .data import cifar10_fingerprint, cifar_dls, load_cifar10
 from .folder import check_tensors, read_config, read_history, read_range_test, read_summary
 from .interpret import CifarInterpretation, plot_lrs
+from .models import CustomResNet
 from .schedule import LRBounds, one_cycle_lr, plot_range_test
 
 # %% ../nbs/12_report.ipynb #0db6c5d9
@@ -49,13 +51,28 @@ class RunRecord(NamedTuple):
     def name(self): return self.path.resolve().name or str(self.path)
 
 # %% ../nbs/12_report.ipynb #7f12a003
+_not_one = 'they are not of one run'
+
+def _check_summary(run, summary, config): # `ValueError` unless they are of one run
+    settings = settings_from(config['settings']).resolved()
+    told = {name: summary[name] for name in ('id', 'bounds', 'seed', 'valid', 'n_params') if name in summary}
+    with torch.device('meta'): model = CustomResNet(len(config['data']['vocab']), **settings.network)
+    wanted = dict(id=config.get('id'), bounds=config['bounds'], seed=settings.seed, valid=settings.valid,
+                  n_params=sum(p.numel() for p in model.parameters()))
+    if 'settings' in summary: # where the images and the folder are may be another place now
+        told |= asdict(settings_from(summary['settings']).resolved()) | dict(data=None, out=None)
+        wanted |= asdict(settings) | dict(data=None, out=None)
+    for name, value in told.items():
+        if value == wanted[name]: continue
+        raise ValueError(printable(f'{run}/summary.json has {name} {value}, and config.json {wanted[name]}: {_not_one}'))
+
 def _check_history(run, summary, history): # `ValueError` unless they are of one run
     accuracies = history['accuracy']
     wanted = dict(epochs=len(history), accuracy=accuracies.iloc[-1], best_accuracy=accuracies.max(), seconds=history['seconds'].sum())
     wanted['best_epoch'] = accuracies.tolist().index(wanted['best_accuracy']) + 1
     for name, value in wanted.items():
         if math.isclose(summary[name], value, rel_tol=1e-6): continue
-        raise ValueError(f'{run}/summary.json has {name} {summary[name]}, and history.csv {value}: they are not of one run')
+        raise ValueError(f'{run}/summary.json has {name} {summary[name]}, and history.csv {value}: {_not_one}')
     if not history['train_accuracy'].between(0, 1).all():
         raise ValueError(f'{run}/history.csv is not the history of a run: train_accuracy is not from 0 to 1')
 
@@ -72,8 +89,9 @@ def read_run(run): # run folder -> `RunRecord`
     history = read_history(run)
     if len(history) != settings.epochs:
         raise ValueError(f'{run}/history.csv has {len(history)} epochs, and config.json {settings.epochs}: they are not of one run')
+    _check_summary(run, summary, config)
     _check_history(run, summary, history)
-    tested = read_range_test(run) if (run/'range_test.csv').exists() else None
+    tested = read_range_test(run) if os.path.lexists(run/'range_test.csv') else None
     bounds = LRBounds(bounds['lr_min'], bounds['lr_max'])
     return RunRecord(run, settings, bounds, tested, config['data'], config['environment'], summary, history)
 

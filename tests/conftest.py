@@ -14,6 +14,7 @@ from fastai.vision.all import ProgressCallback, set_seed
 from PIL import Image
 from torch import nn
 
+import forked
 from cifar_fastai.core import TrainSettings, cifar10_classes, data_variable, read_json, write_json
 from cifar_fastai.data import CIFAR10Data, cifar_dls, load_cifar10, load_digits
 from cifar_fastai.learner import cifar_learner
@@ -69,8 +70,9 @@ def figures():
 
 @pytest.fixture
 def command():
-    "Run `python -m cifar_fastai.cli …` as a process of its own"
-    def run(*args, **kwargs):
+    "Run `python -m cifar_fastai.cli …` as a process of its own; forked, but for a start from nothing, or in another `env`"
+    def run(*args, fresh=False, **kwargs):
+        if not fresh and 'env' not in kwargs: return forked.run(*args, **kwargs)
         return subprocess.run([sys.executable, '-m', 'cifar_fastai.cli', *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
     return run
 
@@ -238,9 +240,9 @@ def tiny_learner(tiny_net, small_dls):
 
 @pytest.fixture(scope='session')
 def settings(small_archive):
-    "Settings of a run of seconds, and what a test changes in them"
+    "Settings of a run of seconds, with a narrow network, and what a test changes in them"
     def make(**changes):
-        return TrainSettings(**dict(data=str(small_archive), epochs=2, bs=16, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', ghost=4) | changes)
+        return TrainSettings(**dict(data=str(small_archive), epochs=2, bs=16, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', ghost=4, width=16) | changes)
     return make
 
 @pytest.fixture(scope='session')

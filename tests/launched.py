@@ -14,8 +14,6 @@ from cifar_fastai.models import CustomResNet
 from cifar_fastai.schedule import OneCycle
 from cifar_fastai.training import train
 
-rank = int(os.environ.get('RANK', 0))
-
 def digest(model): return hashlib.sha256(b''.join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
 
 class Double(Callback):
@@ -31,13 +29,13 @@ class Seen(Callback):
         if self.training: self.losses.append(self.loss.item())
     def after_epoch(self): self.digests.append(digest(self.model))
 
-def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, fp64=False, f1=False):
+def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, fp64=False, f1=False, width=16):
     data = load_cifar10(source)
     if images: data = data.first(images, images//4)
     aug = CropFlipCutout(flip='alternate') if augmented else CropFlipCutout(pad=0, flip_p=0, cutout=0)
     dls = cifar_dls(data, bs, pipeline, seed=seed, aug=aug, num_workers=num_workers, device='cpu')
     set_seed(seed)
-    model = CustomResNet(norm=norm, ghost=ghost, dropout=dropout).to(torch.float64 if fp64 else torch.float32)
+    model = CustomResNet(norm=norm, ghost=ghost, dropout=dropout, width=width).to(torch.float64 if fp64 else torch.float32)
     learn, seen = cifar_learner(dls, model, 'fp32', recipe='seed', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else {})), Seen()
     cbs = [OneCycle(1e-4, 2e-3), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
     with learn.distrib_ctx(sync_bn=sync_bn): learn.fit(epochs, cbs=cbs)
@@ -65,7 +63,7 @@ def blind(folder, source): # all but the first one look elsewhere
 def other_images(folder, source): # one of them has one that differs
     data, processes = load_cifar10(source), launched_processes('cpu')
     if rank == 1: data = data._replace(train_x=255 - data.train_x)
-    train(TrainSettings(data=str(source), bs=16, epochs=2, lr_min=1e-4, lr_max=1e-3, device='cpu', out=str(folder/'run')), data, processes)
+    train(TrainSettings(data=str(source), bs=16, epochs=2, lr_min=1e-4, lr_max=1e-3, width=16, device='cpu', out=str(folder/'run')), data, processes)
 
 def leaves(folder, source, gone): # one of them is killed, while the other waits for nobody, or for the first one
     processes = launched_processes('cpu')
@@ -83,9 +81,12 @@ def fails(folder, source): # what the first one raises is raised everywhere
     try: launched_processes('cpu').from_first(lambda: Path('/not/here').read_text())
     except FileNotFoundError: return True
 
-if __name__ == '__main__':
-    what, folder, source, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+def main(what, folder, source, options):
+    global rank
+    rank, folder, options = int(os.environ.get('RANK', 0)), Path(folder), json.loads(options)
     torch.set_num_threads(1)
     result = globals()[what](folder, source, **options)
     (folder/f'rank{rank}.json').write_text(json.dumps(result))
     launched_processes('cpu').end()
+
+if __name__ == '__main__': main(*sys.argv[1:])

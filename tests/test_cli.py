@@ -172,7 +172,7 @@ def test_an_option_that_says_what_the_run_has_is_none(finished, tmp_path, capsys
 
 # ---- a run, typed
 
-small_run = '--bs 16 --ghost 4 --lr_min 0.001 --lr_max 0.01 --precision fp32'.split()
+small_run = '--bs 16 --width 16 --ghost 4 --lr_min 0.001 --lr_max 0.01 --precision fp32'.split()
 
 def test_train_as_a_process_makes_a_run(small_archive, finished, folder_of_its_own):
     done = subprocess.run([scripts/'cifar_train', '--data', small_archive, '--epochs', '2', '--num_workers', '0', *small_run], capture_output=True, text=True, timeout=300)

@@ -79,7 +79,7 @@ def test_replacing_the_epochs_moves_the_peak_along(cls):
 
 other_values = dict(
     data='digits', recipe='seed', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group',
-    n_groups=4, ghost=8, logit_scale=.5, whiten=False, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
+    n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
     label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
     num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
     plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True)
@@ -121,7 +121,7 @@ def test_network_and_optimizer_get_values_and_never_none():
 refused = [
     ('epochs', 0), ('epochs', -1), ('bs', 1), ('bs', 0), ('bs', -64), ('peak_epoch', 0), ('peak_epoch', 24), ('peak_epoch', 30.), ('peak_epoch', math.nan),
     ('lr_max', 0), ('lr_max', -.1), ('lr_max', math.inf), ('lr_max', math.nan), ('lr_max', 'high'), ('lr_min', 0.), ('lr_min', math.nan), ('lr_min', 'low'),
-    ('anneal', 'steps'), ('norm', 'instance'), ('n_groups', 0), ('n_groups', 3), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
+    ('anneal', 'steps'), ('norm', 'instance'), ('n_groups', 0), ('n_groups', 3), ('width', 0), ('width', 15), ('width', 2048), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
     ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
     ('recipe', 'worst'), ('recipe', {}), ('label_smoothing', -.1), ('label_smoothing', 1), ('flip', 'never'), ('ghost', 1), ('ghost', -32), ('ghost', 2.5),
     ('logit_scale', 0), ('logit_scale', -.1), ('logit_scale', math.inf), ('logit_scale', math.nan), ('whiten', 1), ('whiten', 'yes'),

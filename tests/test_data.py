@@ -242,7 +242,7 @@ def test_images_that_cannot_be_cached_are_returned_all_the_same(empty_home, arch
 def test_a_home_that_cannot_be_written_to_stops_no_training(home, small_archive, command, tmp_path):
     if home == 'a file': (home := tmp_path/'home').write_text('')
     env = {name: value for name, value in os.environ.items() if name != 'FASTAI_HOME'} | dict(HOME=str(home))
-    done = command('train', '--data', small_archive, '--epochs', '1', '--bs', '40', '--lr_min', '1e-3', '--lr_max', '1e-2', '--ghost', '0', '--num_workers', '0', '--out', 'run', env=env)
+    done = command('train', '--data', small_archive, '--epochs', '1', '--bs', '40', '--width', '16', '--lr_min', '1e-3', '--lr_max', '1e-2', '--ghost', '0', '--num_workers', '0', '--out', 'run', env=env)
     assert done.returncode == 0 and Path('run/model.safetensors').exists(), done.stderr
     assert done.stderr.count('not cached') == 1 and 'Traceback' not in done.stderr, done.stderr
 

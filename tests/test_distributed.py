@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings as examples, strategies as st
 
+import forked, launched as launched_py
 from cifar_fastai.distributed import launched_processes
 from cifar_fastai.learner import CifarLearner, Processes
 
@@ -63,14 +64,13 @@ def test_without_accelerate_it_is_said_what_to_install(small_archive):
 # ---- launched
 
 @pytest.fixture
-def launched(tmp_path, small_archive, start_processes):
+def launched(tmp_path, small_archive):
     "What each of `n` processes returns from a function of launched.py"
     def run(n, what, source=small_archive, folder=None, **options):
         folder = folder or tmp_path/f'{what}-{n}-{len(list(tmp_path.iterdir()))}'
         folder.mkdir(exist_ok=True)
-        process = start_processes(n, Path(__file__).with_name('launched.py'), what, folder, source, json.dumps(options))
-        run.said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, run.said[-3000:]
+        statuses, run.said = forked.run_several(n, launched_py.main, what, folder, source, json.dumps(options))
+        assert not any(statuses), run.said[-3000:]
         return [json.loads((folder/f'rank{r}.json').read_text()) for r in range(n)]
     return run
 
@@ -156,7 +156,7 @@ def test_in_fp64_the_losses_of_several_stay_those_of_one(launched):
 def test_full_size(launched, request, source):
     "1,438 digits; 2,000 images of CIFAR-10. In fp32 a difference of the last digit grows with each of the first, violent steps"
     source, n, bs = (source, None, 64) if source == 'digits' else (request.getfixturevalue('real_source'), 2000, 100)
-    options = dict(source=source, images=n, bs=bs, epochs=1, norm='layer', augmented=True)
+    options = dict(source=source, images=n, bs=bs, epochs=1, width=64, norm='layer', augmented=True)
     one, = launched(1, 'fit', **options)
     both = launched(2, 'fit', **options)
     differences = np.abs(np.subtract(both[0]['losses'][:20], one['losses'][:20]))

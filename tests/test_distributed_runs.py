@@ -21,7 +21,7 @@ def finish(process, timeout=240):
     return process.returncode, said
 
 def options_of(data): # of a run of 4 epochs of 5 steps
-    return ['--data', data, '--device', 'cpu', '--epochs', 4, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 2e-3, '--precision', 'fp32', '--dropout', .1, '--ghost', 4]
+    return ['--data', data, '--device', 'cpu', '--epochs', 4, '--bs', 16, '--lr_min', 1e-4, '--lr_max', 2e-3, '--precision', 'fp32', '--dropout', .1, '--ghost', 4, '--width', 16]
 
 @pytest.fixture
 def options(small_archive): return options_of(small_archive)

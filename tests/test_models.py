@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load
 from torch import nn
 
+from cifar_fastai.core import TrainSettings
 from cifar_fastai.models import CustomResNet, GhostBatchNorm2d, half_precision, layer_table, model_summary, plot_model, whiten_first_layer, whitening_filters
 
 # Seed 001, without its two rows of whole blocks
@@ -148,7 +149,7 @@ def test_what_makes_no_sense_is_refused(name, value):
 
 @pytest.mark.parametrize('n_groups', [0, -2, 3, 128])
 def test_groups_must_divide_the_channels(n_groups):
-    with pytest.raises(ValueError, match=f'n_groups is {n_groups}: give a divisor of 64'): CustomResNet(norm='group', n_groups=n_groups)
+    with pytest.raises(ValueError, match=f'n_groups is {n_groups}: '): CustomResNet(norm='group', n_groups=n_groups)
 
 # ---- picture
 
@@ -250,3 +251,24 @@ def test_the_first_layer_begins_with_them_and_all_of_it_is_trained(photographs):
     first = net.prep[0].weight
     assert torch.equal(first[:27], filters) and torch.equal(first[27:54], -filters) and torch.equal(first[54:], before['prep.0.weight'][54:])
     assert first.requires_grad and all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if k != 'prep.0.weight')
+
+# ---- width
+
+def test_a_wider_network_has_as_many_times_the_channels_in_each_layer():
+    shapes = {width: [shape[0] for kind, shape, _ in layer_table(CustomResNet(width=width))] for width in (8, 64)}
+    assert [8*n for n in shapes[8][:-1]] == shapes[64][:-1] and shapes[8][-1] == shapes[64][-1] == 10 # classes stay
+
+@pytest.mark.parametrize('width', [0, -8, 7, 2048])
+def test_a_width_must_be_even_and_of_a_size_that_can_be_trained(width):
+    with pytest.raises(ValueError, match=f'width is {width}'): CustomResNet(width=width)
+    with pytest.raises(ValueError, match=f'width is {width}'): TrainSettings(width=width)
+
+def test_groups_must_divide_the_width():
+    with pytest.raises(ValueError, match='n_groups is 16'): CustomResNet(norm='group', n_groups=16, width=8)
+    with pytest.raises(ValueError, match='n_groups is 16'): TrainSettings(norm='group', n_groups=16, width=8)
+
+def test_a_narrow_first_layer_begins_with_the_largest_directions():
+    images = torch.randn(200, 3, 6, 6)
+    filters = whitening_filters(images)
+    weight = whiten_first_layer(CustomResNet(width=8), images).prep[0].weight
+    assert torch.equal(weight, torch.cat([filters[:4], -filters[:4]]))

@@ -9,6 +9,7 @@ from fastai.vision.all import Adam, Callback, F1Score, ProgressCallback, accurac
 from safetensors.torch import load_file, save
 from torch import nn
 
+import forked
 from cifar_fastai.core import read_json, write_json
 from cifar_fastai.learner import _digest, Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
 from cifar_fastai.schedule import OneCycle
@@ -411,12 +412,10 @@ def test_a_folder_that_another_process_writes_to_is_refused(unfinished):
 
 # ---- processes that are killed
 
-def start(*args, **kwargs):
-    return subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+def start(*args): return forked.Forked(forked.command, 'train', *args)
 
-small_run = '--epochs 3 --bs 16 --lr_min 1e-4 --lr_max 1e-3'.split() # 15 steps
-digits_run = '--data digits --epochs 2 --bs 128 --lr_min 1e-4 --lr_max 3e-3'.split() # 24 steps
+small_run = '--epochs 3 --bs 16 --lr_min 1e-4 --lr_max 1e-3 --width 16'.split() # 15 steps
+digits_run = '--data digits --epochs 2 --bs 128 --lr_min 1e-4 --lr_max 3e-3 --width 16'.split() # 24 steps
 
 def wait_for_config(process, run):
     while not (run/'config.json').exists():
@@ -507,13 +506,13 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_status_that_shells_expect
     assert same_end(run, undisturbed[0])
 
 def test_a_run_that_fills_the_disk_ends_with_one_sentence_and_goes_on_when_there_is_room(few, undisturbed, disk):
-    "A checkpoint has 79 MB, last and best weights 26 MB each"
-    run = disk(200)/'run'
+    "A checkpoint has 5 MB, last and best weights 1.7 MB each"
+    run = disk(13)/'run'
     with start(*few, '--out', run) as process: out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and re.fullmatch(r'cifar_train: .*No space left on device.*\n', err)
     path, tensors, facts = newest_checkpoint(run/'checkpoint')
     assert facts['epoch'] == 1 and not list(run.rglob('*.part')) and read_history(run).epoch.tolist()[0] == 1
-    disk(500)
+    disk(40)
     assert 'resuming at epoch 2, step 1' in go_on(run)[0]
     assert same_end(run, undisturbed[0])
 

@@ -1,5 +1,5 @@
 """Run folders from strangers, and two writers of one folder: no other file is touched, and what is wrong is said in one sentence."""
-import errno, json, os, re, shutil, socket
+import errno, json, os, re, shutil, socket, subprocess, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cifar_fastai.cli import cifar_export, cifar_interpret, cifar_predict, cifar_report, cifar_train
 from cifar_fastai.core import TrainSettings, printable, read_json, remove_parts, write_json, write_whole
+from cifar_fastai.data import cifar_dls
 from cifar_fastai.folder import read_history, read_range_test, read_summary
 from cifar_fastai.interpret import load_run, save_figure
 from cifar_fastai.learner import Checkpoints, checkpoints_in, read_checkpoint, write_checkpoint
@@ -81,6 +82,44 @@ def test_a_link_in_a_run_folder_is_not_followed(run, mine, command):
     if command is cifar_export: pytest.importorskip('onnxscript')
     command([str(run)])
     assert all(not (run/name).is_symlink() for name in written[command] if not name.endswith('.part'))
+
+@pytest.mark.parametrize('keys, to', [
+    (('n_params',), 1), (('id',), '0'*32), (('seed',), 7), (('valid',), 'holdout'), (('bounds', 'lr_max'), 1.), (('peak_memory',), -1),
+    (('settings', 'epochs'), 24), (('settings', 'seed'), 9), (('settings', 'width'), 64)])
+def test_a_summary_that_the_settings_contradict_is_refused(run, keys, to):
+    change(run/'summary.json', *keys, to=to)
+    said = sentence(cifar_report, run)
+    assert 'summary.json' in said and keys[-1] in said and str(to)[:20] in said
+
+def test_a_learning_rate_of_a_history_is_positive(run):
+    history = read_history(run)
+    history['lr'] = -history['lr']
+    history.to_csv(run/'history.csv', index=False)
+    assert 'lr' in sentence(cifar_report, run)
+
+def test_a_link_to_itself_is_no_range_test(run):
+    (run/'range_test.csv').unlink(missing_ok=True)
+    (run/'range_test.csv').symlink_to(run/'range_test.csv')
+    assert 'range_test.csv' in sentence(cifar_report, run)
+
+@pytest.mark.parametrize('name', ['config.json', 'summary.json'])
+def test_json_that_names_a_value_twice_is_refused(run, name):
+    text = (run/name).read_text()
+    (run/name).write_text(text.rstrip()[:-1] + ', "seed": 1, "seed": 2}')
+    assert name in sentence(cifar_report, run)
+
+@pytest.mark.parametrize('command, args', [(cifar_train, ['--data', '']), (cifar_train, ['--resume', '']), (cifar_report, ['']), (cifar_export, ['']),
+                                           (cifar_predict, ['']), (cifar_predict, ['--model', '', 'a.png']), (cifar_interpret, ['']), (cifar_export, ['--out', ''])])
+def test_an_empty_argument_is_refused_and_never_the_current_folder(run, monkeypatch, command, args):
+    monkeypatch.chdir(run) # as where a variable of the shell is not set
+    assert " is ''" in sentence(command, *args)
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(ValueError, match="data is ''"): cifar_dls('')
+
+def test_a_command_whose_answer_nobody_can_read_fails(run):
+    done = subprocess.run(f'{sys.executable} -m cifar_fastai.cli report {run} >&-', shell=True, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
 
 @pytest.mark.parametrize('name', ['plots', 'checkpoint', 'tensorboard'])
 def test_a_folder_in_a_run_folder_that_is_a_link_is_refused(run, settings, tmp_path, name):

@@ -1,0 +1,83 @@
+"""Processes that start at once: forked from a server that has imported the package, which takes seconds each time.
+
+The server has one thread and has computed nothing, so a process of it is as good as new. Tests of the start or of the
+end of a command, or of what the environment does to an import, start Python itself."""
+import multiprocessing, os, socket, subprocess, sys, tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+context = multiprocessing.get_context('forkserver')
+context.set_forkserver_preload([f'cifar_fastai.{name}' for name in ('cli', 'bench', 'distributed', 'interpret', 'repeat', 'report')])
+
+
+def _child(function, args, env, folder, files, new_session):
+    if new_session: os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    for number, name in zip((1, 2), files):
+        handle = os.open(name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdout = open(1, 'w', closefd=False, encoding='utf8')
+    sys.stderr = open(2, 'w', closefd=False, encoding='utf8', errors='backslashreplace', buffering=1)
+    sys.argv = ['cifar_fastai', *args]
+    function(*args)
+
+
+def command(*args):
+    "What `python -m cifar_fastai.cli` does"
+    from cifar_fastai.cli import main
+    main(list(args))
+
+
+class Forked:
+    "A process that calls `function` with texts, and what the tests use of `subprocess.Popen`"
+    def __init__(self, function, *args, env=None, one_stream=False, new_session=False):
+        self.args = [str(arg) for arg in args]
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name)/name for name in (('out',)*2 if one_stream else ('out', 'err'))]
+        for file in self.files: file.touch()
+        given = function, self.args, dict(os.environ if env is None else env), os.getcwd(), self.files, new_session
+        self.process = context.Process(target=_child, args=given)
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self): return self.process.exitcode
+    def poll(self): return self.returncode
+    def kill(self): self.process.kill()
+    def terminate(self): self.process.terminate()
+    def send_signal(self, number): os.kill(self.pid, number)
+
+    def communicate(self, timeout=300): # -> (out, err)
+        self.process.join(timeout)
+        said = [file.read_text(encoding='utf8') for file in self.files]
+        if self.returncode is None: raise subprocess.TimeoutExpired(self.args, timeout, *said)
+        self.folder.cleanup()
+        return said
+
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        if self.returncode is None: self.kill()
+        self.process.join()
+        self.folder.cleanup()
+
+
+def run_several(n, function, *args, timeout=300): # -> (list of statuses, what all of them said)
+    "`n` processes that know of each other, as a launcher starts them"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        common = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    of_rank = [common | dict(RANK=str(r), LOCAL_RANK=str(r)) if n > 1 else None for r in range(n)]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(Forked(function, *args, env=env, one_stream=True)) for env in of_rank]
+        said = ''.join(process.communicate(timeout)[0] for process in processes)
+        return [process.returncode for process in processes], said
+
+
+def run(*args, timeout=300, **kwargs): # -> `subprocess.CompletedProcess`
+    "A command of the package from its start to its end"
+    with Forked(command, *args, **kwargs) as process:
+        out, err = process.communicate(timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
