@@ -6,7 +6,7 @@
 __all__ = ['cifar10_fingerprint', 'max_files', 'cifar10_urls', 'max_pixels', 'max_bytes', 'picture_formats', 'CIFAR10Data',
            'load_digits', 'first_of_each_class', 'read_images', 'fetch_cifar10', 'find_cifar10', 'load_cifar10',
            'read_image', 'NetworkImage', 'cifar_block', 'SeededDL', 'lost_worker_in_words', 'NormalizeBytes',
-           'Resident', 'BatchDL', 'resolve_device', 'cifar_dls']
+           'Resident', 'free_memory', 'BatchDL', 'resolve_device', 'cifar_dls']
 
 # %% ../nbs/02_data.ipynb #c4e1935d
 import hashlib, io, os, pickle, pickletools, re, signal, struct, tarfile, tempfile, time, warnings, zlib
@@ -796,7 +796,7 @@ class Resident:
         "Bring the images to `device`, unless they do not fit there"
         device = torch.empty(0, device=device).device # with its number
         if self.stays or self.pixels.device == device: return self
-        size, free = self.pixels.nbytes, _free_memory(device)
+        size, free = self.pixels.nbytes, free_memory(device)
         if free is not None and size > 0.8*free: # the rest is for the network
             print(f'the images take {size/2**30:.2f} GiB and {device} has {free/2**30:.2f} GiB free: they stay on the host, and batches are made there')
             self.stays = True
@@ -804,7 +804,8 @@ class Resident:
         return self
 
 # %% ../nbs/02_data.ipynb #5842b4bd
-def _free_memory(device): # -> bytes, or `None` where it cannot be told
+def free_memory(device): # -> bytes, or `None` where it cannot be told
+    "Return the free memory of a CUDA device, with what PyTorch keeps for later"
     if device.type != 'cuda': return None
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) # by torch, for what comes next
     return torch.cuda.mem_get_info(device)[0] + kept
