@@ -194,12 +194,14 @@ def test_grey_values_whose_scale_cannot_be_told_are_refused(tmp_path):
                                         (lambda p: p.symlink_to(p), FileNotFoundError)], ids=['folder', 'pipe', 'device', 'loop'])
 def test_what_is_no_file_is_refused(tmp_path, make, error):
     make(tmp_path/'a.png')
-    with pytest.raises(error, match=r'a\.png.*regular' if error is ValueError else r'a\.png'): read_image(tmp_path/'a.png')
+    with pytest.raises(error, match=r'a\.png.*regular' if error is ValueError else r'a\.png'):
+        read_image(tmp_path/'a.png')
 
 @pytest.mark.parametrize('name', ['a\nb.png', 'a\rb.png', 'a\x1b[31mb.png', 'a\0b.png'])
 def test_a_name_that_cannot_be_printed_is_refused(photo, tmp_path, name):
     if '\0' not in name: photo.save(tmp_path/name)
-    with pytest.raises(ValueError, match=r'a\\\S*b\.png.*name') as e: read_image(tmp_path/name) # the character is escaped
+    with pytest.raises(ValueError, match=r'a\\\S*b\.png.*name') as e:
+        read_image(tmp_path/name) # the character is escaped
     assert str(e.value).isprintable()
 
 def test_floating_point_pixels_are_refused(tmp_path):
