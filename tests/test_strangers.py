@@ -417,8 +417,7 @@ def test_an_accuracy_that_the_predictions_contradict_is_refused(run):
 
 def test_a_page_calls_images_those_of_cifar10_by_their_content_only(run):
     change(run/'config.json', 'data', 'is_cifar10', to=True)
-    fingerprint = read_json(run/'config.json')['data']['fingerprint'][0][:8]
-    assert re.search(rf'not .*CIFAR-10.*{fingerprint}', write_report(run).read_text())
+    assert re.search('not .*CIFAR-10', write_report(run).read_text())
     change(run/'config.json', 'data', 'vocab', to=list('0123456789'))
     change(run/'config.json', 'settings', 'data', to='/no/such/folder')
     assert re.search('not .*CIFAR-10', write_report(run).read_text())
