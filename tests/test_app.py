@@ -109,11 +109,11 @@ def test_fifty_at_once_are_all_answered_and_none_gets_the_answer_of_another(clie
 def test_what_is_no_picture_gets_a_sentence_without_paths_or_tags(client, tmp_path, name, content):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(AppError) as e: ask(client, tmp_path/name)
-    assert 'is no image that can be read' in str(e.value) and '/' not in str(e.value) and '<' not in str(e.value)
+    assert Path(name).suffix in str(e.value) and '/' not in str(e.value) and '<' not in str(e.value)
 
 def test_a_picture_that_was_cut_off_gets_a_sentence(client, picture, tmp_path):
     (tmp_path/'half.png').write_bytes(picture.read_bytes()[:5000])
-    with pytest.raises(AppError, match='half.png is no image that can be read'): ask(client, tmp_path/'half.png')
+    with pytest.raises(AppError, match=r'half\.png'): ask(client, tmp_path/'half.png')
 
 def test_an_upload_over_the_limit_is_refused(client, tmp_path):
     (tmp_path/'large.bmp').write_bytes(b'BM' + bytes(600_000))
@@ -415,11 +415,11 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence(command):
         s.bind(('127.0.0.1', 0))
         s.listen()
         port = s.getsockname()[1]
-        with pytest.raises(OSError, match=f'127.0.0.1:{port} cannot be listened on .*: give another port'): check_serving('127.0.0.1', port, 10)
+        with pytest.raises(OSError, match=rf'127\.0\.0\.1:{port}\b.*port'): check_serving('127.0.0.1', port, 10)
         done = command('app', '--port', port)
-    assert done.returncode == 1 and re.fullmatch(r'cifar_app: .* cannot be listened on .*\n', done.stderr)
+    assert done.returncode == 1 and re.fullmatch(rf'cifar_app: .*127\.0\.0\.1:{port}\b.*\n', done.stderr)
 
-@pytest.mark.parametrize('args, said', [(['--port', '0'], 'port is 0'), (['--max_mb', '0'], 'max_mb is 0'), (['--max_mb', 'inf'], 'max_mb is inf'), (['no/such/run'], 'no/such/run is not a run folder'), (['--weights', 'best'], 'weights is'), (['--data', 'no/such/data'], 'does not exist')])
+@pytest.mark.parametrize('args, said', [(['--port', '0'], 'port is 0'), (['--max_mb', '0'], 'max_mb is 0'), (['--max_mb', 'inf'], 'max_mb is inf'), (['no/such/run'], 'no/such/run'), (['--weights', 'best'], "weights is 'best'"), (['--data', 'no/such/data'], 'no/such/data')])
 def test_wrong_arguments_get_one_sentence(args, said):
     with pytest.raises(SystemExit) as e: cifar_app(args if '--port' in args else ['--port', str(free_port()), *args])
     assert e.value.code.startswith('cifar_app: ') and said in e.value.code and '\n' not in e.value.code
@@ -427,7 +427,8 @@ def test_wrong_arguments_get_one_sentence(args, said):
 def test_without_gradio_the_command_names_the_extra(tmp_path):
     code = "import sys; sys.modules['gradio'] = None; import importlib.util as u; f = u.find_spec; import cifar_fastai.core as c; c.find_spec = lambda name: None if name == 'gradio' else f(name); from cifar_fastai.cli import main; main(['app'])"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr == "cifar_app: gradio is not installed: pip install 'cifar_fastai[app]'\n"
+    assert done.returncode == 1
+    assert re.fullmatch(r"cifar_app: .*gradio.*pip install 'cifar_fastai\[app\]'\n", done.stderr)
 
 def test_examples_are_the_first_of_each_class_and_are_not_downloaded(tmp_path, empty_home):
     digits = load_digits()

@@ -1,5 +1,5 @@
 """Pad → crop → flip → cutout: the exact pixels, the distribution of the draws, and who is spared."""
-import copy, json, multiprocessing, pickle, random, subprocess, sys
+import copy, json, multiprocessing, pickle, random, re, subprocess, sys
 from collections import Counter
 from pathlib import Path
 
@@ -210,7 +210,7 @@ def test_a_pipeline_is_described_as_albumentations_own():
 
 @pytest.mark.parametrize('name, value', [('pad', -1), ('size', 0), ('flip_p', 1.5), ('flip_p', -.1), ('cutout', -1), ('cutout', 33), ('pad_mode', 'mirror')])
 def test_what_makes_no_sense_is_refused(name, value):
-    with pytest.raises(ValueError, match=f'{name} is {value!r}: give '): CropFlipCutout(**{name: value})
+    with pytest.raises(ValueError, match=f'{name}.*{re.escape(repr(value))}'): CropFlipCutout(**{name: value})
 
 def test_the_picture_shows_the_image_and_its_versions(img):
     fig = plot_augmented(img, n=11, cols=4)

@@ -76,7 +76,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert done.stdout.startswith('usage: cifar_repeat') and done.stderr == ''
 
 def test_help_says_what_the_command_does(help_of):
-    assert 'Train the network and write a run folder' in help_of['cifar_train'][0]
+    for command in commands: assert ' '.join(inspect.getdoc(getattr(cli, command)).splitlines()[0].split()) in help_of[command][0]
 
 @pytest.mark.parametrize('name', ['train', 'lr_find', 'interpret', 'predict', 'bench', 'repeat', 'report', 'app', 'export'])
 def test_python_m_is_the_same_command(name, capsys):
@@ -89,7 +89,8 @@ def test_python_m_without_a_command_names_them(capsys):
     cli.main(['--help'])
     assert '{train,lr_find,interpret,predict,bench,repeat,report,app,export}' in capsys.readouterr().out
     for args in ([], ['fly']):
-        with pytest.raises(SystemExit, match='give one of train, lr_find, interpret, predict, bench, repeat, report, app, export'): cli.main(args)
+        with pytest.raises(SystemExit, match='train.*lr_find.*interpret.*predict.*bench.*repeat.*report.*app.*export'):
+            cli.main(args)
 
 # ---- arguments that are refused
 
@@ -100,15 +101,15 @@ def test_what_the_machine_lacks_is_refused_before_images_are_looked_for(args):
     assert f'{args[0][2:]} is {args[1]!r}' in refused(cifar_train, '--data', 'no/such/folder', *args)
 
 @both_spellings
-def test_options_have_both_spellings(option): assert 'peak_epoch is 99.0: give' in refused(cifar_train, option, 99)
+def test_options_have_both_spellings(option): assert 'peak_epoch is 99.0' in refused(cifar_train, option, 99)
 
 @pytest.mark.parametrize('args, message', [
-    (['--epochs', 0], 'epochs is 0'), (['--bs', 1], 'bs is 1'), (['--bs', -8], 'bs is -8: give'), (['--lr_max', -.1], 'lr_max is -0.1: give a positive number'),
-    (['--lr_min', 0], 'lr_min is 0.0: give'), (['--lr_max', 'nan'], 'lr_max is nan: give'), (['--lr_max', 'inf'], 'lr_max is inf: give'),
-    (['--lr_min', .2, '--lr_max', .1], 'lr_min is 0.2: give less than lr_max (0.1)'), (['--peak_epoch', 24], 'peak_epoch is 24.0: give a number between 0 and epochs (24)'),
-    (['--dropout', 1], 'dropout is 1.0: give'), (['--seed', -1], 'seed is -1: give'), (['--data', '/no/such'], '/no/such does not exist: give')])
+    (['--epochs', 0], 'epochs is 0'), (['--bs', 1], 'bs is 1'), (['--bs', -8], 'bs is -8'), (['--lr_max', -.1], 'lr_max is -0.1'),
+    (['--lr_min', 0], 'lr_min is 0.0'), (['--lr_max', 'nan'], 'lr_max is nan'), (['--lr_max', 'inf'], 'lr_max is inf'),
+    (['--lr_min', .2, '--lr_max', .1], r'lr_min is 0\.2\b.*lr_max.*0\.1'), (['--peak_epoch', 24], r'peak_epoch is 24\.0\b.*epochs.*24'),
+    (['--dropout', 1], 'dropout is 1.0'), (['--seed', -1], 'seed is -1'), (['--data', '/no/such'], '/no/such')])
 def test_what_makes_no_sense_is_refused_in_one_sentence_and_leaves_no_folder(args, message, folder_of_its_own):
-    assert message in refused(cifar_train, '--out', 'run', *args)
+    assert re.search(message, refused(cifar_train, '--out', 'run', *args))
     assert list(folder_of_its_own.iterdir()) == []
 
 @pytest.mark.parametrize('args, named', [
@@ -123,22 +124,22 @@ def test_what_cannot_be_read_is_refused_by_name(args, named, capsys, folder_of_i
 
 def test_an_existing_run_folder_is_refused(folder_of_its_own):
     Path('run').mkdir()
-    assert 'run exists already: give another run folder with --out' in refused(cifar_train, '--data', 'digits', '--out', 'run')
+    assert re.search(r'\brun\b.*exist.*--out', refused(cifar_train, '--data', 'digits', '--out', 'run'))
     assert list(Path('run').iterdir()) == []
 
 def test_without_network_and_data_it_says_what_to_do(empty_home, folder_of_its_own):
     said = refused(cifar_train, '--out', 'run')
-    assert 'CIFAR-10 not found' in said and 'give its folder or archive' in said and data_variable in said
+    assert 'CIFAR-10' in said and data_variable in said
     assert 'cifar10.tgz' in said and 'cifar-10-python.tar.gz' in said # what was tried
     assert list(folder_of_its_own.iterdir()) == [] and not [p for p in empty_home.rglob('*') if p.is_file()]
 
 def test_damaged_data_is_refused_in_one_sentence(folder, small_archive, tmp_path):
     (tmp_path/'cut.tgz').write_bytes(small_archive.read_bytes()[:9000])
-    assert 'cut.tgz cannot be read' in refused(cifar_train, '--data', tmp_path/'cut.tgz', '--out', 'run')
+    assert re.search(r'cut\.tgz\b.*\btar\b', refused(cifar_train, '--data', tmp_path/'cut.tgz', '--out', 'run'))
     shutil.rmtree(folder/'train'/'ship')
-    assert 'cifar10 has no train images of ship' in refused(cifar_train, '--data', folder, '--out', 'run')
+    assert re.search(r'cifar10\b.*\btrain\b.*\bship\b', refused(cifar_train, '--data', folder, '--out', 'run'))
     Image.new('RGB', (40, 40)).save(folder/'test'/'cat'/'big.png')
-    assert 'test/cat/big.png is 40×40 RGB: every image must be 32×32 RGB' in refused(cifar_train, '--data', folder, '--out', 'run')
+    assert re.search(r'test/cat/big\.png\b.*40×40 RGB.*32×32 RGB', refused(cifar_train, '--data', folder, '--out', 'run'))
     assert not Path('run').exists()
 
 def test_a_process_that_is_refused_prints_one_line_and_exits_with_1(command):
@@ -146,12 +147,12 @@ def test_a_process_that_is_refused_prints_one_line_and_exits_with_1(command):
     assert (done.returncode, done.stdout) == (1, '') and done.stderr.startswith('cifar_train: epochs is 0') and done.stderr.count('\n') == 1
 
 @pytest.mark.parametrize('command, args, said', [
-    (cifar_lr_find, ['--bs', 0], 'bs is 0: '), (cifar_bench, ['--bs', 1], 'bs is 1: '),
-    (cifar_bench, ['--repeats', 0], 'repeats is 0: '), (cifar_repeat, ['--n', 0], 'n is 0: '),
-    (cifar_repeat, ['--without', 'wd', '--wd', .5], 'wd is 0.5: '),
-    (cifar_train, ['--epochs', 2, '--peak_epoch', 3], 'peak_epoch is 3.0: '),
-    (cifar_train, ['--data', 'digits', '--peak_epoch', 12], 'peak_epoch is 12.0: '),
-    (cifar_train, ['--recipe', 'best', '--lr_max', 1e-5], 'lr_min is 2.5e-05: ')])
+    (cifar_lr_find, ['--bs', 0], 'bs is 0'), (cifar_bench, ['--bs', 1], 'bs is 1'),
+    (cifar_bench, ['--repeats', 0], 'repeats is 0'), (cifar_repeat, ['--n', 0], 'n is 0'),
+    (cifar_repeat, ['--without', 'wd', '--wd', .5], 'wd is 0.5'),
+    (cifar_train, ['--epochs', 2, '--peak_epoch', 3], 'peak_epoch is 3.0'),
+    (cifar_train, ['--data', 'digits', '--peak_epoch', 12], 'peak_epoch is 12.0'),
+    (cifar_train, ['--recipe', 'best', '--lr_max', 1e-5], 'lr_min is 2.5e-05')])
 def test_every_command_refuses_a_value_in_one_sentence_without_a_box(command, args, said, capsys, folder_of_its_own):
     assert refused(command, *args).startswith(f'{command.__name__}: {said}') and capsys.readouterr() == ('', '')
     assert list(folder_of_its_own.iterdir()) == []
@@ -159,16 +160,16 @@ def test_every_command_refuses_a_value_in_one_sentence_without_a_box(command, ar
 # ---- going on with a run
 
 @pytest.mark.parametrize('args, said', [
-    (['--ghost', None], 'ghost is 4 in the run and 32 now'), (['--epochs', 1], 'epochs is 2 in the run and 1 now'),
-    (['--epochs', 0], 'epochs is 2 in the run and 0 now'), (['--lr_min', 1], 'lr_min is 0.001 in the run and 1.0 now'),
-    (['--recipe', 'seed'], "recipe is 'best' in the run and 'seed' now")])
+    (['--ghost', None], r'\bghost\b.*\b4\b.*\b32\b'), (['--epochs', 1], r'\bepochs\b.*\b2\b.*\b1\b'),
+    (['--epochs', 0], r'\bepochs\b.*\b2\b.*\b0\b'), (['--lr_min', 1], r'\blr_min\b.*\b0\.001\b.*\b1\.0\b'),
+    (['--recipe', 'seed'], r"\brecipe\b.*'best'.*'seed'")])
 def test_an_option_that_makes_another_run_is_refused_by_its_name(finished, args, said):
-    assert f'{said}: that would be another run' in refused(cifar_train, '--resume', finished[0], *args)
+    assert re.search(said, refused(cifar_train, '--resume', finished[0], *args))
 
 def test_an_option_that_says_what_the_run_has_is_none(finished, tmp_path, capsys):
     run = shutil.copytree(finished[0], tmp_path/'run')
     cifar_train(['--resume', str(run), *'--wd None --peak_epoch None --bs 16 --recipe best --num_workers 1'.split()])
-    assert 'is finished: 2 epochs' in capsys.readouterr().out
+    assert re.search(rf'{re.escape(str(run))}\b.*\b2 epochs\b', capsys.readouterr().out)
 
 # ---- a run, typed
 
@@ -204,7 +205,7 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
     finally:
         if process.poll() is None: process.kill(); process.communicate()
     assert process.returncode == 130
-    assert 'Traceback' not in out + err and 'interrupted: checkpoint, history and last model are in' in out
+    assert 'Traceback' not in out + err and re.search(r'interrupted.*\brun\b', out)
     history = read_csv_exact(run/'history.csv')
     summary = json.loads((run/'summary.json').read_text())
     assert summary['interrupted'] is True and summary['epochs'] == len(history)
@@ -233,7 +234,7 @@ def test_predict_takes_the_best_weights_when_asked(finished, images, capsys, tmp
     (run/'model.safetensors').unlink()
     cifar_predict(['--model', str(run), '--weights', 'best', *images])
     assert len(capsys.readouterr().out.splitlines()) == 3
-    assert 'model.safetensors does not exist' in refused(cifar_predict, '--model', run, *images)
+    assert 'model.safetensors' in refused(cifar_predict, '--model', run, *images)
 
 def test_predict_refuses_what_is_no_image_and_predicts_the_rest(finished, images, capsys):
     Path('text.png').write_text('no picture')
@@ -241,11 +242,11 @@ def test_predict_refuses_what_is_no_image_and_predicts_the_rest(finished, images
     with pytest.raises(SystemExit) as e: cifar_predict(['--model', str(run), 'text.png', images[0], 'nothing.png'])
     out, err = capsys.readouterr()
     assert e.value.code == 1 and out.startswith('same.png: ') and len(out.splitlines()) == 1
-    assert [line.split(':')[1].strip() for line in err.splitlines()] == ['text.png is no image that can be read', 'nothing.png does not exist']
-    assert 'no image: give one or more files' in refused(cifar_predict, '--model', run)
+    assert [re.findall(r'\w+\.png', line) for line in err.splitlines()] == [['text.png'], ['nothing.png']]
+    assert 'image' in refused(cifar_predict, '--model', run)
 
 def test_predict_refuses_what_is_no_run(images):
-    assert 'no_run is not a run folder: give one that cifar_train has written' in refused(cifar_predict, '--model', 'no_run', *images)
+    assert 'no_run' in refused(cifar_predict, '--model', 'no_run', *images)
 
 @pytest.mark.parametrize('config', ['['*100_000, '{', '{}', *('{"settings": {}, "data": {"vocab": %s, "stats": %s}}' % facts for facts in [('3', '[[0,0,0],[1,1,1]]'), ('{"a": 1}', '[[0,0,0],[1,1,1]]'),
                                                                           ('["a", "b"]', '[[0],[1]]'), ('["a", "b"]', '[[0,0,0],[1,1,0]]'), ('["a", "b"]', '3')]), '{"settings": {}, "data": {"vocab": ["a", "b"]}}', '{"settings": {"epochs": "x"}, "data": {}}'])
@@ -258,7 +259,7 @@ def test_predict_without_a_run_uses_the_network_that_ships(images, capsys):
     cifar_predict(images)
     probs = class_probabilities(load_pretrained(), [read_image(image) for image in images], cifar10_stats)
     assert capsys.readouterr().out.splitlines() == [f'{image}: {cifar10_classes[p.argmax()]} {p.max():.1%}' for image, p in zip(images, probs)]
-    assert 'give it with a run folder' in refused(cifar_predict, '--weights', 'best', *images)
+    assert "weights is 'best'" in refused(cifar_predict, '--weights', 'best', *images)
 
 def test_the_network_that_ships_knows_real_photographs(real_cifar, capsys):
     for i in range(60): Image.fromarray(real_cifar.test_x[i]).save(f'{i}.png')
@@ -273,10 +274,11 @@ def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, s
     shutil.rmtree(run/'plots')
     cifar_interpret([str(run), '--k', '3'])
     said = capsys.readouterr().out
-    assert f'accuracy {summary["accuracy"]:.2%}, {summary["n_wrong"]} of 40 wrong' in said
+    assert re.search(rf'\b{summary["accuracy"]:.2%}.*\b{summary["n_wrong"]} of 40\b', said)
     assert all(re.search(rf'^{name} +[\d.]+ +[\d.]+ +[\d.]+ +4 *$', said, re.MULTILINE) for name in small.vocab)
     assert '\r' not in said # a bar is for people
-    assert len(re.findall(r'^\w+ taken for \w+: \d+$', said, re.MULTILINE)) == 3
+    names = '|'.join(small.vocab)
+    assert len(re.findall(rf'^({names}) .*\b({names})\W+\d+$', said, re.MULTILINE)) == 3
     assert {'confusion_matrix.png', 'misclassified.png', 'history.png'} <= {p.name for p in (run/'plots').iterdir()}
 
 @pytest.mark.parametrize('weights, optimistic', [('best', True), ('last', False)])
@@ -286,26 +288,29 @@ def test_interpret_calls_the_best_on_test_images_optimistic(finished, capsys, tm
 
 def test_interpret_asks_mirror_images_too_when_told(finished, capsys, tmp_path):
     cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run')), '--flip_average'])
-    assert f'\naveraged with mirror images {finished[1]["flip_averaged_accuracy"]:.2%}\n' in capsys.readouterr().out
+    assert re.search(rf'^.*(mirror|flip).*{finished[1]["flip_averaged_accuracy"]:.2%}$', capsys.readouterr().out, re.MULTILINE)
 
 def test_interpret_refuses_what_is_no_run(finished, tmp_path):
     assert 'no_run' in refused(cifar_interpret, 'no_run')
     run = shutil.copytree(finished[0], tmp_path/'run')
-    assert '/no/such does not exist' in refused(cifar_interpret, run, '--data', '/no/such')
+    assert '/no/such' in refused(cifar_interpret, run, '--data', '/no/such')
     (run/'model.safetensors').write_bytes(b'')
-    assert 'model.safetensors holds no weights of this network' in refused(cifar_interpret, run)
+    assert 'model.safetensors' in refused(cifar_interpret, run)
 
 # ---- report
 
 def test_report_of_one_run_lies_in_its_folder_and_of_several_where_told(finished, capsys, tmp_path):
     for name in 'one', 'two': shutil.copytree(finished[0], tmp_path/name)
     cifar_report([str(tmp_path/'one')])
-    assert capsys.readouterr().out == f'saved {tmp_path/"one"/"report.html"}\n' and 'Most confused' in (tmp_path/'one'/'report.html').read_text()
+    [said] = capsys.readouterr().out.splitlines()
+    assert said.endswith(f' {tmp_path/"one"/"report.html"}')
+    assert (tmp_path/'one'/'report.html').read_text().count('data-pair') > 5
     cifar_report([str(tmp_path/'one'), str(tmp_path/'two'), '--out', str(tmp_path/'both.html')])
-    assert capsys.readouterr().out == f'saved {tmp_path/"both.html"}\n' and (tmp_path/'both.html').exists()
+    [said] = capsys.readouterr().out.splitlines()
+    assert said.endswith(f' {tmp_path/"both.html"}') and (tmp_path/'both.html').exists()
 
-@pytest.mark.parametrize('args, message', [([], 'no run: give one run folder'), (['run', '--out', 'page.html'], "out is 'page.html': give it with several runs"),
-    (['run', 'run', '--data', 'digits'], "data is 'digits': give it with one run"), (['no/such/run'], 'no/such/run')])
+@pytest.mark.parametrize('args, message', [([], ' run'), (['run', '--out', 'page.html'], "out is 'page.html'"),
+    (['run', 'run', '--data', 'digits'], "data is 'digits'"), (['no/such/run'], 'no/such/run')])
 def test_report_refuses_in_one_sentence(args, message, folder_of_its_own):
     assert message in refused(cifar_report, *args) and list(folder_of_its_own.iterdir()) == []
 
@@ -314,7 +319,8 @@ def test_a_run_whose_report_cannot_be_written_is_finished_all_the_same(finished,
     (run/'report.html').mkdir() # where the page would be
     cifar_train(['--resume', str(run)])
     said = capsys.readouterr()
-    assert 'is finished' in said.out and re.fullmatch('cifar_train: the run is finished, but its report is not written: .* makes it\n', said.err)
+    assert str(run) in said.out
+    assert re.fullmatch(rf'cifar_train: .*report\.html.*cifar_report {re.escape(str(run))}.*\n', said.err)
     assert list((run/'report.html').iterdir()) == [] and not list(run.glob('*.part')) and not list(run.glob('.report*'))
 
 # ---- lr_find
@@ -328,10 +334,10 @@ def test_lr_find_prints_both_rates_and_saves_the_plot(capsys, folder_of_its_own)
 
 def test_lr_find_says_when_training_takes_another_end(capsys):
     cifar_lr_find('--data digits --recipe seed --lr_min 1e-5 --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
-    assert capsys.readouterr().out.splitlines()[-1] == 'cifar_train begins and ends at 1e-05 with these settings; with --lr_min find, at the rate above'
+    assert re.search(r'\b1e-05\b.*--lr_min find', capsys.readouterr().out.splitlines()[-1])
 
 def test_lr_find_refuses_a_plot_in_no_folder():
-    assert 'plot is no/such/folder.png: give a file in a folder that exists' in refused(cifar_lr_find, '--data', 'digits', '--plot', 'no/such/folder.png')
+    assert 'plot is no/such/folder.png' in refused(cifar_lr_find, '--data', 'digits', '--plot', 'no/such/folder.png')
 
 def test_lr_find_checks_the_settings_of_a_run(): assert 'epochs is 0' in refused(cifar_lr_find, '--epochs', 0)
 
@@ -343,12 +349,14 @@ def test_repeat_prints_a_table_and_goes_on_where_it_was(small_archive, capsys):
     first = read_json('two/repeat.json')['runs']
     cifar_repeat([*args, '2'])
     said, runs = capsys.readouterr().out, read_json('two/repeat.json')['runs']
-    assert runs[:1] == first and [run['seed'] for run in runs] == [0, 1] and 'seed-0 is finished: 1 epochs' in said
+    assert runs[:1] == first
+    assert [run['seed'] for run in runs] == [0, 1] and re.search(r'\bseed-0\b.*\b1 epochs?\b', said)
     n, mean, *_ = next(line for line in said.splitlines()[::-1] if line.startswith('best, lr_min 0.001, ghost 4 ')).removeprefix('best, lr_min 0.001, ghost 4').split()
-    assert n == '2' and float(mean) == pytest.approx(100*sum(run['accuracy'] for run in runs)/2, abs=.006) and said.endswith('\nsaved two\n')
-    assert 'wd is 0.25 in the run and 0.9 now; give another folder' in refused(cifar_repeat, *args, '2', '--wd', .9)
+    assert n == '2' and float(mean) == pytest.approx(100*sum(run['accuracy'] for run in runs)/2, abs=.006)
+    assert said.splitlines()[-1].endswith(' two')
+    assert re.search(r'\bwd\b.*\b0\.25\b.*\b0\.9\b', refused(cifar_repeat, *args, '2', '--wd', .9))
 
-@pytest.mark.parametrize('args, message', [(['--n', 0], 'n is 0'), (['--ablate'], "valid is 'test': an ablation chooses"), (['--data', '/no/such'], '/no/such does not exist')])
+@pytest.mark.parametrize('args, message', [(['--n', 0], 'n is 0'), (['--ablate'], "valid is 'test'"), (['--data', '/no/such'], '/no/such')])
 def test_repeat_refuses_what_makes_no_sense(args, message, folder_of_its_own):
     assert message in refused(cifar_repeat, '--out', 'runs', *args)
     assert list(folder_of_its_own.iterdir()) == []

@@ -67,7 +67,6 @@ def test_stats_are_those_of_numpy_in_double_precision(small):
     assert np.allclose(small.stats, [pixels.mean(axis=0), pixels.std(axis=0)], rtol=0, atol=1e-12)
 
 def test_other_counts_pass_and_are_said_to_be_others(small):
-    assert 'not the original' in small.origin
     assert all(print_[:8] in small.origin for print_ in small.fingerprint)
 
 def test_hidden_files_beside_the_images_are_passed_over(folder, canonical): # macOS puts them into archives
@@ -83,44 +82,48 @@ def test_a_folder_can_be_given_as_here_and_above(folder, canonical, monkeypatch)
 
 # ---- refusals
 
+def named_classes(e): return [name for name in cifar10_classes if re.search(rf'\b{name}\b', str(e.value))]
+
 def test_a_missing_class_is_refused_by_name(folder):
     for file in (folder/'test'/'dog').iterdir(): file.unlink()
-    with pytest.raises(ValueError, match='cifar10 has no test images of dog$'): read_images(folder)
+    with pytest.raises(ValueError, match=r'cifar10\b.*\btest\b') as e: read_images(folder)
+    assert named_classes(e) == ['dog']
 
 def test_a_class_missing_in_the_batches_is_refused_by_name(small, write_batches, tmp_path):
     keep = ~np.isin(small.train_y, [3, 9])
     folder = write_batches(small._replace(train_x=small.train_x[keep], train_y=small.train_y[keep]), tmp_path/'b')
-    with pytest.raises(ValueError, match='no train images of cat, truck$'): read_images(folder)
+    with pytest.raises(ValueError, match=r'\btrain\b') as e: read_images(folder)
+    assert named_classes(e) == ['cat', 'truck']
 
 @pytest.mark.parametrize('split', ['train', 'test'])
 def test_an_empty_split_is_refused(folder, split):
     (folder/split).rename(folder/'elsewhere')
-    with pytest.raises(ValueError, match=f'cifar10 has no {split} images: expected '): read_images(folder)
+    with pytest.raises(ValueError, match=rf'cifar10\b.*\b{split}\b'): read_images(folder)
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path/'a.txt').write_text('hello')
-    with pytest.raises(ValueError, match='has no train images'): read_images(tmp_path)
+    with pytest.raises(ValueError, match=rf'{re.escape(str(tmp_path))}.*\btrain\b'): read_images(tmp_path)
 
 def png(size=(32, 32), mode='RGB', kind='PNG'):
     file = io.BytesIO()
     Image.new(mode, size).save(file, kind)
     return file.getvalue()
 
-@pytest.mark.parametrize('content, reason', [
-    (png((31, 32)), 'is 31×32 RGB: every image must be 32×32 RGB'), (png((64, 64)), 'is 64×64 RGB'), (png(mode='L'), 'is 32×32 L'),
-    (png(mode='RGBA'), 'is 32×32 RGBA'), (png(mode='P'), 'is 32×32 P'), (b'no picture at all', 'is no image'), (b'', 'is no image'),
-    (np.random.default_rng(0).bytes(3000), 'is no image'), (png()[:-40], 'is damaged')])
-def test_a_file_that_is_no_32_by_32_rgb_image_is_refused_by_name(folder, content, reason):
+@pytest.mark.parametrize('content, kind', [
+    (png((31, 32)), '31×32 RGB.*32×32 RGB'), (png((64, 64)), '64×64 RGB.*32×32 RGB'), (png(mode='L'), r'32×32 L\b.*32×32 RGB'),
+    (png(mode='RGBA'), r'32×32 RGBA\b.*32×32 RGB\b'), (png(mode='P'), r'32×32 P\b.*32×32 RGB'), (b'no picture at all', 'PNG'), (b'', 'PNG'),
+    (np.random.default_rng(0).bytes(3000), 'PNG'), (png()[:-40], '')])
+def test_a_file_that_is_no_32_by_32_rgb_image_is_refused_by_name(folder, content, kind):
     (folder/'train'/'frog'/'bad.png').write_bytes(content)
-    with pytest.raises(ValueError, match=f'train/frog/bad.png {reason}'): read_images(folder)
+    with pytest.raises(ValueError, match=rf'train/frog/bad\.png\b.*{kind}'): read_images(folder)
 
 def test_an_image_of_an_unknown_class_is_refused(folder):
     (folder/'train'/'frog').rename(folder/'train'/'toad')
-    with pytest.raises(ValueError, match='train/toad/.*png is of no class of CIFAR-10'): read_images(folder)
+    with pytest.raises(ValueError, match=r'train/toad/.*\.png\b.*\bfrog\b'): read_images(folder)
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
     (tmp_path/'cifar10.tgz').write_text('<html>not found</html>')
-    with pytest.raises(ValueError, match='cifar10.tgz cannot be read as a tar archive'): read_images(tmp_path/'cifar10.tgz')
+    with pytest.raises(ValueError, match=r'cifar10\.tgz\b.*\btar\b'): read_images(tmp_path/'cifar10.tgz')
 
 @pytest.mark.parametrize('suffix', ['.tgz', '.tar'])
 def test_an_archive_cut_short_is_refused_wherever_it_is_cut(small_archive, tmp_path, suffix):
@@ -128,7 +131,7 @@ def test_an_archive_cut_short_is_refused_wherever_it_is_cut(small_archive, tmp_p
     if suffix == '.tar': whole = gzip.decompress(whole)
     for n in np.linspace(1, len(whole)*.95, 120).astype(int):
         cut.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='cut.t'): read_images(cut)
+        with pytest.raises(ValueError, match=rf'cut\{suffix}\b'): read_images(cut)
 
 @pytest.mark.parametrize('where', [0, 100, 512, 600])
 @pytest.mark.parametrize('suffix', ['.tgz', '.tar'])
@@ -140,7 +143,7 @@ def test_an_archive_cut_short_in_its_last_files_is_refused(small_archive, tmp_pa
     else: # what zlib has written when it is through the last header, and no more
         squeeze = gzip.zlib.compressobj(wbits=31)
         cut.write_bytes(squeeze.compress(tar[:last + where]) + squeeze.flush(gzip.zlib.Z_SYNC_FLUSH))
-    with pytest.raises(ValueError, match='cut short'): read_images(cut)
+    with pytest.raises(ValueError, match=rf'cut\{suffix}\b.*\btar\b'): read_images(cut)
 
 class Hostile:
     def __init__(self, *call): self.call = call
@@ -149,7 +152,7 @@ class Hostile:
 @pytest.mark.parametrize('call', [(os.mkdir, ('broken_in',)), (eval, ("__import__('os').mkdir('broken_in')",)), (np.fromfile, ('/dev/null',))])
 def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(batches, call, folder_of_its_own):
     (batches/'data_batch_3').write_bytes(pickle.dumps({b'data': Hostile(*call), b'labels': []}, protocol=2))
-    with pytest.raises(ValueError, match='data_batch_3 is no batch of CIFAR-10: it asks for'): read_images(batches)
+    with pytest.raises(ValueError, match=rf'data_batch_3\b.*\b{call[0].__name__}\b'): read_images(batches)
     assert not (folder_of_its_own/'broken_in').exists()
 
 @pytest.mark.parametrize('batch', [
@@ -157,11 +160,11 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(batches, 
     {b'data': np.zeros((2, 1024), np.uint8), b'labels': [1, 2]}, {b'data': np.zeros((2, 3072)), b'labels': [1, 2]}, [1, 2], 'text'])
 def test_a_batch_of_something_else_is_refused_by_name(batches, batch):
     (batches/'test_batch').write_bytes(pickle.dumps(batch, protocol=2))
-    with pytest.raises(ValueError, match='test_batch is no batch of CIFAR-10'): read_images(batches)
+    with pytest.raises(ValueError, match=r'test_batch\b'): read_images(batches)
 
 def test_a_batch_cut_short_is_refused_by_name(batches):
     (batches/'data_batch_5').write_bytes((batches/'data_batch_5').read_bytes()[:-5000])
-    with pytest.raises(ValueError, match='data_batch_5 is no batch of CIFAR-10'): read_images(batches)
+    with pytest.raises(ValueError, match=r'data_batch_5\b'): read_images(batches)
 
 # ---- cache
 
@@ -236,7 +239,7 @@ def test_what_is_refused_is_not_cached(empty_home, folder):
 
 def test_images_that_cannot_be_cached_are_returned_all_the_same(empty_home, archive, canonical):
     (empty_home/'data').write_text('a file where the folder should be')
-    with pytest.warns(UserWarning, match='not cached'): assert same(load_cifar10(archive), canonical)
+    with pytest.warns(UserWarning, match='cache'): assert same(load_cifar10(archive), canonical)
 
 @pytest.mark.parametrize('home', ['/proc/nonexistent', 'a file'])
 def test_a_home_that_cannot_be_written_to_stops_no_training(home, small_archive, command, tmp_path):
@@ -244,7 +247,9 @@ def test_a_home_that_cannot_be_written_to_stops_no_training(home, small_archive,
     env = {name: value for name, value in os.environ.items() if name != 'FASTAI_HOME'} | dict(HOME=str(home))
     done = command('train', '--data', small_archive, '--epochs', '1', '--bs', '40', '--width', '16', '--lr_min', '1e-3', '--lr_max', '1e-2', '--ghost', '0', '--num_workers', '0', '--out', 'run', env=env)
     assert done.returncode == 0 and Path('run/model.safetensors').exists(), done.stderr
-    assert done.stderr.count('not cached') == 1 and 'Traceback' not in done.stderr, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if line.startswith('cifar_train: ')]
+    assert 'cache' in said and str(home) in said
+    assert 'Traceback' not in done.stderr, done.stderr
 
 # ---- where it is found
 
@@ -275,9 +280,9 @@ def test_each_of_fastais_places_is_looked_at(empty_home, place):
 def test_a_source_that_is_named_and_missing_is_an_error_and_never_a_download(empty_home, server, small_archive, monkeypatch):
     server.answers['/cifar10.tgz'] = [small_archive.read_bytes()]
     urls = [server.url('/cifar10.tgz')]
-    with pytest.raises(FileNotFoundError, match='/no/such/folder does not exist: give'): load_cifar10('/no/such/folder', urls)
+    with pytest.raises(FileNotFoundError, match='/no/such/folder'): load_cifar10('/no/such/folder', urls)
     monkeypatch.setenv(data_variable, '/no/such/archive.tgz')
-    with pytest.raises(FileNotFoundError, match='/no/such/archive.tgz does not exist: give'): load_cifar10(urls=urls)
+    with pytest.raises(FileNotFoundError, match=r'/no/such/archive\.tgz'): load_cifar10(urls=urls)
     assert server.asked == []
 
 def test_a_home_folder_can_be_written_with_a_tilde(small_folder, monkeypatch):
@@ -320,16 +325,16 @@ def test_the_second_address_is_asked_when_the_first_fails(server, content, tmp_p
     assert path.name == 'second.tgz' and path.read_bytes() == content
     assert kept(tmp_path/'archive') == ['second.tgz']
 
-def test_a_download_without_end_is_broken_off(server, content, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_fastai.data._most_bytes', 2**20)
-    server.answers['/endless.tgz'] = [bytes(2**22)]
-    with pytest.raises(FileNotFoundError, match='1,048,576 bytes'): fetch_cifar10([server.url('/endless.tgz')], tmp_path/'archive', show_progress=False)
+def test_a_download_without_end_is_broken_off(server, tmp_path):
+    server.answers['/endless.tgz'] = [bytes(400*2**20 + 2**22)]
+    with pytest.raises(FileNotFoundError, match=r'endless\.tgz.*419,430,400'):
+        fetch_cifar10([server.url('/endless.tgz')], tmp_path/'archive', show_progress=False)
     assert kept(tmp_path/'archive') == []
 
-def test_a_download_that_drips_is_broken_off(server, content, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_fastai.data._patience', .5)
+def test_a_download_that_drips_is_broken_off(server, content, tmp_path):
     server.answers.update({'/slow.tgz': [(content, 'dripping')], '/second.tgz': [content]})
-    path = fetch_cifar10([server.url('/slow.tgz'), server.url('/second.tgz')], tmp_path/'archive', show_progress=False)
+    urls = [server.url('/slow.tgz'), server.url('/second.tgz')]
+    path = fetch_cifar10(urls, tmp_path/'archive', show_progress=False, timeout=.5)
     assert path.name == 'second.tgz' and path.read_bytes() == content
 
 def test_when_all_fail_it_says_what_was_tried_and_leaves_nothing(server, content, tmp_path):
@@ -339,7 +344,7 @@ def test_when_all_fail_it_says_what_was_tried_and_leaves_nothing(server, content
     message = str(e.value)
     assert all(url in message for url in urls)
     assert '404' in message or 'Not Found' in message
-    assert 'give its folder or archive' in message and data_variable in message
+    assert data_variable in message
     assert kept(tmp_path/'archive') == []
 
 @pytest.mark.parametrize('answer', ['a page', 'half an archive'])
@@ -488,7 +493,7 @@ def test_show_batch_does_not_change_what_training_sees(small_dls, tiny_learner):
 @pytest.mark.parametrize('change', [dict(pipeline='none'), dict(valid='train'), dict(bs=0), dict(bs=-4)])
 def test_what_makes_no_sense_is_refused(small, change):
     [(name, value)] = change.items()
-    with pytest.raises(ValueError, match=f'{name} is {value!r}: give '): cifar_dls(small, **change)
+    with pytest.raises(ValueError, match=rf'\b{name}\b.*{re.escape(repr(value))}'): cifar_dls(small, **change)
 
 # ---- worker processes
 
@@ -575,7 +580,7 @@ def test_the_block_augments_training_items_only(small):
     assert torch.equal(dls.valid.one_batch()[0], dls.valid.one_batch()[0])
 
 def test_the_block_refuses_an_unknown_validation_set():
-    with pytest.raises(ValueError, match="valid is 'train': give 'test' or 'holdout'"): cifar_block(valid='train')
+    with pytest.raises(ValueError, match="valid.*'train'.*'test'.*'holdout'"): cifar_block(valid='train')
 
 def test_a_test_dataloader_gives_what_validation_gives(small, small_dls):
     dls = small_dls(bs=40)
@@ -623,14 +628,14 @@ def test_an_image_that_a_camera_turned_is_turned_back(tmp_path):
     x = read_image(tmp_path/'a.jpg')
     assert x[:14].max() < 50 and x[18:].min() > 200
 
-@pytest.mark.parametrize('content, reason', [(b'some text', 'is no image'), (b'', 'is no image'), (png()[:-40], 'is no image')])
-def test_what_is_no_image_is_refused_by_name(content, reason, tmp_path):
+@pytest.mark.parametrize('content', [b'some text', b'', png()[:-40]])
+def test_what_is_no_image_is_refused_by_name(content, tmp_path):
     (tmp_path/'a.png').write_bytes(content)
-    with pytest.raises(ValueError, match=f'a.png {reason}'): read_image(tmp_path/'a.png')
+    with pytest.raises(ValueError, match=r'a\.png'): read_image(tmp_path/'a.png')
 
 def test_a_missing_image_and_a_folder_are_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing.png does not exist'): read_image(tmp_path/'nothing.png')
-    with pytest.raises(ValueError, match='is not a regular file'): read_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'nothing\.png'): read_image(tmp_path/'nothing.png')
+    with pytest.raises(ValueError, match=rf'{re.escape(str(tmp_path))}.*regular'): read_image(tmp_path)
 
 # ---- the real images
 
@@ -642,7 +647,8 @@ def test_cifar10_has_its_statistics(real_cifar): assert np.allclose(real_cifar.s
 
 def test_cifar10_has_its_fingerprint(real_cifar):
     assert (fingerprint(real_cifar.train_x, real_cifar.train_y), fingerprint(real_cifar.test_x, real_cifar.test_y)) == cifar10_fingerprint
-    assert real_cifar.origin == 'the original CIFAR-10'
+    assert 'CIFAR-10' in real_cifar.origin
+    assert not any(print_[:8] in real_cifar.origin for print_ in real_cifar.fingerprint)
 
 @pytest.fixture
 def no_decoding(monkeypatch):

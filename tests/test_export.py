@@ -1,5 +1,5 @@
 """A network as one file: it says what PyTorch says, whatever the network and the number of images; other files are refused; nothing is half-written."""
-import hashlib, json, os, resource, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, resource, shutil, signal, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +14,6 @@ onnx = pytest.importorskip('onnx', reason='the extra export is not installed')
 ort = pytest.importorskip('onnxruntime', reason='the extra export is not installed')
 from onnx import TensorProto, helper
 
-from cifar_fastai import export
 from cifar_fastai.cli import cifar_export, cifar_predict
 from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, write_json
 from cifar_fastai.export import ImagesToProbabilities, export_model, load_onnx
@@ -189,7 +188,9 @@ print(export_model(None, 'torch'))
 for call in (export_model, lambda: load_onnx({str(files['onnx'])!r})):
     try: call()
     except ModuleNotFoundError as e: print(e)''', 'onnx', 'onnxruntime', 'onnxscript')
-    assert done.stdout.splitlines() == ['best.pt2', "onnx, onnxscript, onnxruntime are not installed: pip install 'cifar_fastai[export]'", "onnxruntime is not installed: pip install 'cifar_fastai[export]'"], done.stderr
+    written, *missing = done.stdout.splitlines()
+    assert written == 'best.pt2' and all("pip install 'cifar_fastai[export]'" in line for line in missing), done.stderr
+    assert [re.findall(r'\bonnx\w*', line) for line in missing] == [['onnx', 'onnxscript', 'onnxruntime'], ['onnxruntime']]
     assert [p.name for p in Path().iterdir()] == ['best.pt2']
 
 # ---- nothing is written over, and nothing by halves
@@ -200,19 +201,19 @@ def test_what_is_there_stays(how):
     if how == 'file': out.write_text('mine')
     elif how == 'folder': out.mkdir()
     else: out.symlink_to('nowhere')
-    with pytest.raises(FileExistsError, match='mine.pt2 exists: delete it, or give another out'): export_model(None, 'torch', out)
+    with pytest.raises(FileExistsError, match=r'mine\.pt2'): export_model(None, 'torch', out)
     assert [p.name for p in Path().iterdir()] == ['mine.pt2'] and (how != 'file' or out.read_text() == 'mine') and (how != 'link' or out.is_symlink())
 
 @pytest.mark.parametrize('arguments, error, says', [
-    (dict(format='tflite'), ValueError, "format is 'tflite': give 'onnx' or 'torch'"),
-    (dict(weights='best'), ValueError, "weights is 'best': give it with a run folder"),
-    (dict(out='network.pt2'), ValueError, 'out is network.pt2: give a name that ends in .onnx'),
-    (dict(out='network', format='torch'), ValueError, 'out is network: give a name that ends in .pt2'),
-    (dict(out='nowhere/network.onnx'), ValueError, 'out is nowhere/network.onnx: give a file in a folder that exists'),
-    (dict(run='nothing'), FileNotFoundError, 'nothing is not a run folder: give one that cifar_train has written')])
+    (dict(format='tflite'), ValueError, "format.*'tflite'.*'onnx'.*'torch'"),
+    (dict(weights='best'), ValueError, "weights.*'best'"),
+    (dict(out='network.pt2'), ValueError, r'out\b.*\bnetwork\.pt2.*\.onnx\b'),
+    (dict(out='network', format='torch'), ValueError, r'out\b.*\bnetwork\b.*\.pt2\b'),
+    (dict(out='nowhere/network.onnx'), ValueError, r'out\b.*\bnowhere/network\.onnx\b.*folder'),
+    (dict(run='nothing'), FileNotFoundError, 'nothing')])
 def test_what_makes_no_sense_is_refused(arguments, error, says):
-    with pytest.raises(error) as e: export_model(**arguments)
-    assert str(e.value) == says and not list(Path().iterdir())
+    with pytest.raises(error, match=f'^{says}'): export_model(**arguments)
+    assert not list(Path().iterdir())
 
 def test_a_run_that_diverged_is_refused(run):
     folder = run()
@@ -220,14 +221,15 @@ def test_a_run_that_diverged_is_refused(run):
     model.fc.weight.data[0, 0] = torch.nan
     save_weights(model, folder/'model.safetensors')
     before = everything(folder)
-    with pytest.raises(ValueError, match='run has weights that give no probabilities, but nan'): export_model(folder)
+    with pytest.raises(ValueError, match=rf'{folder.name}\b.*\bnan\b'): export_model(folder)
     assert everything(folder) == before
 
 @pytest.mark.parametrize('format', ['onnx', 'torch'])
 def test_a_file_that_says_something_else_is_not_kept(monkeypatch, format):
-    written, others = getattr(export, f'_{format}_bytes'), ImagesToProbabilities(CustomResNet(), cifar10_stats)
-    monkeypatch.setattr(export, f'_{format}_bytes', lambda net, facts: written(others, facts)) # an exporter that makes a mistake
-    with pytest.raises(ValueError, match="the exported network's probabilities are up to 0.* from PyTorch's: it was not kept"): export_model(None, format)
+    exporter, others = dict(onnx=torch.onnx, torch=torch.export)[format], ImagesToProbabilities(CustomResNet(), cifar10_stats)
+    exported = exporter.export
+    monkeypatch.setattr(exporter, 'export', lambda net, *args, **kwargs: exported(others, *args, **kwargs)) # makes a mistake
+    with pytest.raises(ValueError, match=r'probabilities.*\b0\.\d'): export_model(None, format)
     assert not list(Path().iterdir())
 
 @pytest.mark.parametrize('format', ['onnx', 'torch'])
@@ -243,7 +245,7 @@ def test_an_interruption_leaves_no_file(monkeypatch):
     def interrupted(*args):
         assert [p.suffix for p in Path().iterdir()] == ['.part'] # it is written, and not yet named
         raise KeyboardInterrupt
-    monkeypatch.setattr(export, '_agree', interrupted)
+    monkeypatch.setattr(torch.export, 'load', interrupted)
     with pytest.raises(KeyboardInterrupt): export_model(None, 'torch')
     assert not list(Path().iterdir())
 
@@ -252,7 +254,7 @@ def test_an_interruption_leaves_no_file(monkeypatch):
 def refused(content, capfd, says=''):
     Path('hostile.onnx').write_bytes(content)
     with pytest.raises(ValueError) as e: load_onnx('hostile.onnx')
-    assert str(e.value).startswith('hostile.onnx is no ONNX file that cifar_export has written: ') and says in str(e.value) and str(e.value).isprintable()
+    assert re.match(rf'hostile\.onnx .*ONNX.*{says}', str(e.value)) and str(e.value).isprintable()
     assert capfd.readouterr() == ('', '')
 
 @pytest.mark.parametrize('content', [b'', b'no network at all', bytes(1000), b'\xff'*1000, b'\x89PNG\r\n\x1a\n', b'PK\x03\x04'])
@@ -292,17 +294,17 @@ def made_up(output=((.5, .5), (.5, .5)), vocab='["a", "b"]', takes=('images', Te
     return model.SerializeToString()
 
 foreign = {
-    'another input': (dict(takes=('x', TensorProto.FLOAT, [1, 3, 224, 224])), 'it takes x tensor(float) [1, 3, 224, 224], and not images uint8 (N, 32, 32, 3)'),
-    'channels first': (dict(takes=('images', TensorProto.UINT8, ['N', 3, 32, 32])), 'and not images uint8 (N, 32, 32, 3)'),
-    'an input with a strange name': (dict(takes=('\x1b[31m\n', TensorProto.UINT8, ['N', 32, 32, 3])), 'it takes \\x1b[31m'),
-    'another output': (dict(gives=('logits', TensorProto.FLOAT, ['N', 2])), 'it gives logits'),
-    'an output of other classes': (dict(vocab='["a", "b", "c"]'), 'and not probabilities float (N, 3)'),
+    'another input': (dict(takes=('x', TensorProto.FLOAT, [1, 3, 224, 224])), r'\bx\b.*float.*\b1, 3, 224, 224\b.*images.*uint8.*N, 32, 32, 3'),
+    'channels first': (dict(takes=('images', TensorProto.UINT8, ['N', 3, 32, 32])), '3, 32, 32.*images.*uint8.*N, 32, 32, 3'),
+    'an input with a strange name': (dict(takes=('\x1b[31m\n', TensorProto.UINT8, ['N', 32, 32, 3])), r'\\x1b\[31m'),
+    'another output': (dict(gives=('logits', TensorProto.FLOAT, ['N', 2])), 'logits.*probabilities'),
+    'an output of other classes': (dict(vocab='["a", "b", "c"]'), 'probabilities.*float.*N, 3'),
     'one image only': (dict(takes=('images', TensorProto.UINT8, [1, 32, 32, 3])), ''),
-    'no classes': (dict(vocab=None), 'it does not name its classes'), 'classes that are no list': (dict(vocab='{"a": 1}'), 'it does not name its classes'),
-    'classes that are no names': (dict(vocab='[1, 2]'), 'it does not name its classes'), 'classes that are no JSON': (dict(vocab='['), ''), 'deep JSON': (dict(vocab='['*100_000), ''),
-    'a class that writes to the terminal': (dict(vocab='["a", "\\u001b[31m"]'), 'it does not name its classes'),
-    'no probabilities': (dict(output=[[.5, .6], [.5, .5]]), 'what it gives are no probabilities'), 'nan': (dict(output=[[np.nan]*2]*2), 'what it gives are no probabilities'),
-    'less than nothing': (dict(output=[[1.5, -.5], [.5, .5]]), 'what it gives are no probabilities'),
+    'no classes': (dict(vocab=None), 'classes'), 'classes that are no list': (dict(vocab='{"a": 1}'), 'classes'),
+    'classes that are no names': (dict(vocab='[1, 2]'), 'classes'), 'classes that are no JSON': (dict(vocab='['), ''), 'deep JSON': (dict(vocab='['*100_000), ''),
+    'a class that writes to the terminal': (dict(vocab='["a", "\\u001b[31m"]'), 'classes'),
+    'no probabilities': (dict(output=[[.5, .6], [.5, .5]]), 'probabilities'), 'nan': (dict(output=[[np.nan]*2]*2), 'probabilities'),
+    'less than nothing': (dict(output=[[1.5, -.5], [.5, .5]]), 'probabilities'),
     'an unknown operation': (dict(nodes=[helper.make_node('\x1b[31mEvil', ['images'], ['probabilities'])]), 'Evil')}
 
 @pytest.mark.parametrize('name', foreign)
@@ -314,16 +316,16 @@ def test_the_files_that_are_made_up_differ_in_that_alone():
     Path('sound.onnx').write_bytes(made_up())
     classify = load_onnx('sound.onnx')
     assert classify.vocab == ['a', 'b'] and (classify(np.zeros((2, 32, 32, 3), np.uint8)) == .5).all()
-    with pytest.raises(ValueError, match='sound.onnx does not run: what it gives are no probabilities'): classify(np.zeros((3, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=r'sound\.onnx.*probabilities'): classify(np.zeros((3, 32, 32, 3), np.uint8))
 
 def test_a_file_that_is_missing_or_none_or_too_large_is_refused():
-    with pytest.raises(FileNotFoundError, match='nothing.onnx does not exist'): load_onnx('nothing.onnx')
+    with pytest.raises(FileNotFoundError, match=r'nothing\.onnx'): load_onnx('nothing.onnx')
     Path('folder.onnx').mkdir()
-    with pytest.raises(ValueError, match='folder.onnx is not a regular file'): load_onnx('folder.onnx')
+    with pytest.raises(ValueError, match=r'folder\.onnx.*regular'): load_onnx('folder.onnx')
     with open('large.onnx', 'wb') as f: f.truncate(2**28 + 1)
-    with pytest.raises(ValueError, match='large.onnx has .* at most 268,435,456'): load_onnx('large.onnx')
+    with pytest.raises(ValueError, match=r'large\.onnx.*268,435,457.*268,435,456'): load_onnx('large.onnx')
     os.mkfifo('pipe.onnx')
-    with pytest.raises(ValueError, match='pipe.onnx is not a regular file'): load_onnx('pipe.onnx')
+    with pytest.raises(ValueError, match=r'pipe\.onnx.*regular'): load_onnx('pipe.onnx')
 
 def constant(name, value, dtype=np.int64): return helper.make_node('Constant', [], [name], value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
 
@@ -363,13 +365,13 @@ costly = {
 def test_a_file_that_takes_too_long_or_too_much_is_refused(name, capfd):
     Path('costly.onnx').write_bytes(costly[name]())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match='costly.onnx is no ONNX file that cifar_export has written'): load_onnx('costly.onnx', timeout=5)
+    with pytest.raises(ValueError, match=r'costly\.onnx.*ONNX'): load_onnx('costly.onnx', timeout=5)
     assert capfd.readouterr() == ('', '') and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000 # kB
 
 def test_a_file_that_refers_to_others_is_refused():
     Path('other.onnx').write_bytes(of_other_files())
     np.full(4, .5, np.float32).tofile('weights.bin')
-    with pytest.raises(ValueError, match='other.onnx keeps its weights in other files'): load_onnx('other.onnx')
+    with pytest.raises(ValueError, match=r'other\.onnx.*weights.*files'): load_onnx('other.onnx')
 
 def test_the_process_of_a_classifier_ends_with_it(files):
     classify = load_onnx(files['onnx'])
@@ -439,7 +441,7 @@ def test_a_classifier_is_loaded_where_the_folder_is_gone(files, monkeypatch):
 
 @pytest.mark.parametrize('images', [np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8), []])
 def test_what_are_no_images_are_refused(files, images):
-    with pytest.raises(ValueError, match=r'images are .*: give uint8 \(N, 32, 32, 3\)'): load_onnx(files['onnx'])(images)
+    with pytest.raises(ValueError, match=r'images.*uint8 \(N, 32, 32, 3\)'): load_onnx(files['onnx'])(images)
 
 # ---- the commands
 
@@ -460,12 +462,12 @@ def test_the_commands_refuse_in_one_sentence(small):
     Image.fromarray(small.test_x[3]).save('image.png')
     Path('text.onnx').write_text('no network')
     Path('there.onnx').write_text('mine')
-    for command, args, says in [(cifar_predict, ['--model', 'text.onnx', 'image.png'], 'text.onnx is no ONNX file that cifar_export has written: '),
-                                (cifar_predict, ['--model', 'nothing.onnx', 'image.png'], 'nothing.onnx does not exist'),
-                                (cifar_export, ['--out', 'there.onnx'], 'there.onnx exists: delete it, or give another out'),
-                                (cifar_export, ['nothing'], 'nothing is not a run folder: give one that cifar_train has written')]:
+    for command, args, says in [(cifar_predict, ['--model', 'text.onnx', 'image.png'], r'text\.onnx\b.*ONNX'),
+                                (cifar_predict, ['--model', 'nothing.onnx', 'image.png'], r'nothing\.onnx'),
+                                (cifar_export, ['--out', 'there.onnx'], r'there\.onnx\b.*exist'),
+                                (cifar_export, ['nothing'], 'nothing')]:
         with pytest.raises(SystemExit) as e: command(args)
-        assert str(e.value.code).startswith(f'{command.__name__}: {says}') and '\n' not in e.value.code
+        assert re.fullmatch(f'{command.__name__}: {says}.*', e.value.code) # and not a line break
 
 def test_threads_that_ask_at_once_get_their_own_answers(files):
     network, images = load_onnx(files['onnx']), np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)

@@ -1,5 +1,6 @@
 """Pictures and archives from strangers: predicted rightly, or refused with one sentence; never a crash, never a hang."""
-import io, os, pickle, struct, tarfile, time, zlib
+import io, os, pickle, re, signal, struct, tarfile, time, zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 
-import cifar_fastai.data as data_module
 from cifar_fastai.cli import cifar_predict, cifar_train
 from cifar_fastai.core import peak_memory
-from cifar_fastai.data import NetworkImage, _decode_batch, load_cifar10, max_pixels, read_image, read_images
+from cifar_fastai.data import NetworkImage, load_cifar10, max_pixels, read_image, read_images
+
+@contextmanager
+def hang_guard(seconds=300):
+    "Fail a test that hangs; the limit is not a measure of speed"
+    def hung(*args): pytest.fail(f'still running after {seconds} s') # not an `Exception`, so the package does not catch it
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(seconds)
+    try: yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 quick, long = 300, pytest.param(20_000, marks=pytest.mark.slow)
 
@@ -90,18 +101,19 @@ def animated(photo, file): photo.save(file, save_all=True, append_images=[ImageO
 @pytest.mark.parametrize('name', ['a.gif', 'a.png', 'a.webp', 'a.tif'])
 def test_an_animation_is_refused(photo, tmp_path, name):
     animated(photo, tmp_path/name)
-    with pytest.raises(ValueError, match='animated'): read_image(tmp_path/name)
+    with pytest.raises(ValueError, match=rf'{re.escape(name)}.*animated'): read_image(tmp_path/name)
 
-@pytest.mark.parametrize('content, reason', [(b'', 'no image'), (b'text', 'no image'), (png(10**5, 10**5), 'pixels'), (png(2**31 - 1, 2**31 - 1), 'no image'), (png(8000, 8000), 'more than'), (png(0, 5), 'no image'),
-                                             (png(32, 32), 'no image'), (png(32, 32, b'\0'*10), 'no image')])
-def test_a_file_that_is_none_or_too_much_is_refused(tmp_path, content, reason):
+@pytest.mark.parametrize('content, figures', [
+    (b'', ''), (b'text', ''), (png(10**5, 10**5), '10000000000 pixels'), (png(2**31 - 1, 2**31 - 1), f'{(2**31 - 1)**2} pixels'),
+    (png(8000, 8000), '8000×8000.*25,000,000'), (png(0, 5), ''), (png(32, 32), ''), (png(32, 32, b'\0'*10), '')])
+def test_a_file_that_is_none_or_too_much_is_refused(tmp_path, content, figures):
     (tmp_path/'a.png').write_bytes(content)
-    with pytest.raises(ValueError, match=reason): read_image(tmp_path/'a.png')
+    with pytest.raises(ValueError, match=rf'a\.png.*{figures}'): read_image(tmp_path/'a.png')
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, grown):
     side = int(max_pixels**.5) + 1
     (tmp_path/'a.png').write_bytes(png(side, side, bytes(10)))
-    with pytest.raises(ValueError, match='more than 25,000,000'): read_image(tmp_path/'a.png')
+    with pytest.raises(ValueError, match=rf'a\.png.*{side}×{side}.*25,000,000'): read_image(tmp_path/'a.png')
     assert grown() < 50_000_000 # decoded it would be 75 MB and more
 
 def test_a_bomb_in_a_text_chunk_is_refused(photo, tmp_path, grown):
@@ -109,15 +121,14 @@ def test_a_bomb_in_a_text_chunk_is_refused(photo, tmp_path, grown):
     content = (tmp_path/'a.png').read_bytes()
     bomb = chunk(b'zTXt', b'Comment\0\0' + zlib.compress(bytes(300_000_000), 9))
     (tmp_path/'a.png').write_bytes(content[:33] + bomb + content[33:])
-    start = time.perf_counter()
     try: assert read_image(tmp_path/'a.png').shape == (32, 32, 3) # Pillow may leave the text alone
-    except ValueError as e: assert 'no image that can be read' in str(e)
-    assert time.perf_counter() - start < 2 and grown() < 500_000_000
+    except ValueError as e: assert 'a.png' in str(e)
+    assert grown() < 500_000_000
 
 def test_a_file_of_too_many_bytes_is_refused_unread(photo, tmp_path, grown):
     photo.save(tmp_path/'a.webp')
     with open(tmp_path/'a.webp', 'r+b') as f: f.truncate(600_000_000) # a hole: it takes no room on the disk
-    with pytest.raises(ValueError, match='at most 50,000,000'): read_image(tmp_path/'a.webp')
+    with pytest.raises(ValueError, match=r'a\.webp.*600,000,000.*50,000,000'): read_image(tmp_path/'a.webp')
     assert grown() < 200_000_000
 
 def test_a_jpeg_that_is_gone_over_again_and_again_is_refused(photo, tmp_path):
@@ -126,7 +137,7 @@ def test_a_jpeg_that_is_gone_over_again_and_again_is_refused(photo, tmp_path):
     content = (tmp_path/'a.jpg').read_bytes()
     last = content.rindex(b'\xff\xda')
     (tmp_path/'a.jpg').write_bytes(content[:last] + content[last:-2]*100 + content[-2:])
-    with pytest.raises(ValueError, match='3000×3000 pixels in [0-9]+ scans'): read_image(tmp_path/'a.jpg')
+    with pytest.raises(ValueError, match=r'a\.jpg.*3000×3000.*\b[0-9]+ scans'): read_image(tmp_path/'a.jpg')
 
 @pytest.mark.parametrize('progressive', [False, True])
 def test_a_large_jpeg_that_can_be_decoded_smaller_is_read(photo, tmp_path, progressive):
@@ -144,7 +155,7 @@ def test_scans_of_a_jpeg_that_is_not_progressive_are_counted_too(photo, tmp_path
     for n in 3, 3000:
         (tmp_path/f'{n}.jpg').write_bytes(bytes(head) + b''.join(scans[:n]) + b'\xff\xd9')
     assert read_image(tmp_path/'3.jpg').shape == (32, 32, 3)
-    with pytest.raises(ValueError, match='4900×4900 pixels in 3000 scans'): read_image(tmp_path/'3000.jpg')
+    with pytest.raises(ValueError, match=r'3000\.jpg.*4900×4900.*\b3000 scans'): read_image(tmp_path/'3000.jpg')
 
 def test_a_video_behind_a_progressive_photo_is_not_taken_for_scans(photo, tmp_path):
     "As phones write it: by chance a megabyte of video has 16 of the markers that begin a scan"
@@ -160,7 +171,7 @@ def test_tiles_of_a_tiff_that_are_much_larger_than_the_picture_are_refused(tmp_p
     (tmp_path/'a.tif').write_bytes(tiff(entries, 142 - 10 - 12*len(entries)) + content)
     if ok: assert (read_image(tmp_path/'a.tif') == 0).all()
     else:
-        with pytest.raises(ValueError, match='67,108,864'): read_image(tmp_path/'a.tif')
+        with pytest.raises(ValueError, match=r'a\.tif.*67,108,864.*50,000,000'): read_image(tmp_path/'a.tif')
 
 def with_transparent_colour(content, value): # tRNS of a grey PNG, in front of its pixels
     at = content.index(b'IDAT') - 4
@@ -171,36 +182,38 @@ def test_a_transparent_colour_at_other_depths_is_refused(tmp_path):
     out = io.BytesIO()
     ramp.save(out, 'PNG')
     (tmp_path/'a.png').write_bytes(with_transparent_colour(out.getvalue(), 5))
-    with pytest.raises(ValueError, match='transparent colour at 16 bits'): read_image(tmp_path/'a.png')
+    with pytest.raises(ValueError, match=r'a\.png.*transparent.*\b16 bits'): read_image(tmp_path/'a.png')
 
 def test_grey_values_whose_scale_cannot_be_told_are_refused(tmp_path):
     Image.fromarray(np.full((32, 32), 200, dtype=np.int32)).save(tmp_path/'int32.tif')
     Image.fromarray(np.full((32, 32), 200, dtype=np.uint16)).save(tmp_path/'white_is_0.tif', tiffinfo={262: 0})
     for name in 'int32.tif', 'white_is_0.tif':
-        with pytest.raises(ValueError, match='of 32 bits, or white is 0'): read_image(tmp_path/name)
+        with pytest.raises(ValueError, match=rf'{re.escape(name)}.*\b32 bits.*white'): read_image(tmp_path/name)
 
-@pytest.mark.parametrize('make, words', [(lambda p: p.mkdir(), 'is not a regular file'), (lambda p: os.mkfifo(p), 'is not a regular file'), (lambda p: p.symlink_to('/dev/zero'), 'is not a regular file'),
-                                         (lambda p: p.symlink_to(p), 'does not exist')], ids=['folder', 'pipe', 'device', 'loop'])
-def test_what_is_no_file_is_refused(tmp_path, make, words):
+@pytest.mark.parametrize('make, error', [(lambda p: p.mkdir(), ValueError), (lambda p: os.mkfifo(p), ValueError), (lambda p: p.symlink_to('/dev/zero'), ValueError),
+                                        (lambda p: p.symlink_to(p), FileNotFoundError)], ids=['folder', 'pipe', 'device', 'loop'])
+def test_what_is_no_file_is_refused(tmp_path, make, error):
     make(tmp_path/'a.png')
-    with pytest.raises((ValueError, FileNotFoundError), match=words): read_image(tmp_path/'a.png')
+    with pytest.raises(error, match=r'a\.png.*regular' if error is ValueError else r'a\.png'):
+        read_image(tmp_path/'a.png')
 
 @pytest.mark.parametrize('name', ['a\nb.png', 'a\rb.png', 'a\x1b[31mb.png', 'a\0b.png'])
 def test_a_name_that_cannot_be_printed_is_refused(photo, tmp_path, name):
     if '\0' not in name: photo.save(tmp_path/name)
-    with pytest.raises(ValueError, match='has a name with') as e: read_image(tmp_path/name)
+    with pytest.raises(ValueError, match=r'a\\\S*b\.png.*name') as e:
+        read_image(tmp_path/name) # the character is escaped
     assert str(e.value).isprintable()
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.ones((32, 32), dtype=np.float32)).save(tmp_path/'a.tif')
-    with pytest.raises(ValueError, match='floating-point'): read_image(tmp_path/'a.tif')
+    with pytest.raises(ValueError, match=r'a\.tif.*floating-point'): read_image(tmp_path/'a.tif')
 
 def test_one_bad_file_among_many_is_reported_and_the_rest_are_predicted(command, finished, photo, tmp_path):
     for i in range(3): photo.save(tmp_path/f'{i}.png')
     (tmp_path/'bad.png').write_bytes(b'no picture')
     done = command('predict', '--model', finished[0], tmp_path/'0.png', tmp_path/'bad.png', tmp_path/'missing.png', tmp_path/'1.png', tmp_path/'2.png')
     assert done.returncode == 1 and [line.split(':')[0][-5:] for line in done.stdout.splitlines()] == ['0.png', '1.png', '2.png']
-    assert len(done.stderr.splitlines()) == 2 and 'bad.png' in done.stderr and 'missing.png does not exist' in done.stderr
+    assert len(done.stderr.splitlines()) == 2 and 'bad.png' in done.stderr and 'missing.png' in done.stderr
 
 # ---- made to cost time or memory
 
@@ -248,7 +261,7 @@ def saved(img, kind):
 def test_a_picture_of_very_many_parts_is_refused(name, photo, tmp_path, grown):
     content = costly[name](saved(photo, 'JPEG'), saved(photo.convert('P'), 'GIF'))
     (tmp_path/'a.png').write_bytes(content)
-    with pytest.raises(ValueError, match='a.png is no image that can be read: its '): read_image(tmp_path/'a.png')
+    with pytest.raises(ValueError, match=r'a\.png.*(parts|EXIF)'): read_image(tmp_path/'a.png')
     assert grown() < 400_000_000
 
 def test_a_long_comment_in_a_gif_costs_nothing(photo, tmp_path):
@@ -268,7 +281,7 @@ def test_a_large_noisy_picture_is_read(kind, tmp_path):
 
 def test_an_image_of_a_data_set_of_very_many_parts_is_refused(folder):
     (folder/'train'/'cat'/'0000.png').write_bytes(behind_pixels(many(chunk(b'tEXt', b''))))
-    with pytest.raises(ValueError, match='cat/0000.png is'): read_images(folder)
+    with pytest.raises(ValueError, match=r'cat/0000\.png'): read_images(folder)
 
 def packed(content, level=1):
     pack = zlib.compressobj(level, wbits=31)
@@ -289,7 +302,7 @@ costly_archives = {
 def test_an_archive_of_very_many_parts_is_refused(name, tmp_path, grown):
     (tmp_path/'a.tgz').write_bytes(costly_archives[name]())
     before = grown()
-    with pytest.raises(ValueError, match='a.tgz cannot be read as a tar archive'): read_images(tmp_path/'a.tgz')
+    with pytest.raises(ValueError, match=r'a\.tgz.*\btar\b'): read_images(tmp_path/'a.tgz')
     assert grown() - before < 100_000_000
 
 def test_gzip_files_behind_one_another_are_one(small_archive, tmp_path):
@@ -312,23 +325,18 @@ kinds = dict(pipe=os.mkfifo, device=lambda p: p.symlink_to('/dev/zero'))
 @pytest.mark.parametrize('kind', kinds)
 def test_what_is_no_regular_file_is_no_data_set_and_no_part_of_one(kind, folder, tmp_path):
     kinds[kind](tmp_path/'a.tgz')
-    with pytest.raises(ValueError, match='a.tgz is not a regular file'): load_cifar10(tmp_path/'a.tgz')
+    with pytest.raises(ValueError, match=r'a\.tgz.*regular'): load_cifar10(tmp_path/'a.tgz')
     kinds[kind](folder/'train'/'cat'/'x.png')
-    with pytest.raises(ValueError, match='x.png is not a regular file'): load_cifar10(folder)
+    with pytest.raises(ValueError, match=r'x\.png.*regular'): load_cifar10(folder)
 
 def test_a_file_that_the_kernel_makes_is_no_archive():
     if not Path('/proc/self/status').exists(): pytest.skip('no /proc')
-    with pytest.raises(ValueError, match='is empty'): read_images('/proc/self/status')
+    with pytest.raises(ValueError, match='/proc/self/status.*empty'): read_images('/proc/self/status')
 
 def test_links_that_go_round_are_not_followed(folder):
     (folder/'train'/'again').symlink_to(folder)
     (folder/'train'/'itself').symlink_to(folder/'train'/'itself')
     assert len(read_images(folder).train_y) == 80
-
-def test_folders_are_counted_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, '_most_files', 100)
-    for i in range(101): (tmp_path/f'{i}').mkdir()
-    with pytest.raises(ValueError, match='more than 100 files'): read_images(tmp_path)
 
 @pytest.mark.parametrize('name', ['~nobody-of-this-name/a', 'a\0b', 'a'*5000, '\ud800', 'file/below', 'loop', 'a\x1b[31m'])
 def test_a_strange_name_is_refused_in_a_sentence(name, tmp_path):
@@ -365,7 +373,7 @@ def test_many_pictures_are_predicted_in_order_as_one_at_a_time(small, tmp_path, 
     said = capsys.readouterr()
     good = [name for i, name in enumerate(names) if i % 100 != 50]
     assert e.value.code == 1 and [line.split(':')[0] for line in said.out.splitlines()] == good
-    assert [line.split()[1] for line in said.err.splitlines()] == ['50.png', '150.png', '250.png']
+    assert [re.findall(r'\d+\.png', line) for line in said.err.splitlines()] == [['50.png'], ['150.png'], ['250.png']]
     for name in good[:3] + good[-3:]: cifar_predict([name])
     assert capsys.readouterr().out.splitlines() == said.out.splitlines()[:3] + said.out.splitlines()[-3:]
 
@@ -419,23 +427,23 @@ def pictures(photo):
 def test_a_mutated_picture_is_read_or_refused(pictures, tmp_path_factory, figures, grown, examples):
     file, counts, slowest = tmp_path_factory.mktemp('fuzz')/'a.png', [0, 0], [0.]
 
-    @settings(max_examples=examples, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(range(len(pictures))), edits, st.booleans())
     def check(i, edits, mended):
         content = mutated(pictures[i], edits)
         file.write_bytes(with_crcs(content) if mended and content.startswith(b'\x89PNG') else content)
         start = time.perf_counter()
         try:
-            out = read_image(file)
+            with hang_guard(): out = read_image(file)
             assert out.shape == (32, 32, 3) and out.dtype == np.uint8
             counts[0] += 1
         except ValueError as e:
-            assert str(e).startswith(str(file)) and '\n' not in str(e)
+            assert str(file) in str(e) and '\n' not in str(e)
             counts[1] += 1
         slowest[0] = max(slowest[0], time.perf_counter() - start)
     check()
     assert min(counts) > examples//50, counts # both happen
-    assert slowest[0] < 2 and grown() < 500_000_000 # seconds, bytes
+    assert grown() < 500_000_000 # bytes
     figures('pictures', tried=sum(counts), read=counts[0], refused=counts[1], slowest=slowest[0], grown=grown())
 
 @pytest.mark.parametrize('examples', [100, pytest.param(5_000, marks=pytest.mark.slow)])
@@ -446,13 +454,13 @@ def test_a_mutated_archive_is_read_or_refused(small, write_pngs, write_batches, 
     whole = pack((write_pngs if layout == 'pngs' else write_batches)(few, folder/'cifar10'), folder/'whole.tar').read_bytes()
     file, counts, slowest = folder/'a.tar', [0, 0], [0.]
 
-    @settings(max_examples=examples, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(edits, st.booleans())
     def check(edits, mended):
         file.write_bytes((with_checksums if mended else bytes)(mutated(whole, edits)))
         start = time.perf_counter()
         try:
-            data = read_images(file)
+            with hang_guard(): data = read_images(file)
             assert data.train_x.shape[1:] == (32, 32, 3) and data.train_x.dtype == np.uint8 and set(data.train_y) <= set(range(10))
             counts[0] += 1
         except ValueError as e:
@@ -461,51 +469,48 @@ def test_a_mutated_archive_is_read_or_refused(small, write_pngs, write_batches, 
         slowest[0] = max(slowest[0], time.perf_counter() - start)
     check()
     assert counts[1] > examples//50, counts
-    assert slowest[0] < 2 and grown() < 500_000_000 # seconds, bytes
+    assert grown() < 500_000_000 # bytes
     figures(f'archives of {layout}', tried=sum(counts), read=counts[0], refused=counts[1], slowest=slowest[0], grown=grown())
 
 # ---- bounds
 
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, '_most_bytes', 10**6)
-    with tarfile.open(tmp_path/'a.tgz', 'w:gz') as tar:
-        info = tarfile.TarInfo('cifar10/noughts')
-        info.size = 10**7
-        tar.addfile(info, io.BytesIO(bytes(10**7)))
-    with pytest.raises(ValueError, match='unpacked it has more than 1,000,000 bytes'): read_images(tmp_path/'a.tgz')
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path):
+    (tmp_path/'a.tgz').write_bytes(packed(header(tarfile.REGTYPE, bytes(60_000_000)))*7)
+    with pytest.raises(ValueError, match=r'a\.tgz.*419,430,400'): read_images(tmp_path/'a.tgz') # 400 MiB
 
-def test_an_archive_of_too_many_files_is_refused(small_archive, monkeypatch):
-    monkeypatch.setattr(data_module, '_most_files', 100)
-    with pytest.raises(ValueError, match='more than 100 files'): read_images(small_archive)
+def test_an_archive_of_too_many_files_is_refused(tmp_path):
+    (tmp_path/'a.tgz').write_bytes(packed(header(tarfile.REGTYPE)*70_001))
+    with pytest.raises(ValueError, match=r'a\.tgz.*70,000 files'): read_images(tmp_path/'a.tgz')
 
-def test_a_folder_of_too_many_files_is_refused(small_folder, monkeypatch):
-    monkeypatch.setattr(data_module, '_most_files', 100)
-    with pytest.raises(ValueError, match='more than 100 files'): read_images(small_folder)
+@pytest.mark.parametrize('make', [os.mkdir, os.mknod], ids=['folders', 'files'])
+def test_a_folder_of_too_many_files_or_folders_is_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr('cifar_fastai.data.max_files', 100)
+    for i in range(101): make(tmp_path/f'{i}')
+    with pytest.raises(ValueError, match=rf'{re.escape(str(tmp_path))}\b.*\b100 files'): read_images(tmp_path)
 
-def test_a_file_that_is_too_large_is_refused_unread(folder, monkeypatch):
-    monkeypatch.setattr(data_module, '_largest_file', 1000)
-    with pytest.raises(ValueError, match='at most 1,000'): read_images(folder)
+def test_a_file_that_is_too_large_is_refused_unread(folder, grown):
+    with open(folder/'train'/'cat'/'0000.png', 'wb') as f: f.truncate(2**26 + 1) # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match=r'cat/0000\.png.*67,108,865.*67,108,864'): read_images(folder)
+    assert grown() < 50_000_000
 
 def test_a_file_with_holes_in_an_archive_is_refused(tmp_path):
     info = tarfile.TarInfo('cifar10/train/cat/0000.png')
     info.pax_headers = {'GNU.sparse.major': '0', 'GNU.sparse.minor': '1', 'GNU.sparse.map': '0,4,60000000,4', 'GNU.sparse.size': '60000004'}
     info.size = 8
     with tarfile.open(tmp_path/'a.tar', 'w', format=tarfile.PAX_FORMAT) as tar: tar.addfile(info, io.BytesIO(b'12345678'))
-    with pytest.raises(ValueError, match='cannot be read as a tar archive'): read_images(tmp_path/'a.tar')
+    with pytest.raises(ValueError, match=r'a\.tar.*\btar\b.*holes'): read_images(tmp_path/'a.tar')
 
-def test_long_headers_in_an_archive_are_refused_at_once(tmp_path):
+def test_long_headers_in_an_archive_are_refused(tmp_path):
     info = tarfile.TarInfo('cifar10/a')
     info.pax_headers = {'comment': '1'*1_000_000}
     with tarfile.open(tmp_path/'a.tar', 'w', format=tarfile.PAX_FORMAT) as tar: tar.addfile(info)
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match='has 1,000,017 bytes'): read_images(tmp_path/'a.tar')
-    assert time.perf_counter() - start < 2
+    with pytest.raises(ValueError, match=r'a\.tar.*1,000,017.*65,536'): read_images(tmp_path/'a.tar')
 
 def test_headers_behind_headers_are_refused(tmp_path):
     info = tarfile.TarInfo('././@LongLink')
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 4
     (tmp_path/'a.tar').write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b'name'.ljust(512, b'\0'))*3000 + bytes(1024))
-    with pytest.raises(ValueError, match='cannot be read as a tar archive') as e: read_images(tmp_path/'a.tar')
+    with pytest.raises(ValueError, match=r'a\.tar.*\btar\b.*headers') as e: read_images(tmp_path/'a.tar')
     assert '\n' not in str(e.value)
 
 def test_a_damaged_chunk_behind_the_pixels_is_refused(small_folder, tmp_path):
@@ -514,35 +519,46 @@ def test_a_damaged_chunk_behind_the_pixels_is_refused(small_folder, tmp_path):
     file = next((folder/'train').rglob('*.png'))
     content = file.read_bytes()
     file.write_bytes(content[:-12] + chunk(b'iCCP', b'a') + content[-12:])
-    with pytest.raises(ValueError, match='is damaged|is no image'): read_images(folder)
+    with pytest.raises(ValueError, match=rf'{file.parent.name}/{re.escape(file.name)}'): read_images(folder)
 
 # ---- pickles that are programs
 
 def batch_of(**changes): return pickle.dumps({b'data': np.zeros((2, 3072), dtype=np.uint8), b'labels': [1, 2], **{name.encode(): value for name, value in changes.items()}}, protocol=2)
 
-def test_a_batch_that_is_none_of_these_is_read():
-    x, y = _decode_batch(batch_of(), 'data_batch_1')
-    assert x.shape == (2, 32, 32, 3) and y.tolist() == [1, 2]
+@pytest.fixture
+def read_batch(small, write_batches, tmp_path):
+    "Read the small images with `content` as their first batch"
+    folder = write_batches(small, tmp_path/'cifar')
+    def read(content):
+        (folder/'data_batch_1').write_bytes(content)
+        return read_images(folder)
+    return read
 
-def test_an_array_in_the_order_of_fortran_is_read_right():
-    x = np.arange(2*3072, dtype=np.uint8).reshape(2, 3072)
-    a, b = (_decode_batch(pickle.dumps({b'data': data, b'labels': [1, 2]}, protocol=2), 'data_batch_1')[0] for data in (x, np.asfortranarray(x)))
-    assert np.array_equal(a, b) and np.array_equal(a[1, 0, :, 0], x[1, :32])
+def test_a_batch_that_is_none_of_these_is_read(read_batch):
+    data = read_batch(batch_of())
+    assert data.train_y[(data.train_x == 0).all(axis=(1, 2, 3))].tolist() in ([1, 2], [2, 1])
 
-@pytest.mark.parametrize('content, words', [
-    (pickle.dumps(frozenset([frozenset()])), 'instruction'), (b'\x80\x02}(' + b''.join(pickle.dumps(k*(2**61 - 1), protocol=2)[2:-1] + b'K\0' for k in range(5, 50_000)) + b'u.', 'instruction LONG'),
-    (b'\x80\x04' + b'\x8f'*3_000_000 + b'.', 'instruction EMPTY_SET'), (b'\x80\x02' + b']'*3_000_000 + b'.', 'more than 200,000 instructions'),
-    (b'\x80\x02}(' + b'K\x01K\x02u.', 'a key is no text'), (pickle.dumps({(1, 2): 3, (2, 3): 4}), 'a key is no text'),
-    (b'\x80\x02c_codecs\nencode\nq\x00X' + struct.pack('<I', 100_000) + b'a'*100_000 + b'q\x01X\x06\0\0\0latin1q\x020' + b'h\x00h\x01h\x02\x86R'*50 + b'.', 'instruction POP'),
-    (b'\x80\x02]c_codecs\nencode\nq\x00X' + struct.pack('<I', 100_000) + b'a'*100_000 + b'q\x01X\x06\0\0\0latin1q\x02' + b'h\x00h\x01h\x02\x86R'*50 + b'.', 'more of a text than is in it'),
-    (batch_of(labels=[1, True]), 'labels'), (batch_of(labels=[1, 10]), 'labels'), (batch_of(data=np.zeros((2, 3072), dtype=np.int8)), 'no bytes of that many'),
-    (batch_of(data=[1]), 'no batch'), (batch_of(data=np.zeros((3, 3072), dtype=np.uint8)), 'no bytes of that many'), (pickle.dumps(3), 'no batch'), (b'', 'no batch')],
+def test_an_array_in_the_order_of_fortran_is_read_right(read_batch):
+    x = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+    data = read_batch(batch_of(data=np.asfortranarray(x)))
+    assert data.fingerprint == read_batch(batch_of(data=x)).fingerprint
+    for row, label in zip(x, (1, 2)):
+        is_row = (data.train_x.transpose(0, 3, 1, 2).reshape(-1, 3072) == row).all(axis=1)
+        assert data.train_y[is_row].tolist() == [label]
+
+@pytest.mark.parametrize('content, word', [
+    (pickle.dumps(frozenset([frozenset()])), 'FROZENSET'), (b'\x80\x02}(' + b''.join(pickle.dumps(k*(2**61 - 1), protocol=2)[2:-1] + b'K\0' for k in range(5, 50_000)) + b'u.', 'LONG1'),
+    (b'\x80\x04' + b'\x8f'*3_000_000 + b'.', 'EMPTY_SET'), (b'\x80\x02' + b']'*3_000_000 + b'.', '200,000'),
+    (b'\x80\x02}(' + b'K\x01K\x02u.', 'key'), (pickle.dumps({(1, 2): 3, (2, 3): 4}), 'key'),
+    (b'\x80\x02c_codecs\nencode\nq\x00X' + struct.pack('<I', 100_000) + b'a'*100_000 + b'q\x01X\x06\0\0\0latin1q\x020' + b'h\x00h\x01h\x02\x86R'*50 + b'.', 'POP'),
+    (b'\x80\x02]c_codecs\nencode\nq\x00X' + struct.pack('<I', 100_000) + b'a'*100_000 + b'q\x01X\x06\0\0\0latin1q\x02' + b'h\x00h\x01h\x02\x86R'*50 + b'.', 'text'),
+    (batch_of(labels=[1, True]), 'labels'), (batch_of(labels=[1, 10]), 'labels'), (batch_of(data=np.zeros((2, 3072), dtype=np.int8)), 'data'),
+    (batch_of(data=[1]), ''), (batch_of(data=np.zeros((3, 3072), dtype=np.uint8)), 'data'), (pickle.dumps(3), ''), (b'', '')],
     ids=['sets in sets', 'numbers of one hash', 'many sets', 'many lists', 'number as a key', 'tuple as a key', 'pop', 'encode again', 'bool label', 'label 10', 'signed', 'list', 'three', 'number', 'nothing'])
-def test_a_pickle_that_is_another_program_is_refused_at_once(content, words, grown):
+def test_a_pickle_that_is_another_program_is_refused(content, word, grown, read_batch):
     content = content.replace(b'numpy._core', b'numpy.core')
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=words) as e: _decode_batch(content, 'data_batch_1')
-    assert '\n' not in str(e.value) and time.perf_counter() - start < 2 and grown() < 100_000_000
+    with hang_guard(), pytest.raises(ValueError, match=rf'data_batch_1\b.*\b{word}') as e: read_batch(content)
+    assert '\n' not in str(e.value) and grown() < 100_000_000
 
 def test_links_in_an_archive_are_not_followed(tmp_path, small_folder):
     with tarfile.open(tmp_path/'a.tar', 'w') as tar:
@@ -550,13 +566,13 @@ def test_links_in_an_archive_are_not_followed(tmp_path, small_folder):
             info = tarfile.TarInfo('cifar10/train/cat/0000.png')
             info.type, info.linkname = kind, '/etc/passwd'
             tar.addfile(info)
-    with pytest.raises(ValueError, match='cat/0000.png is a link'): read_images(tmp_path/'a.tar')
+    with pytest.raises(ValueError, match=r'cat/0000\.png.*link'): read_images(tmp_path/'a.tar')
 
 def test_a_file_that_is_twice_in_an_archive_is_refused(tmp_path, small_folder):
     "As `tar --append` and `tar --update` leave it"
     with tarfile.open(tmp_path/'a.tar', 'w') as tar:
         for _ in range(2): tar.add(small_folder, 'cifar10')
-    with pytest.raises(ValueError, match='.png is in it twice'): read_images(tmp_path/'a.tar')
+    with pytest.raises(ValueError, match=r'\.png.*twice'): read_images(tmp_path/'a.tar')
 
 def test_headers_that_macos_writes_are_read(tmp_path, small_folder):
     with tarfile.open(tmp_path/'a.tar', 'w', format=tarfile.PAX_FORMAT) as tar:
@@ -579,8 +595,8 @@ def test_more_images_than_cifar10_has_are_refused(folder):
     n = 10_001
     batch = {b'data': np.zeros((n, 3072), dtype=np.uint8), b'labels': [i % 10 for i in range(n)]}
     (folder/'test_batch').write_bytes(pickle.dumps(batch, protocol=2))
-    with pytest.raises(ValueError, match='10,0[0-9]+ test images'): read_images(folder)
+    with pytest.raises(ValueError, match='10,0[0-9]+ test.*10,000'): read_images(folder)
 
 @pytest.mark.parametrize('mode', ['I', 'I;16'])
 def test_8_bits_in_a_mode_of_more_are_not_taken_for_black(photo, mode):
-    with pytest.raises(ValueError, match='below 256'): NetworkImage.create(photo.convert('L').convert(mode))
+    with pytest.raises(ValueError, match='256'): NetworkImage.create(photo.convert('L').convert(mode))

@@ -1,5 +1,5 @@
 """What the network gets wrong: one run of the model, and every answer against scikit-learn or NumPy."""
-import json, shutil
+import json, re, shutil
 from functools import partial
 from operator import itemgetter
 from types import SimpleNamespace
@@ -74,21 +74,22 @@ def test_predictions_come_back_from_a_file_and_answer_the_same(interp, learn, tm
     again = CifarInterpretation.from_predictions(interp.save_predictions(tmp_path/'p.safetensors'), learn.dls.valid)
     assert torch.equal(again.probs, interp.probs) and again.misclassified() == interp.misclassified() and again.most_confused() == interp.most_confused()
     again.plot_misclassified(4); again.plot_confusion_matrix()
-    with pytest.raises(ValueError, match='have no network'): again.flip_averaged()
+    with pytest.raises(ValueError, match='network'): again.flip_averaged()
 
 def test_predictions_of_other_images_are_refused(interp, learn, tmp_path):
     path = interp.save_predictions(tmp_path/'p.safetensors')
-    with pytest.raises(ValueError, match='40 images, and these are 80'): CifarInterpretation.from_predictions(path, learn.dls.train)
+    with pytest.raises(ValueError, match=r'\b40\b.*\b80\b'): CifarInterpretation.from_predictions(path, learn.dls.train)
 
 @pytest.mark.parametrize('content', [b'', b'no predictions', bytes(100), None])
 def test_a_file_without_predictions_is_refused_by_name(learn, tmp_path, content):
     path = tmp_path/'p.safetensors'
     if content is None: save_weights(learn.model, path)
     else: path.write_bytes(content)
-    with pytest.raises(ValueError, match='p.safetensors holds no predictions'): CifarInterpretation.from_predictions(path, learn.dls.valid)
+    with pytest.raises(ValueError, match=r'p\.safetensors'): CifarInterpretation.from_predictions(path, learn.dls.valid)
 
 def test_a_missing_file_of_predictions_is_refused_by_name(learn):
-    with pytest.raises(FileNotFoundError, match='nothing.safetensors does not exist'): CifarInterpretation.from_predictions('nothing.safetensors', learn.dls.valid)
+    with pytest.raises(FileNotFoundError, match=r'nothing\.safetensors'):
+        CifarInterpretation.from_predictions('nothing.safetensors', learn.dls.valid)
 
 # ---- the answers
 
@@ -271,23 +272,25 @@ def test_the_data_of_a_run_can_be_elsewhere(run, small_folder):
     config = json.loads((run/'config.json').read_text())
     config['settings']['data'] = '/moved/away'
     (run/'config.json').write_text(json.dumps(config))
-    with pytest.raises(FileNotFoundError, match='/moved/away does not exist'): CifarInterpretation.from_run(run)
+    with pytest.raises(FileNotFoundError, match='/moved/away'): CifarInterpretation.from_run(run)
     assert len(CifarInterpretation.from_run(run, data=small_folder).targs) == 40
 
 def test_data_of_other_classes_is_refused(finished):
-    with pytest.raises(ValueError, match="the run's classes are airplane, .* and the data's 0, 1,"): CifarInterpretation.from_run(finished[0], data='digits')
+    with pytest.raises(ValueError, match=r'classes.*\bairplane, .*\b0, 1,'):
+        CifarInterpretation.from_run(finished[0], data='digits')
 
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing is not a run folder'): load_run(tmp_path/'nothing')
-    with pytest.raises(FileNotFoundError, match='is not a run folder'): load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path/'nothing'))): load_run(tmp_path/'nothing')
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))): load_run(tmp_path)
 
 def test_unknown_weights_are_refused(finished):
-    with pytest.raises(ValueError, match="weights is 'first': give 'last' or 'best'"): load_run(finished[0], 'first')
+    with pytest.raises(ValueError, match="weights.*'first'.*'last'.*'best'"): load_run(finished[0], 'first')
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'best.safetensors'])
 def test_missing_weights_are_refused_by_name(run, name):
     (run/name).unlink()
-    with pytest.raises(FileNotFoundError, match=f'{name} does not exist'): load_run(run, 'last' if name == 'model.safetensors' else 'best')
+    with pytest.raises(FileNotFoundError, match=re.escape(name)):
+        load_run(run, 'last' if name == 'model.safetensors' else 'best')
 
 def damaged_config(run, change):
     config = json.loads((run/'config.json').read_text())
@@ -312,7 +315,7 @@ def test_a_history_is_read_back(finished):
 @pytest.mark.parametrize('content', ['', 'epoch,loss\n1,2\n', '{}', 'a,b\n1,2,3\n4,5,6,7\n'])
 def test_what_is_no_history_is_refused_by_name(run, content):
     (run/'history.csv').write_text(content)
-    with pytest.raises(ValueError, match='history.csv is not the history of a run'): read_history(run)
+    with pytest.raises(ValueError, match=r'history\.csv'): read_history(run)
 
 # ---- probabilities of single images
 
@@ -483,12 +486,12 @@ def test_what_has_not_one_class_an_image_is_refused(small, tiny_net):
         dls = data.dataloaders(range(20), bs=4, num_workers=0)
         net = tiny_net(2 if isinstance(loss, nn.Module) else 1)
         learn = Learner(dls, net, loss).remove_cbs(ProgressCallback)
-        with pytest.raises(ValueError, match='one class'): CifarInterpretation.from_learner(learn)
+        with pytest.raises(ValueError, match='class'): CifarInterpretation.from_learner(learn)
 
 def test_one_output_for_two_classes_is_refused(small, tiny_net):
     dls = DataLoaders.from_dsets(small_tensors(small), small_tensors(small), bs=8, num_workers=0)
     loss = lambda x, y, reduction='mean': F.binary_cross_entropy_with_logits(x[:, 0], y.float(), reduction=reduction)
-    with pytest.raises(ValueError, match='one number a class'):
+    with pytest.raises(ValueError, match=r'\bclass'):
         CifarInterpretation.from_learner(Learner(dls, tiny_net(1), loss).remove_cbs(ProgressCallback))
 
 def test_missing_validation_images_are_said_to_be_missing(small, tiny_net):
@@ -497,7 +500,7 @@ def test_missing_validation_images_are_said_to_be_missing(small, tiny_net):
     empty = Datasets(every, tfms, splits=(every, []))
     for dls in (DataLoaders.from_dsets(tensors, bs=4, num_workers=0), empty.dataloaders(bs=4, num_workers=0)):
         learn = cifar_learner(dls, tiny_net(3), 'fp32').remove_cbs(ProgressCallback)
-        with pytest.raises(ValueError, match='no validation images'): CifarInterpretation.from_learner(learn)
+        with pytest.raises(ValueError, match='validation'): CifarInterpretation.from_learner(learn)
         assert len(CifarInterpretation.from_learner(learn, ds_idx=0).targs) == 12
 
 def test_a_learner_of_fastai_can_be_interpreted(learn, predicted):

@@ -164,10 +164,12 @@ def test_auto_is_what_the_hardware_is_good_at(tiny_learner):
 def test_the_precision_of_a_learner_can_be_asked(tiny_learner, precision): assert precision_of(tiny_learner(precision=precision)) == precision
 
 def test_fp16_on_a_processor_is_refused():
-    with pytest.raises(ValueError, match="precision is 'fp16', which needs a CUDA GPU.*give 'auto', 'bf16' or 'fp32'"): precision_callbacks('fp16', cpu)
+    with pytest.raises(ValueError, match="precision.*'fp16'.*CUDA.*'auto', 'bf16' or 'fp32'"):
+        precision_callbacks('fp16', cpu)
 
 def test_an_unknown_precision_is_refused(small_dls):
-    with pytest.raises(ValueError, match="precision is 'fp8': give 'auto', 'fp32', 'bf16' or 'fp16'"): cifar_learner(small_dls(), precision='fp8')
+    with pytest.raises(ValueError, match="precision.*'fp8'.*'auto', 'fp32', 'bf16' or 'fp16'"):
+        cifar_learner(small_dls(), precision='fp8')
 
 @pytest.mark.parametrize('event', ['after_pred', 'before_step', 'before_batch', 'after_loss', 'before_validate'])
 def test_an_interrupted_fit_leaves_no_autocast_open_to_the_next(tiny_learner, event):
@@ -319,17 +321,17 @@ damages = {'cut short': lambda b: b[:-100], 'empty': lambda b: b'', 'text': lamb
 def test_a_damaged_file_is_refused_by_name(file, tiny_net, damage):
     save_weights(tiny_net(), file)
     file.write_bytes(damages[damage](file.read_bytes()))
-    with pytest.raises(ValueError, match='model.safetensors holds no weights of this network') as e: load_weights(tiny_net(), file)
+    with pytest.raises(ValueError, match=r'model\.safetensors') as e: load_weights(tiny_net(), file)
     assert '\n' not in str(e.value)
 
 @pytest.mark.parametrize('other', [dict(n_out=3), dict(n_out=10)], ids=['of other shapes', 'of other layers'])
 def test_weights_of_another_network_are_refused(file, tiny_net, other):
     save_weights(tiny_net(**other), file)
     net = nn.Sequential(*tiny_net(), nn.Linear(10, 10)) if other['n_out'] == 10 else tiny_net()
-    with pytest.raises(ValueError, match='holds no weights of this network'): load_weights(net, file)
+    with pytest.raises(ValueError, match=r'model\.safetensors'): load_weights(net, file)
 
 def test_a_missing_file_is_refused_by_name(file, tiny_net):
-    with pytest.raises(FileNotFoundError, match='model.safetensors does not exist'): load_weights(tiny_net(), file)
+    with pytest.raises(FileNotFoundError, match=r'model\.safetensors'): load_weights(tiny_net(), file)
 
 @pytest.mark.filterwarnings("ignore:.*pickle:UserWarning") # fastai's load_learner says that it unpickles
 def test_an_exported_learner_predicts_the_same(small, small_dls, tiny_net):
@@ -371,7 +373,8 @@ def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
 
 @pytest.mark.parametrize('make', [cifar_dls, cifar_learner], ids=lambda f: f.__name__)
 def test_an_unknown_recipe_is_refused(small_dls, small, make):
-    with pytest.raises(ValueError, match="recipe is 'secret': give 'seed' or 'best'"): make(small if make is cifar_dls else small_dls(), recipe='secret')
+    with pytest.raises(ValueError, match="recipe.*'secret'.*'seed'.*'best'"):
+        make(small if make is cifar_dls else small_dls(), recipe='secret')
 
 # ---- data from elsewhere
 
@@ -495,7 +498,7 @@ def test_targets_that_are_not_one_class_an_image_are_refused(small, tiny_net, bl
     data = DataBlock((ImageBlock, block), get_x=get_x, get_y=target, splitter=splitter)
     dls = data.dataloaders(range(12), bs=4, num_workers=0)
     for model in (None, tiny_net(2)):
-        with pytest.raises(ValueError, match='one class'): cifar_learner(dls, model)
+        with pytest.raises(ValueError, match='class'): cifar_learner(dls, model)
 
 # ---- pictures of any kind
 
@@ -570,10 +573,10 @@ def test_arrays_of_other_types_are_read_by_their_range(given, tiny_learner):
     assert torch.allclose(learn.predict(given(x))[2], learn.predict(x)[2], atol=1e-3) # bf16 has eight bits
 
 @pytest.mark.parametrize('given, words', [
-    (np.zeros((3, 40, 40), np.uint8), r'shape is \(3, 40, 40\)'), (np.zeros((0, 4, 3), np.uint8), 'shape is'),
-    (np.zeros(9, np.uint8), 'shape is'), (np.full((9, 9, 3), -1.), '-1'), (np.full((9, 9), 300), '300'),
-    (np.full((9, 9), np.nan), 'nan'), (np.full((9, 9), 'a'), 'dtype is'), (tensor_image(np.full((9, 9, 3), 2.)), '2'),
-    (Image.new('F', (40, 40)), 'floating-point'), (b'no picture', 'none of PNG')],
+    (np.zeros((3, 40, 40), np.uint8), r'shape.*\(3, 40, 40\)'), (np.zeros((0, 4, 3), np.uint8), r'shape.*\(0, 4, 3\)'),
+    (np.zeros(9, np.uint8), r'shape.*\(9,\)'), (np.full((9, 9, 3), -1.), '-1'), (np.full((9, 9), 300), '300'),
+    (np.full((9, 9), np.nan), 'nan'), (np.full((9, 9), 'a'), 'dtype'), (tensor_image(np.full((9, 9, 3), 2.)), '2'),
+    (Image.new('F', (40, 40)), 'floating-point'), (b'no picture', 'PNG')],
     ids=['channels first', 'empty', 'one axis', 'negative', 'over 255', 'no numbers', 'text', 'over 1', 'F', 'bytes'])
 def test_predict_refuses_what_is_no_picture(given, words, tiny_learner):
     with pytest.raises(ValueError, match=words): tiny_learner().predict(given)

@@ -145,11 +145,12 @@ def test_dropout_drops_in_training_only():
 
 @pytest.mark.parametrize('name, value', [('norm', 'instance'), ('norm', None), ('dropout', -.1), ('dropout', 1), ('dropout', float('nan'))])
 def test_what_makes_no_sense_is_refused(name, value):
-    with pytest.raises(ValueError, match=f'{name} is {value!r}: give '): CustomResNet(**{name: value})
+    with pytest.raises(ValueError, match=f'{name}.*{re.escape(repr(value))}'): CustomResNet(**{name: value})
 
 @pytest.mark.parametrize('n_groups', [0, -2, 3, 128])
 def test_groups_must_divide_the_channels(n_groups):
-    with pytest.raises(ValueError, match=f'n_groups is {n_groups}: '): CustomResNet(norm='group', n_groups=n_groups)
+    with pytest.raises(ValueError, match=rf'n_groups.* {n_groups}\b.*\b64\b'):
+        CustomResNet(norm='group', n_groups=n_groups)
 
 # ---- picture
 
@@ -206,7 +207,7 @@ def test_in_evaluation_it_is_the_same_network():
 
 @pytest.mark.parametrize('ghost', [-2, 1])
 def test_a_group_of_less_than_two_images_is_refused(ghost):
-    with pytest.raises(ValueError, match=f'ghost is {ghost}: give 2 or more'): CustomResNet(ghost=ghost)
+    with pytest.raises(ValueError, match=rf'ghost.* {re.escape(str(ghost))}\b'): CustomResNet(ghost=ghost)
 
 # ---- the scale of the logits
 
@@ -227,7 +228,7 @@ def test_weights_that_ship_have_the_scale_folded_in():
 
 @pytest.mark.parametrize('scale', [0, -1, float('inf'), float('nan')])
 def test_a_scale_that_is_not_positive_is_refused(scale):
-    with pytest.raises(ValueError, match='logit_scale is .*: give a positive number'): CustomResNet(logit_scale=scale)
+    with pytest.raises(ValueError, match=rf'logit_scale.* {re.escape(str(scale))}\b'): CustomResNet(logit_scale=scale)
 
 # ---- where the first layer begins
 

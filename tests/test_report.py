@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
 from cifar_fastai.cli import RunSettings
-from cifar_fastai.core import TrainSettings, read_json, write_json
+from cifar_fastai.core import TrainSettings, data_variable, read_json, write_json
 from cifar_fastai.data import CIFAR10Data
 from cifar_fastai.folder import read_history
 from cifar_fastai.report import changed_settings, mcnemar, read_run, repeat_command, report_page, run_images, run_lrs, run_predictions, write_comparison, write_report
@@ -114,9 +114,10 @@ def test_the_matrix_the_pairs_and_the_gallery_count_the_same_mistakes(reported, 
 def test_the_gallery_shows_the_images_themselves_the_surest_mistakes_first(reported, finished):
     page, record = Page(reported), read_run(finished[0])
     interp = run_predictions(record, run_images(record))
-    pictures = [attrs for attrs in page.all('img') if ', taken for ' in attrs['alt']]
+    names = '|'.join(interp.vocab)
+    pictures = [attrs for attrs in page.all('img') if re.fullmatch(rf'({names})\b.*\b({names})', attrs['alt'])]
     for shown, m in zip(pictures, interp.misclassified(), strict=True):
-        assert shown['alt'] == f'{m.actual}, taken for {m.predicted}'
+        assert re.fullmatch(rf'{m.actual}\b.*\b{m.predicted}', shown['alt'])
         assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(shown['src'].split(',')[1])))) == interp.image(m.idx)).all()
 
 def test_every_picture_has_words(reported):
@@ -130,7 +131,8 @@ def test_no_two_elements_have_one_name(reported):
 
 def test_training_images_are_shown_before_and_after(reported):
     after = [attrs['alt'] for attrs in Page(reported).all('img') if 'augmented' in attrs['alt']]
-    assert len(after) == 4*8 and after[:2] == ['airplane, augmented for epoch 1', 'airplane, augmented for epoch 2']
+    assert len(after) == 4*8
+    assert all(re.fullmatch(rf'airplane\b.*\bepoch {i + 1}', alt) for i, alt in enumerate(after[:2]))
 
 def test_a_page_is_the_same_each_time(reported, run): assert write_report(run).read_bytes() == reported.read_bytes()
 
@@ -140,20 +142,23 @@ def test_the_schedule_is_the_one_that_ran(compared):
         steps, lrs, n_batch = run_lrs(record, len(run_predictions(record).targs))
         assert steps == list(range(2*n_batch)) and np.allclose(lrs[n_batch - 1::n_batch], record.history['lr'], rtol=1e-6)
 
-def test_rates_that_were_given_have_no_range_test(reported): assert 'so there was no range test' in Page(reported).text
+def test_rates_that_were_given_have_no_range_test(reported): assert not any('range test' in attrs['aria-label'].lower() for attrs in Page(reported).all('svg'))
 
 def test_a_range_test_is_shown_with_its_bounds(run, change):
     lrs = np.geomspace(1e-7, 10, 100)
     write_range_test(run, lrs, 2.3 - 1.5/(1 + (1e-3/lrs)**2) + 20*np.clip(lrs - .1, 0, None))
     change('config.json', lambda c: c['settings'].update(lr_min='find', lr_max='find'))
     page = Page(write_report(run))
-    assert any(attrs['aria-label'] == 'Range test: LRMIN is 1.00e-03, LRMAX 1.00e-02' for attrs in page.all('svg')) and 'Both were found by a range test' in page.text
+    [label] = [attrs['aria-label'] for attrs in page.all('svg') if 'range test' in attrs['aria-label'].lower()]
+    assert re.search(r'\b1\.00e-03\b.*\b1\.00e-02\b', label)
 
 def test_other_data_have_a_page_too(compared, few_digits):
     page = Page(write_report(compared[0][2], few_digits))
     record = read_run(compared[0][2])
-    assert "scikit-learn's digits" in page.text and f"{record.summary['n_wrong']} of {len(run_predictions(record).targs)} held-out training images" in page.text and len(page.gallery) == record.summary['n_wrong']
-    assert 'in half cosines' in page.text and 'mirrored by chance' in page.text
+    n_wrong, n = record.summary['n_wrong'], len(run_predictions(record).targs)
+    assert 'scikit-learn' in page.text and re.search(rf'\b{n_wrong} of {n} held-out', page.text)
+    assert len(page.gallery) == n_wrong
+    assert 'cosine' in page.text and re.search('chance|random', page.text)
 
 def with_mistakes(run, n_wrong, n):
     "Make summary and history say that `n_wrong` of `n` images are wrong at the end"
@@ -170,14 +175,14 @@ def test_a_run_without_a_mistake_has_a_page(run):
     save_file(kept, run/'predictions.safetensors')
     with_mistakes(run, 0, len(kept['targs']))
     page = Page(write_report(run))
-    assert 'None is wrong.' in page.text and not page.gallery and not page.all('button')
+    assert re.search(r'\b0 of 40\b', page.text) and not page.gallery and not page.all('button')
 
 def test_what_does_not_fit_is_left_out_and_said(finished):
     record = read_run(finished[0])
     dls = run_images(record)
     page = report_page(record, run_predictions(record, dls), dls, most=20_000)
     n = page.count('<li data-pair="')
-    assert 0 < n < record.summary['n_wrong'] and f"{n} of {record.summary['n_wrong']} shown, those it was surest of" in page
+    assert 0 < n < record.summary['n_wrong'] and f"{n} of {record.summary['n_wrong']} shown" in page
 
 # ---- the command
 
@@ -254,8 +259,8 @@ def test_other_texts_of_a_folder_are_text_too(run, change):
 def test_without_images_the_page_says_so_and_has_the_rest(run, change, empty_home, server, data):
     change('config.json', lambda c: c['settings'].update(data=data))
     page = Page(write_report(run))
-    assert 'The images of this run are not at hand' in page.text and (f'{data} does not exist' if data != 'cifar10' else 'CIFAR-10 not found; give') in page.text
-    assert not page.all('img') and not page.all('button') and len(page.all('svg')) == 3 and 'By class' in page.text
+    assert (data if data != 'cifar10' else data_variable) in page.text # what is missing, or how to name it
+    assert not page.all('img') and not page.all('button') and len(page.all('svg')) == 3 and len(page.all('table')) > 1
     assert len(re.findall('<span class="wrong"', page.source)) > 3
 
 def test_images_can_be_elsewhere(run, change, small_folder, reported):
@@ -263,25 +268,27 @@ def test_images_can_be_elsewhere(run, change, small_folder, reported):
     assert len(Page(write_report(run, small_folder)).gallery) == len(Page(reported).gallery)
 
 def test_images_of_another_run_are_not_shown(run, change, small):
-    with pytest.raises(ValueError, match='the images are not those of'): write_report(run, 'digits')
-    with pytest.raises(ValueError, match='the images are not those of'): write_report(run, small.first(80, 39))
-    with pytest.raises(FileNotFoundError, match='nothing does not exist'): write_report(run, 'nothing')
+    is_named = rf'images.*{re.escape(str(run))}\b'
+    with pytest.raises(ValueError, match=is_named): write_report(run, 'digits')
+    with pytest.raises(ValueError, match=is_named): write_report(run, small.first(80, 39))
+    with pytest.raises(FileNotFoundError, match='nothing'): write_report(run, 'nothing')
     assert not (run/'report.html').exists()
     change('config.json', lambda c: c['settings'].update(data='digits'))
-    assert 'the images are not those of' in Page(write_report(run)).text
+    page = Page(write_report(run))
+    assert not page.gallery and re.search(is_named, page.text)
 
 # ---- refusals
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for folder in (tmp_path/'nothing', tmp_path):
-        with pytest.raises(FileNotFoundError, match='is not a run folder: give one that cifar_train has written'): write_report(folder)
+        with pytest.raises(FileNotFoundError, match=re.escape(str(folder))): write_report(folder)
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('damage', [lambda run: (run/'summary.json').unlink(), lambda run: write_json(run/'summary.json', read_json(run/'summary.json') | dict(interrupted=True)), lambda run: (run/'predictions.safetensors').unlink()],
                          ids=['no summary', 'interrupted', 'no predictions'])
 def test_a_run_that_is_not_finished_is_refused(run, damage):
     damage(run)
-    with pytest.raises(ValueError, match='is not finished') as e: write_report(run)
+    with pytest.raises(ValueError, match=rf'{re.escape(str(run))}\b.*finished') as e: write_report(run)
     assert '\n' not in str(e.value) and not (run/'report.html').exists()
 
 damages = {'no bounds': ('config.json', lambda c: c.update(bounds=None)), 'bounds of another kind': ('config.json', lambda c: c['bounds'].update(lr_min='low')), 'bounds that are none': ('config.json', lambda c: c['bounds'].update(lr_min=1)),
@@ -358,15 +365,17 @@ def test_runs_with_other_labels_for_the_same_images_are_refused(compared, tmp_pa
     run = shutil.copytree(compared[0][0], tmp_path/'run')
     kept = load_file(run/'predictions.safetensors')
     save_file({name: t.flip(0).contiguous() for name, t in kept.items()}, run/'predictions.safetensors') # in another order
-    with pytest.raises(ValueError, match='have other labels for the same images'): write_comparison([compared[0][0], run], 'c.html')
+    with pytest.raises(ValueError, match=rf'{re.escape(str(compared[0][0]))}\b.*{re.escape(str(run))}\b.*labels'):
+        write_comparison([compared[0][0], run], 'c.html')
 
 def test_what_cannot_be_compared_is_refused(compared, tmp_path):
     first, second = compared[0][:2]
     for runs in ([], [first]):
-        with pytest.raises(ValueError, match='cannot be compared: give two or more run folders'): write_comparison(runs, 'c.html')
+        with pytest.raises(ValueError, match=r'\bruns?\b.*\b(two|2)\b'): write_comparison(runs, 'c.html')
     for out in (tmp_path, tmp_path/'nothing/c.html'):
-        with pytest.raises(ValueError, match='give a file in a folder that exists'): write_comparison([first, second], out)
-    with pytest.raises(FileNotFoundError, match='nothing is not a run folder'): write_comparison([first, tmp_path/'nothing'], 'c.html')
+        with pytest.raises(ValueError, match=re.escape(f'out is {out}')): write_comparison([first, second], out)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path/'nothing'))):
+        write_comparison([first, tmp_path/'nothing'], 'c.html')
     assert not list(tmp_path.iterdir())
 
 def test_recorded_runs_are_compared(recorded_run, tmp_path):
@@ -393,7 +402,8 @@ def test_most_mistakes_do_not_make_it_larger(recorded_run, real_cifar):
     with_mistakes(run, n_wrong, 10_000)
     path = write_report(run, real_cifar)
     n = len(Page(path).gallery)
-    assert 2_000_000 < path.stat().st_size < 3_000_000 and 500 < n < n_wrong and f'{n} of {n_wrong:,} shown, those it was surest of' in Page(path).text
+    assert 2_000_000 < path.stat().st_size < 3_000_000 and 500 < n < n_wrong
+    assert f'{n} of {n_wrong:,} shown' in Page(path).text
 
 def test_small_images_have_a_small_page(reported): assert reported.stat().st_size < 300_000
 

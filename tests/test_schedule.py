@@ -128,7 +128,7 @@ def test_the_recorder_plots_the_schedule():
 
 @pytest.mark.parametrize('args, message', [
     ((0, .1), 'lr_min is 0'), ((-.1, .1), 'lr_min is -0.1'), ((math.nan, .1), 'lr_min is nan'), ((.01, math.inf), 'lr_max is inf'), ((.01, 0), 'lr_max is 0'),
-    ((.01, math.nan), 'lr_max is nan'), ((.1, .1), 'lr_min is 0.1: give less than lr_max'), ((.2, .1), 'lr_min is 0.2: give less than lr_max'), ((.01, .1, 1, 'step'), "anneal is 'step'")])
+    ((.01, math.nan), 'lr_max is nan'), ((.1, .1), r'lr_min is 0\.1\b.*lr_max'), ((.2, .1), r'lr_min is 0\.2\b.*lr_max'), ((.01, .1, 1, 'step'), "anneal is 'step'")])
 def test_rates_and_shapes_that_make_no_sense_are_refused_when_it_is_made(args, message):
     with pytest.raises(ValueError, match=message): OneCycle(*args)
 
@@ -136,7 +136,7 @@ def test_rates_and_shapes_that_make_no_sense_are_refused_when_it_is_made(args, m
 def test_a_peak_outside_the_fit_is_refused_before_the_first_step(peak_epoch):
     learn = plain_learner()
     before = deepcopy(learn.model.state_dict())
-    with pytest.raises(ValueError, match=re.escape(f'peak_epoch is {peak_epoch}: give a number between 0 and the number of epochs (2)')):
+    with pytest.raises(ValueError, match=rf'peak_epoch.* {re.escape(str(peak_epoch))}\b.*epochs.*\b2\b'):
         Fit(learn, 2, cbs=OneCycle(.01, .1, peak_epoch))
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
 
@@ -243,13 +243,13 @@ def test_noise_moves_the_bounds_little():
 def test_a_scaled_and_shifted_loss_has_the_same_bounds():
     assert bounds_from(test_lrs, curve()) == bounds_from(test_lrs, 10*curve())
 
-@pytest.mark.parametrize('losses, reason', [(np.full(100, 2.3), 'does not fall'), (2.3 + steps/10, 'does not fall'), (curve(rises_from=200), 'has not risen')])
+@pytest.mark.parametrize('losses, reason', [(np.full(100, 2.3), 'fall'), (2.3 + steps/10, 'fall'), (curve(rises_from=200), 'rise')])
 def test_a_curve_without_a_valley_is_refused_with_the_remedy(losses, reason):
-    with pytest.raises(ValueError, match=f'the loss {reason}.*give lr_min and lr_max'): bounds_from(test_lrs, losses)
+    with pytest.raises(ValueError, match=f'loss.*{reason}.*lr_min.*lr_max'): bounds_from(test_lrs, losses)
 
 @pytest.mark.parametrize('n', [0, 1, 3])
 def test_a_test_that_broke_off_at_once_is_refused(n):
-    with pytest.raises(ValueError, match='the loss'): bounds_from(test_lrs[:n], curve()[:n])
+    with pytest.raises(ValueError, match='loss'): bounds_from(test_lrs[:n], curve()[:n])
 
 def test_the_plot_shows_the_curve_and_both_bounds():
     bounds = bounds_from(test_lrs, curve())

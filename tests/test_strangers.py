@@ -132,12 +132,12 @@ def test_a_folder_in_a_run_folder_that_is_a_link_is_refused(run, settings, tmp_p
     if name == 'tensorboard':
         pytest.importorskip('tensorboard')
         change(run/'config.json', 'settings', 'log', to='tensorboard')
-    with pytest.raises(ValueError, match=f'{name} is a link'): resume(run)
+    with pytest.raises(ValueError, match=rf'\b{name}\b.*link'): resume(run)
     assert [p.name for p in other.iterdir()] == ['00001-0000000.safetensors'] and (other/'00001-0000000.safetensors').read_text() == 'mine'
 
 def test_a_lock_that_is_a_link_is_refused(run, mine):
     linked(mine, run/'.lock')
-    with pytest.raises(ValueError, match='.lock is a link'): resume(run)
+    with pytest.raises(ValueError, match=r'\.lock\b.*link'): resume(run)
 
 # ---- a run whose images are not at hand
 
@@ -175,7 +175,7 @@ def disturbed(settings, tiny_learner, small, tmp_path):
 def contents(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 def test_a_run_whose_folder_is_deleted_stops_and_makes_no_new_one(disturbed, tmp_path):
-    with pytest.raises(FileNotFoundError, match='trained was deleted or replaced'): disturbed(shutil.rmtree)
+    with pytest.raises(FileNotFoundError, match=r'\btrained\b.*deleted'): disturbed(shutil.rmtree)
     assert not (tmp_path/'trained').exists()
 
 def test_a_run_whose_folder_is_replaced_leaves_the_new_one_alone(disturbed, settings, small, tmp_path):
@@ -186,7 +186,7 @@ def test_a_run_whose_folder_is_replaced_leaves_the_new_one_alone(disturbed, sett
         other.begin()
         other.end()
         before.update(contents(path))
-    with pytest.raises(FileNotFoundError, match='deleted or replaced'): disturbed(replace)
+    with pytest.raises(FileNotFoundError, match=r'\btrained\b.*replaced'): disturbed(replace)
     assert contents(tmp_path/'trained') == before
 
 def test_a_command_whose_folder_is_deleted_says_so(settings, tmp_path, monkeypatch):
@@ -194,14 +194,15 @@ def test_a_command_whose_folder_is_deleted_says_so(settings, tmp_path, monkeypat
     s = settings(out=str(tmp_path/'run'))
     args = ['--data', s.data, '--epochs', 2, '--bs', 16, '--lr_min', 1e-3, '--lr_max', 1e-2, '--num_workers', 0, '--precision', 'fp32', '--ghost', 4, '--out', s.out]
     said = sentence(cifar_train, *args)
-    assert 'deleted or replaced' in said and 'Exception occured' not in said and not (tmp_path/'run').exists()
+    assert re.search(rf'{re.escape(s.out)}\b.*deleted', said) and 'Exception occured' not in said
+    assert not (tmp_path/'run').exists()
 
 def test_a_checkpoint_of_another_run_is_refused(run, settings, tmp_path):
     other = tmp_path/'other'
     train(settings(out=str(other)))
     for file in (other/'checkpoint').iterdir(): shutil.copy(file, run/'checkpoint')
     (run/'summary.json').unlink()
-    with pytest.raises(ValueError, match='another run'): resume(run)
+    with pytest.raises(ValueError, match=rf'{re.escape(str(run))}\b.*another run'): resume(run)
 
 def test_a_run_of_an_earlier_version_has_no_identity_and_goes_on(run, finished):
     for path in checkpoints_in(run/'checkpoint'):
@@ -241,12 +242,12 @@ def test_wrong_values_in_a_run_folder_end_in_one_sentence(run, place):
 @pytest.mark.parametrize('name', ['epochs', 'bs', 'n_groups', 'num_workers', 'seed', 'ghost'])
 def test_settings_refuse_numbers_out_of_range_by_name(name, value):
     if (name, value) in [('seed', 10**9), ('ghost', 10**9)]: return
-    with pytest.raises(ValueError, match=f'^{name} is '): TrainSettings(**{name: value})
+    with pytest.raises(ValueError, match=rf'^{name}\b'): TrainSettings(**{name: value})
 
 @pytest.mark.parametrize('value', [10**400, float('nan'), True, '3', [3]])
 @pytest.mark.parametrize('name', ['peak_epoch', 'lr_max', 'lr_min', 'eps', 'wd', 'dropout', 'logit_scale', 'label_smoothing', 'checkpoint_minutes'])
 def test_settings_refuse_numbers_that_are_none_by_name(name, value):
-    with pytest.raises(ValueError, match=f'^{name} is '): TrainSettings(**{name: value})
+    with pytest.raises(ValueError, match=rf'^{name}\b'): TrainSettings(**{name: value})
 
 @pytest.mark.parametrize('option', ['--epochs', '--lr_max', '--eps', '--peak_epoch', '--seed', '--bs'])
 @pytest.mark.parametrize('value', [long, '1e999', 'nan', '-1', '0'])
@@ -268,13 +269,13 @@ def test_a_long_run_on_paper_is_no_long_work(run):
 def test_the_epochs_of_a_report_are_those_of_its_history(run):
     change(run/'config.json', 'settings', 'epochs', to=1000)
     change(run/'config.json', 'settings', 'peak_epoch', to=5.)
-    with pytest.raises(ValueError, match='2 epochs, and config.json 1000'): read_run(run)
+    with pytest.raises(ValueError, match=r'\b2 epochs\b.*config\.json.*\b1000\b'): read_run(run)
 
 def test_a_long_schedule_is_drawn_from_some_of_its_steps(run):
     change(run/'config.json', 'data', 'n_train', to=10**9)
     record = read_run(run)
     page = report_page(record, run_predictions(record))
-    assert 'Learning rate over 125,000,000 steps' in page and len(page) < 10**6
+    assert '125,000,000 steps' in page and len(page) < 10**6
 
 # ---- what is not a file
 
@@ -294,7 +295,7 @@ def test_what_is_not_a_file_is_refused_at_once(run, folder_of_its_own, name, rea
     (run/name).unlink(missing_ok=True)
     make(run/name)
     with pytest.raises((ValueError, OSError)) as e: read(run)
-    assert name in str(e.value) or 'is not finished' in str(e.value)
+    assert name in str(e.value) or run.name in str(e.value)
 
 # ---- tensors of other kinds
 
@@ -315,7 +316,7 @@ def test_predictions_of_other_kinds_are_refused(run, name, kind):
 def test_weights_of_other_kinds_are_refused(run, kind):
     tampered(run/'model.safetensors', **{'prep.0.weight': kinds[kind]})
     if kind == 3: return # nan is a number of the right kind; who uses the network says so
-    with pytest.raises(ValueError, match='no weights of this network'): load_run(run)
+    with pytest.raises(ValueError, match=r'model\.safetensors'): load_run(run)
 
 replaced = [True, 'text', None, [], {}, 1.5, -1, 10**30, [True], ['a'], [[1, 2]]]
 parts = [('epoch',), ('batches',), ('fit',), ('train_iter',), ('pct_train',), ('param_groups',), ('param_groups', 0, 'lr'), ('param_groups', 0, 'betas'), ('param_groups', 0, 'eps'), ('random',), ('random', 'python'),
@@ -358,8 +359,8 @@ def test_an_unexpected_error_ends_with_one_sentence_and_a_traceback_in_a_file(ru
     monkeypatch.setattr('tempfile.tempdir', None)
     monkeypatch.setattr('cifar_fastai.report.report_page', lambda *args: {}['never\x1b[31m foreseen'])
     said = sentence(cifar_report, run)
-    assert 'unexpected KeyError' in said
-    assert 'report_page' in Path(re.search(r'is in (\S+)$', said)[1]).read_text()
+    [file] = [file for file in tmp_path.iterdir() if file.is_file()]
+    assert 'KeyError' in said and str(file) in said and 'report_page' in file.read_text()
 
 def test_names_reach_the_terminal_as_text(run, capsys):
     evil = 'cat\x1b]0;owned\x07\u202e'
@@ -455,11 +456,10 @@ def test_an_accuracy_that_the_predictions_contradict_is_refused(run):
 
 def test_a_page_calls_images_those_of_cifar10_by_their_content_only(run):
     change(run/'config.json', 'data', 'is_cifar10', to=True)
-    page = write_report(run).read_text()
-    assert 'not the original CIFAR-10' in page
+    assert re.search('not .*CIFAR-10', write_report(run).read_text())
     change(run/'config.json', 'data', 'vocab', to=list('0123456789'))
     change(run/'config.json', 'settings', 'data', to='/no/such/folder')
-    assert 'not the original CIFAR-10' in write_report(run).read_text()
+    assert re.search('not .*CIFAR-10', write_report(run).read_text())
 
 @pytest.mark.parametrize('n', [101, 1000, 1001])
 def test_many_classes_make_no_endless_page(run, n):
@@ -467,7 +467,7 @@ def test_many_classes_make_no_endless_page(run, n):
     save_file(kept | dict(probs=torch.nn.functional.pad(kept['probs'], (0, n - 10))), run/'predictions.safetensors')
     change(run/'config.json', 'data', 'vocab', to=[f'class {i}' for i in range(n)])
     if n > 1000: assert '1,001 classes' in sentence(cifar_report, run)
-    else: assert 'left out' in (page := write_report(run).read_text()) and len(page) < 10**6
+    else: assert f' {n} classes' in (page := write_report(run).read_text()) and len(page) < 10**6
 
 def test_a_long_history_makes_no_endless_page(run):
     n = 100_000
@@ -496,7 +496,7 @@ def test_a_working_folder_that_was_deleted_is_said(tmp_path, monkeypatch):
     (tmp_path/'gone').rmdir()
     said = sentence(cifar_report, '/no/such')
     monkeypatch.chdir(tmp_path)
-    assert 'working folder' in said
+    assert 'working' in said and '/no/such' not in said
 
 def test_a_run_needs_no_output(settings, tmp_path, monkeypatch):
     monkeypatch.setattr('sys.stdout', None)
@@ -517,7 +517,7 @@ def test_a_folder_name_reaches_the_terminal_as_text(run, capsys):
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     make_fifo(tmp_path/'pipe')
     for path in (tmp_path/'pipe', Path('/dev/no-such-device'), tmp_path):
-        with pytest.raises(FileExistsError, match='not a regular file'): write_whole(path, b'')
+        with pytest.raises(FileExistsError, match=rf'{re.escape(str(path))}.*regular'): write_whole(path, b'')
     assert (tmp_path/'pipe').is_fifo()
 
 def test_a_network_that_gives_no_probabilities_is_not_asked(run):

@@ -112,12 +112,12 @@ def test_numbers_of_a_run_are_read_back_to_the_last_bit(tmp_path):
     assert np.array_equal(np.transpose(read_range_test(tmp_path)), numbers[:, :2])
 
 def test_a_run_without_a_range_test_says_so(finished):
-    with pytest.raises(FileNotFoundError, match='range_test.csv does not exist: the learning rates of the run were given'): read_range_test(finished[0])
+    with pytest.raises(FileNotFoundError, match=r'range_test\.csv'): read_range_test(finished[0])
 
 @pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'lr,loss\nx,y\n', 'lr,loss\n', 'lr,loss\n-1,2\n', 'no table'])
 def test_what_is_no_range_test_is_refused_by_name(text, tmp_path):
     (tmp_path/'range_test.csv').write_text(text)
-    with pytest.raises(ValueError, match='range_test.csv is not a range test'): read_range_test(tmp_path)
+    with pytest.raises(ValueError, match=r'range_test\.csv'): read_range_test(tmp_path)
 
 # ---- settings that were left out
 
@@ -130,28 +130,30 @@ def test_whoever_takes_settings_takes_them_with_values_left_out(settings, small,
         assert config == asdict(left_out.resolved())
         assert {name: config[name] for name in recipes['best']} == recipes['best']
 
+def assert_differ(recorded, given, *patterns):
+    "One text for each setting that differs, in their order"
+    assert all(re.match(p, text) for p, text in zip(patterns, differences(recorded, given), strict=True))
+
 def test_settings_are_compared_as_they_resolve():
     recorded = asdict(TrainSettings('digits', wd=.5, num_workers=2).resolved())
     same = (asdict(TrainSettings('digits', wd=.5)), dict(data='/moved', num_workers=None), {}, dict(betas=[.9, .99]),
             dict(betas=(.9, .99), flip=None, peak_epoch=None, epochs=None))
     for given in same: assert differences(recorded, given) == []
-    assert differences(recorded, dict(wd=None)) == ['wd is 0.5 in the run and 0.25 now']
-    said = ['epochs is 10 in the run and 1 now', "recipe is 'best' in the run and 'seed' now"]
-    assert differences(recorded, dict(epochs=1, recipe='seed')) == said
+    assert_differ(recorded, dict(wd=None), r'wd\b.*\b0\.5\b.*\b0\.25\b')
+    assert_differ(recorded, dict(epochs=1, recipe='seed'), r'epochs\b.*\b10\b.*\b1\b', r"recipe\b.*'best'.*'seed'")
 
 def test_what_an_old_run_did_not_name_is_compared_too():
     old = asdict(TrainSettings(recipe='seed').resolved())
     for name in 'recipe', 'whiten', 'ghost': del old[name]
     assert differences(old, asdict(TrainSettings(recipe='seed'))) == []
-    said = ["recipe is 'seed' in the run and 'best' now", 'whiten is False in the run and True now']
-    assert differences(old, dict(recipe='best', whiten=True, ghost=0)) == said
+    assert_differ(old, dict(recipe='best', whiten=True, ghost=0), r"recipe\b.*'seed'.*'best'", r'whiten\b.*\bFalse\b.*\bTrue\b')
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(ghost=None), 'ghost is 4 in the run and 32 now'), (dict(epochs=1), 'epochs is 2 in the run and 1 now'),
-    (dict(recipe='seed'), "recipe is 'best' in the run and 'seed' now")])
+    (dict(ghost=None), r'ghost\b.*\b4\b.*\b32\b'), (dict(epochs=1), r'epochs\b.*\b2\b.*\b1\b'),
+    (dict(recipe='seed'), r"recipe\b.*'best'.*'seed'")])
 def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, changes, message):
     run = shutil.copytree(finished[0], tmp_path/'run')
-    with pytest.raises(ValueError, match=f'{message}: that would be another run'): resume(run, changes)
+    with pytest.raises(ValueError, match=message): resume(run, changes)
     assert resume(run, dict(wd=None, bs=16)) == read_json(run/'summary.json')
 
 # ---- what it says
@@ -159,14 +161,15 @@ def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, changes, 
 def test_a_run_says_what_data_it_has_and_that_best_on_test_images_is_optimistic(settings, capsys, small):
     train(settings(epochs=1, out='run'))
     said = capsys.readouterr().out
-    assert '80 training and 40 test images' in said and 'not the original CIFAR-10' in said and small.fingerprint[0][:8] in said
-    assert 'learning rates from 1.00e-03 to 1.00e-02' in said and 'epoch 1 of 1: train_loss ' in said
-    assert re.search(r'on the test images.*best \d+\.\d+% after epoch 1\W+chosen on the test images, so optimistic\W+run\n', said)
+    assert re.search(r'\b80 training\b.*\b40 test\b', said) and small.fingerprint[0][:8] in said
+    assert re.search(r'\b1\.00e-03\b.*\b1\.00e-02\b', said)
+    assert re.search(r'^epoch 1 of 1\b.*train_loss', said, re.MULTILINE)
+    assert re.search(r'\btest\b.*\d+\.\d+%.*\bepoch 1\b.*optimistic.*\brun\n', said)
 
 def test_a_run_on_the_hold_out_uses_no_test_image_and_says_so(settings, capsys):
     summary = train(settings(epochs=1, valid='holdout', norm='group', n_groups=4, dropout=.1, conv_bias=True, anneal='cos', out='run'))
     said = capsys.readouterr().out
-    assert 'on the held-out training images' in said and 'optimistic' not in said
+    assert 'held-out' in said and 'optimistic' not in said
     assert summary['valid'] == 'holdout' and summary['n_params'] == 6_575_370
     assert len(CifarInterpretation.from_run('run').targs) == 10 # a tenth of 80, rounded in each class
 
@@ -214,7 +217,7 @@ def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(settings, kind, t
     else: out.mkdir()
     if kind == 'full folder': (out/'history.csv').write_text('mine')
     before = sorted((p.name, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*'))
-    with pytest.raises(FileExistsError, match='run exists already: give another run folder with --out'): train(settings(out=str(out)))
+    with pytest.raises(FileExistsError, match=rf'{re.escape(str(out))}\b.*--out'): train(settings(out=str(out)))
     assert sorted((p.name, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')) == before
 
 def test_a_run_folder_that_another_run_made_meanwhile_is_left_as_it_is(tiny_learner, settings, small, folder_of_its_own):
@@ -228,7 +231,7 @@ def test_a_run_folder_below_a_file_is_refused_by_name(settings, tmp_path):
     with pytest.raises(OSError) as e: train(settings(out=str(tmp_path/'file'/'run')))
     assert str(tmp_path/'file') in str(e.value) and 'Exception occured' not in str(e.value)
 
-refused = {'no data': (dict(data='/no/such'), FileNotFoundError, '/no/such does not exist'),
+refused = {'no data': (dict(data='/no/such'), FileNotFoundError, '/no/such'),
            'an fp16 on a processor': (dict(precision='fp16'), ValueError, "precision is 'fp16'")}
 
 @pytest.mark.parametrize('change', refused)
@@ -256,7 +259,7 @@ def test_bounds_that_are_not_given_are_found(settings, findable, given, kept):
 
 @pytest.mark.parametrize('given', [dict(lr_min=1e6, lr_max='find'), dict(lr_min='find', lr_max=1e-9)])
 def test_bounds_that_do_not_fit_those_found_are_refused(settings, findable, given):
-    with pytest.raises(ValueError, match=r'lr_min is .* and lr_max .*the range test found.*give both'): settle_bounds(settings(**given), findable)
+    with pytest.raises(ValueError, match=r'lr_min.*lr_max.*range test'): settle_bounds(settings(**given), findable)
 
 def test_bounds_that_are_given_need_no_range_test(settings, tiny_learner):
     assert settle_bounds(settings(), tiny_learner()) == (LRBounds(1e-3, 1e-2), None)
@@ -265,14 +268,14 @@ def test_a_run_with_found_bounds_records_and_draws_them(settings, capsys, digits
     summary = train(settings(data='digits', epochs=1, bs=4, lr_min='find', lr_max='find', out='run'), digits.first(80, 40))
     said, bounds = capsys.readouterr().out, summary['bounds']
     assert 0 < bounds['lr_min'] <= bounds['lr_max']/10 and bounds['lr_max'] < 10
-    assert f'learning rates from {bounds["lr_min"]:.2e} to {bounds["lr_max"]:.2e}, found by a range test' in said
+    assert re.search(rf'\b{bounds["lr_min"]:.2e}\b.*\b{bounds["lr_max"]:.2e}\b.*range test', said)
     assert Path('run/plots/range_test.png').exists() and read_history('run')['lr'].iloc[0] == pytest.approx(bounds['lr_min'])
 
 def test_of_the_recipe_best_the_height_alone_is_found(settings, capsys, digits):
     summary = train(settings(data='digits', epochs=1, bs=4, lr_min=None, lr_max='find', out='run'), digits.first(80, 40))
     bounds = summary['bounds']
     assert bounds == dict(lr_min=2.5e-5, lr_max=bounds_from(*read_range_test('run')).lr_max)
-    assert f'learning rates from 2.50e-05 to {bounds["lr_max"]:.2e}, lr_max found by a range test' in capsys.readouterr().out
+    assert re.search(rf'\b2\.50e-05\b.*\b{bounds["lr_max"]:.2e}\b.*lr_max.*range test', capsys.readouterr().out)
 
 # ---- where the first layer begins
 
