@@ -55,16 +55,18 @@ _not_one = 'they are not of one run'
 
 def _check_summary(run, summary, config): # `ValueError` unless they are of one run
     settings = settings_from(config['settings']).resolved()
-    told = {name: summary[name] for name in ('id', 'bounds', 'seed', 'valid', 'n_params') if name in summary}
     with torch.device('meta'): model = CustomResNet(len(config['data']['vocab']), **settings.network)
     wanted = dict(id=config.get('id'), bounds=config['bounds'], seed=settings.seed, valid=settings.valid,
                   n_params=sum(p.numel() for p in model.parameters()))
-    if 'settings' in summary: # where the images and the folder are may be another place now
-        told |= asdict(settings_from(summary['settings']).resolved()) | dict(data=None, out=None)
-        wanted |= asdict(settings) | dict(data=None, out=None)
-    for name, value in told.items():
-        if value == wanted[name]: continue
-        raise ValueError(printable(f'{run}/summary.json has {name} {value}, and config.json {wanted[name]}: {_not_one}'))
+    told = {name: summary[name] for name in wanted if name in summary}
+    pairs = [(name, value, wanted[name]) for name, value in told.items()]
+    if 'settings' in summary:
+        recorded = asdict(settings_from(summary['settings']).resolved())
+        moved = 'data', 'out' # the images or the folder may be in another place now
+        pairs += [(name, recorded[name], value) for name, value in asdict(settings).items() if name not in moved]
+    for name, value, in_config in pairs:
+        if value == in_config: continue
+        raise ValueError(printable(f'{run}/summary.json has {name} {value}, and config.json {in_config}: {_not_one}'))
 
 def _check_history(run, summary, history): # `ValueError` unless they are of one run
     accuracies = history['accuracy']

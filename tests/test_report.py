@@ -147,7 +147,7 @@ def test_rates_that_were_given_have_no_range_test(reported): assert not any('ran
 def test_a_range_test_is_shown_with_its_bounds(run, change):
     lrs = np.geomspace(1e-7, 10, 100)
     write_range_test(run, lrs, 2.3 - 1.5/(1 + (1e-3/lrs)**2) + 20*np.clip(lrs - .1, 0, None))
-    change('config.json', lambda c: c['settings'].update(lr_min='find', lr_max='find'))
+    for name in 'config.json', 'summary.json': change(name, lambda c: c['settings'].update(lr_min='find', lr_max='find'))
     page = Page(write_report(run))
     [label] = [attrs['aria-label'] for attrs in page.all('svg') if 'range test' in attrs['aria-label'].lower()]
     assert re.search(r'\b1\.00e-03\b.*\b1\.00e-02\b', label)

