@@ -25,6 +25,9 @@ nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 OMP_NUM_THREADS=$(NB
 
 with_cifar10 := nbs/03_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
 
+# The page that opens in Colab, with the versions that Colab has; on the digits, one epoch.
+in_colab = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 $(PYTHON) tools/environment.py colab --notebook nbs/tutorials/train_cifar10.ipynb
+
 in_parallel = -n $(NB_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -71,8 +74,9 @@ test-py: $(installed) ## run pytest, without what is marked slow
 test-env: ## the fast tests in an environment of tests/envs: make test-env ENV=oldest (colab, newest, dev)
 	$(call timed,environment $(ENV),OMP_NUM_THREADS=$(NB_THREADS) $(PYTHON) tools/environment.py $(ENV) -- $(in_parallel))
 
-test-full: chromium check ## every check: all that is marked slow, and the newest versions of all libraries
+test-full: chromium check ## every check: all that is marked slow, the newest versions of all libraries, and Colab's
 	$(MAKE) test-env ENV=newest
+	$(call timed,the tutorial as in Colab,$(in_colab))
 	$(call timed,notebooks,$(nbdev_test) --flags slow)
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest $(in_parallel))
 

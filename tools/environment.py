@@ -1,9 +1,9 @@
-"""Runs the fast tests in an environment that is written down: `python tools/environment.py colab`.
+"""Runs the fast tests, or a notebook, in an environment that is written down: `python tools/environment.py colab`.
 
 `tests/envs/NAME.txt` is a constraints file. Its first line names the version of Python and, behind a colon, what is installed.
 The environment is made by uv in `.venv-NAME`, where it stays for the next time; one that could not be made is removed.
 Standard library only."""
-import argparse, os, shutil, subprocess, sys
+import argparse, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -45,15 +45,26 @@ def make(name): # -> `Path` of its Python
     return python
 
 
+def execute(python, notebook, env): # -> exit status
+    "Run a notebook from its first cell to its last, in a folder that is deleted behind it"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--output-dir', folder]
+        # a kernel of this environment, and not one that the user has under the same name
+        env = env | dict(JUPYTER_PREFER_ENV_PATH='1', IPYTHONDIR=folder)
+        return subprocess.run([*command, shutil.copy(notebook, folder)], cwd=folder, env=env).returncode
+
+
 def main(args=None):
     parser = argparse.ArgumentParser(description='Run the fast tests in an environment that is written down in tests/envs.')
     parser.add_argument('name', choices=sorted(file.stem for file in envs.glob('*.txt')))
+    parser.add_argument('--notebook', type=Path, help='run this notebook instead')
     parser.add_argument('pytest', nargs='*', help='options of pytest, behind --')
     options = parser.parse_args(args)
     if shutil.which('uv') is None: sys.exit('uv is not installed: pip install uv')
     python = make(options.name)
     print(uv('pip', 'list', '--python', python, '--format', 'freeze'), flush=True)
     env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'IN_TEST')}
+    if options.notebook: sys.exit(execute(python, options.notebook, env))
     command = [python, '-m', 'pytest', '-m', 'not slow', '-p', 'no:cacheprovider', *options.pytest]
     sys.exit(subprocess.run(command, cwd=root/'tests', env=env).returncode)
 
