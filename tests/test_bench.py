@@ -46,6 +46,7 @@ def test_the_pictures_show_every_case(measured):
     sizes = {n: result['cases']['package'] for n in ('10', '50')}
     assert len(plot_growth({**result, 'sizes': sizes, 'batch_sizes': sizes}).axes) == 4
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_left_out_is_that_of_the_data():
     settings = BenchSettings(**quick | dict(bs=None, cases=('limit',), repeats=1, batches=False))
     result = bench(settings)
@@ -80,6 +81,7 @@ def test_the_command_refuses_in_one_sentence(command, args, words):
     done = command('bench', '--data', 'digits', *args)
     assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ''
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_the_file(command, tmp_path):
     done = command('bench', '--data', 'digits', '--bs', '8', '--steps', '1', '--warmup', '1', '--repeats', '1', '--cases', 'package', 'limit', '--recipe', 'best', '--no-batches', '--out', tmp_path/'b.json')
     assert done.returncode == 0, done.stderr

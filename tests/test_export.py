@@ -14,8 +14,9 @@ onnx = pytest.importorskip('onnx', reason='the extra export is not installed')
 ort = pytest.importorskip('onnxruntime', reason='the extra export is not installed')
 from onnx import TensorProto, helper
 
+import cifar_fastai
 from cifar_fastai.cli import cifar_export, cifar_predict
-from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, write_json
+from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, settings_from, write_json
 from cifar_fastai.export import ImagesToProbabilities, export_model, load_onnx
 from cifar_fastai.interpret import class_probabilities, load_run
 from cifar_fastai.learner import save_weights
@@ -52,6 +53,7 @@ def run(finished, tmp_path):
         shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns('checkpoint', 'plots'))
         if not network: return folder
         config = read_json(folder/'config.json')
+        network = dict(width=config['settings']['width']) | network
         config['settings'] |= network
         write_json(folder/'config.json', config)
         set_seed(1)
@@ -107,7 +109,7 @@ def test_every_network_is_exported_in_silence(run, thousand, name, capfd):
     model, config = load_run(folder)
     here = class_probabilities(model, thousand[:100], config['data']['stats']).numpy()
     for probs in (load_onnx(paths[0])(thousand[:100]), of_torch(paths[1])(torch.from_numpy(thousand[:100])).numpy()): assert np.abs(probs - here).max() < 1e-4
-    unscaled = CustomResNet(10, **networks[name] | dict(logit_scale=1.))
+    unscaled = CustomResNet(10, **networks[name] | dict(logit_scale=1., width=config['settings']['width']))
     unscaled.load_state_dict(model.state_dict())
     differs = np.abs(class_probabilities(unscaled, thousand[:100], config['data']['stats']).numpy() - here).max() > .01
     assert differs == (model.logit_scale != 1) # else the scale could be missing
@@ -117,14 +119,15 @@ def test_a_run_of_other_classes_keeps_its_own(run, thousand):
     config = read_json(folder/'config.json')
     config['data'] |= dict(vocab=['null', 'eins', 'zwei – „2“'], stats=[[.1, .2, .3], [.4, .5, .6]])
     write_json(folder/'config.json', config)
-    for name in ('model', 'best'): save_weights(CustomResNet(3), folder/f'{name}.safetensors')
+    for name in ('model', 'best'): save_weights(CustomResNet(3, width=config['settings']['width']), folder/f'{name}.safetensors')
     classify = load_onnx(export_model(folder))
     assert classify.vocab == ['null', 'eins', 'zwei – „2“'] and classify(thousand[:2]).shape == (2, 3)
     assert np.abs(classify(thousand[:50]) - class_probabilities(load_run(folder)[0], thousand[:50], config['data']['stats']).numpy()).max() < 1e-4
 
 def test_last_and_best_weights_are_exported_under_their_names(run, thousand):
     folder = run()
-    save_weights(CustomResNet(logit_scale=load_run(folder)[0].logit_scale), folder/'best.safetensors')
+    settings = settings_from(read_json(folder/'config.json')['settings'])
+    save_weights(CustomResNet(**settings.network), folder/'best.safetensors')
     for weights, name in dict(last='model.pt2', best='best.pt2').items():
         path = export_model(folder, 'torch', weights=weights)
         model, config = load_run(folder, weights)
@@ -146,7 +149,7 @@ def test_the_file_says_what_it_is(files):
 @pytest.mark.parametrize('format', ['onnx', 'torch'])
 def test_a_file_does_not_say_where_it_was_made(files, format):
     content = files[format].read_bytes()
-    for place in (Path(export.__file__).parent, Path(torch.__file__).parent, files[format].parent, Path.home()):
+    for place in (Path(cifar_fastai.__file__).parent, Path(torch.__file__).parent, files[format].parent, Path.home()):
         if len(str(place)) > 4: assert str(place).encode() not in content
 
 def test_the_same_weights_give_the_same_onnx_file(files):
