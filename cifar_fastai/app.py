@@ -240,7 +240,7 @@ class _Uploads:
 _pages = ['/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/robots.txt', '/monitoring/summary',
           '/assets/{_:path}', '/static/{_:path}', '/gradio_api/info', '/gradio_api/app_id', '/gradio_api/heartbeat/{_}']
 
-_most_unread = 30 # messages of a session, of which an answer takes about five
+_most_unread = 300 # messages of a session, of which an answer takes about five
 
 def _routes(app, gradio, uploads): # -> list of `Route`
     "What of `gradio`, the web app that Gradio makes of `app`, can be asked for, and how"

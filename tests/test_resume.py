@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and continued ends with the same weights, bit for bit; damaged checkpoints are noticed."""
 import gc, json, os, random, re, shutil, signal, subprocess, sys, time, warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,9 @@ class StopAt(Callback):
         setattr(self, event, count)
 
 def fit(learn, folder, epochs=3, stop_at=None, again=False):
-    "`stop_at`: a training step, or the arguments of `StopAt`"
+    "`stop_at`: a training step, or the arguments of `StopAt`; up to there, each step has its checkpoint"
     if isinstance(stop_at, int): stop_at = 'after_batch', stop_at, True
-    cbs = [OneCycle(1e-3, 2e-2), Checkpoints(folder, minutes=0, resume=again), *([StopAt(*stop_at)] if stop_at else [])]
+    cbs = [OneCycle(1e-3, 2e-2), Checkpoints(folder, minutes=0 if stop_at else 60, resume=again), *([StopAt(*stop_at)] if stop_at else [])]
     with learn.no_logging(): learn.fit(epochs, cbs=cbs)
     return learn
 
@@ -44,10 +45,17 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, 
 
 # ---- in one process: 3 epochs of 5 steps
 
+@pytest.fixture(scope='module')
+def whole_fit(tiny_learner, small_dls, tmp_path_factory): # -> function that makes a learner, and one after its fit, made once
+    @cache
+    def of(pipeline, num_workers, precision):
+        make = lambda: tiny_learner(small_dls(pipeline=pipeline, num_workers=num_workers, recipe='best'), precision=precision)
+        return make, fit(make(), tmp_path_factory.mktemp('whole'))
+    return of
+
 @pytest.mark.parametrize('pipeline, num_workers, precision, stop_at', [(*how, moment) for how, some in ((('batch', 0, 'bf16'), moments), (('item', 0, 'fp32'), moments), (('item', 2, 'bf16'), moments[2:12:3])) for moment in some], ids=str)
-def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(tiny_learner, small_dls, tmp_path, pipeline, num_workers, precision, stop_at):
-    make = lambda: tiny_learner(small_dls(pipeline=pipeline, num_workers=num_workers, recipe='best'), precision=precision)
-    whole = fit(make(), tmp_path/'whole')
+def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(whole_fit, tmp_path, pipeline, num_workers, precision, stop_at):
+    make, whole = whole_fit(pipeline, num_workers, precision)
     with pytest.raises(Stop): fit(make(), tmp_path/'stopped', stop_at=stop_at)
     torch.manual_seed(999); np.random.seed(999); random.seed(999) # whatever happened meanwhile
     again = fit(make(), tmp_path/'stopped', again=True)
