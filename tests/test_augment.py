@@ -218,3 +218,12 @@ def test_the_picture_shows_the_image_and_its_versions(img):
     assert len(pictures) == 12
     assert (pictures[0] == img).all()
     assert all(np.asarray(x).shape == (32, 32, 3) and (x != img).any() for x in pictures[1:])
+
+# ---- flips that alternate
+
+def test_flips_that_alternate_show_each_image_both_ways_in_two_epochs():
+    from cifar_fastai.augment import flipped_in_epoch
+    for seed in range(3):
+        first, second, third = (flipped_in_epoch(seed, epoch, 1000) for epoch in range(3))
+        assert (first ^ second).all() and (first == third).all() and 400 < first.sum() < 600
+    assert (flipped_in_epoch(0, 0, 1000) != flipped_in_epoch(1, 0, 1000)).any()

@@ -1,5 +1,5 @@
 """The facts, the settings and their refusals, and that importing them costs nothing."""
-import json, math, re, subprocess, sys
+import json, math, os, re, stat, subprocess, sys
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -7,7 +7,7 @@ import pytest
 from cifar_fastai.cli import LRFindSettings, RunSettings
 from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats,
                                data_variable, environment, named_source, read_json, recipes, settings_from,
-                               source_defaults, write_json)
+                               source_defaults, write_json, write_whole)
 
 
 def test_classes_are_the_ten_in_alphabetical_order():
@@ -215,3 +215,14 @@ def test_importing_everything_prints_nothing_and_draws_nothing():
     code = f'import random, numpy, torch; import fastai.vision.all, albumentations; before = {state}; from cifar_fastai.all import *; print("same" if before == {state} else "drawn")'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ('same\n', '')
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    "And its name is, before the function returns"
+    flushed, fsync = [], os.fsync
+    def noted(handle):
+        info = os.fstat(handle)
+        flushed.append(('folder' if stat.S_ISDIR(info.st_mode) else info.st_size, (tmp_path/'a').exists()))
+        fsync(handle)
+    monkeypatch.setattr(os, 'fsync', noted)
+    write_whole(tmp_path/'a', b'content')
+    assert flushed == [(7, False), ('folder', True)]
