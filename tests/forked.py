@@ -68,7 +68,8 @@ def run_several(n, function, *args, timeout=300): # -> (list of statuses, what a
     "`n` processes that know of each other, as a launcher starts them"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        common = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+        common = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                                   OMP_NUM_THREADS='1')
     of_rank = [common | dict(RANK=str(r), LOCAL_RANK=str(r)) if n > 1 else None for r in range(n)]
     with ExitStack() as stack:
         processes = [stack.enter_context(Forked(function, *args, env=env, one_stream=True)) for env in of_rank]
