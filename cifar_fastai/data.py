@@ -913,7 +913,7 @@ def cifar_dls(
     "CIFAR-10 as fastai `DataLoaders`: `TensorImage` (N, 3, 32, 32), normalised, and `TensorCategory` (N,)"
     if pipeline not in ('batch', 'item'): raise ValueError(f"pipeline is {pipeline!r}: give 'batch' or 'item'")
     if recipe not in recipes: raise ValueError(f"recipe is {recipe!r}: give {' or '.join(map(repr, recipes))}")
-    if bs is None: bs = source_defaults('' if isinstance(source, CIFAR10Data) else source)['bs']
+    if bs is None: bs = source_defaults('loaded' if isinstance(source, CIFAR10Data) else source)['bs']
     if bs < 1: raise ValueError(f'bs is {bs}: give 1 or more images a batch')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source)
