@@ -33,6 +33,9 @@ def classify():
 @pytest.fixture(scope='module')
 def examples(tmp_path_factory): return save_examples(load_digits(), tmp_path_factory.mktemp('examples'))
 
+def heed_signals(): # what starts the tests may ignore some, as nohup does, and the app keeps to that
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT: signal.signal(number, signal.SIG_DFL)
+
 @pytest.fixture(scope='module')
 def serve(tmp_path_factory):
     "Start `cifar_app` as a process of its own, and wait until it listens"
@@ -42,7 +45,7 @@ def serve(tmp_path_factory):
         log = open(tmp_path_factory.mktemp('app')/'stderr', 'w+')
         temporary = tmp_path_factory.mktemp('temporary')
         process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'app', '--port', str(port), *map(str, args)], stdout=subprocess.PIPE, stderr=log, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), # a shell ignores it in what it runs in the background
+                                   preexec_fn=heed_signals,
                                    env=os.environ | dict(TMPDIR=str(temporary), GRADIO_TEMP_DIR=str(temporary)))
         processes.append((process, log))
         process.log, process.temporary = Path(log.name), temporary
