@@ -1,5 +1,5 @@
 # A fresh machine needs Python 3.10 or later (with venv) and make, nothing else: `make demo`, `make test`.
-# With uv (pip install uv) the installation takes a third of the time.
+# Where uv is installed, it makes the environment; pip does otherwise.
 
 PYTHON ?= python3
 ARGS ?=

@@ -70,9 +70,9 @@ def figures():
 
 @pytest.fixture
 def command():
-    "Run `python -m cifar_fastai.cli …` as a process of its own; forked, but for a start from nothing, or in another `env`"
-    def run(*args, fresh=False, **kwargs):
-        if not fresh and 'env' not in kwargs: return forked.run(*args, **kwargs)
+    "Run `python -m cifar_fastai.cli …` as a process of its own; forked, but with another `env`"
+    def run(*args, **kwargs):
+        if 'env' not in kwargs: return forked.run(*args, **kwargs)
         return subprocess.run([sys.executable, '-m', 'cifar_fastai.cli', *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
     return run
 

@@ -10,8 +10,7 @@ context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload([f'cifar_fastai.{name}' for name in ('cli', 'bench', 'distributed', 'interpret', 'repeat', 'report')])
 
 
-def _child(function, args, env, folder, files, new_session):
-    if new_session: os.setsid()
+def _child(function, args, env, folder, files):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
@@ -33,12 +32,12 @@ def command(*args):
 
 class Forked:
     "A process that calls `function` with texts, and what the tests use of `subprocess.Popen`"
-    def __init__(self, function, *args, env=None, one_stream=False, new_session=False):
+    def __init__(self, function, *args, env=None, one_stream=False):
         self.args = [str(arg) for arg in args]
         self.folder = tempfile.TemporaryDirectory()
         self.files = [Path(self.folder.name)/name for name in (('out',)*2 if one_stream else ('out', 'err'))]
         for file in self.files: file.touch()
-        given = function, self.args, dict(os.environ if env is None else env), os.getcwd(), self.files, new_session
+        given = function, self.args, dict(os.environ if env is None else env), os.getcwd(), self.files
         self.process = context.Process(target=_child, args=given)
         self.process.start()
         self.pid = self.process.pid
@@ -47,7 +46,6 @@ class Forked:
     def returncode(self): return self.process.exitcode
     def poll(self): return self.returncode
     def kill(self): self.process.kill()
-    def terminate(self): self.process.terminate()
     def send_signal(self, number): os.kill(self.pid, number)
 
     def communicate(self, timeout=300): # -> (out, err)

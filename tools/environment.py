@@ -61,6 +61,7 @@ def main(args=None):
     parser.add_argument('pytest', nargs='*', help='options of pytest, behind --')
     options = parser.parse_args(args)
     if shutil.which('uv') is None: sys.exit('uv is not installed: pip install uv')
+    if options.notebook and not options.notebook.is_file(): sys.exit(f'{options.notebook} is no file: give a notebook')
     python = make(options.name)
     print(uv('pip', 'list', '--python', python, '--format', 'freeze'), flush=True)
     env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'IN_TEST')}
