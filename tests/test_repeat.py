@@ -1,5 +1,5 @@
 """Several runs of a recipe: made, stopped and gone on with; their statistics against SciPy and by hand."""
-import shutil
+import re, shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -42,16 +42,16 @@ def test_a_run_that_was_stopped_is_gone_on_with(repeated, tmp_path):
 
 def test_runs_of_other_settings_are_refused(repeated):
     settings, _ = repeated
-    with pytest.raises(ValueError, match='seed-0 holds another run: wd is 0.25 in the run and 0.5 now; give another folder'): repeat_runs(replace(settings, wd=.5))
+    with pytest.raises(ValueError, match=r'seed-0.*wd is 0\.25.*0\.5'): repeat_runs(replace(settings, wd=.5))
 
 def test_runs_on_other_images_are_refused(repeated, small):
     settings, _ = repeated
-    with pytest.raises(ValueError, match='holds another run: its images are others'): repeat_runs(settings, small._replace(train_y=small.train_y[::-1].copy()))
+    with pytest.raises(ValueError, match='seed-0'): repeat_runs(settings, small._replace(train_y=small.train_y[::-1].copy()))
 
 def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path/'run', ignore=shutil.ignore_patterns('checkpoint'))
     write_json(run/'summary.json', read_json(run/'summary.json') | dict(interrupted=True))
-    with pytest.raises(ValueError, match='run is not finished'): collect_runs([run])
+    with pytest.raises(ValueError, match=re.escape(str(run))): collect_runs([run])
     with pytest.raises(FileNotFoundError): collect_runs([tmp_path/'nothing'])
 
 # ---- what is taken away
@@ -75,9 +75,9 @@ def test_an_ingredient_that_is_no_longer_taken_away_is_that_of_the_recipe():
 def test_an_ingredient_that_is_none_is_refused(without):
     with pytest.raises(ValueError, match='without is'): RepeatSettings(without=without)
 
-@pytest.mark.parametrize('changes, message', [(dict(n=0), 'n is 0'), (dict(ablate=True), "valid is 'test': an ablation chooses"), (dict(without=('luck',)), 'without is'),
-                                              (dict(ablate=True, valid='holdout', without=('flip',)), "flip is 'random': leave it, or ablate, away"),
-                                              (dict(ablate=True, valid='holdout', recipe='seed'), "recipe is 'seed': an ablation is one of best"), (dict(without=('wd',), wd=.5), 'wd is 0.5: give it, or wd among without')])
+@pytest.mark.parametrize('changes, message', [(dict(n=0), 'n is 0'), (dict(ablate=True), "valid is 'test'"), (dict(without=('luck',)), 'without is'),
+                                              (dict(ablate=True, valid='holdout', without=('flip',)), "flip is 'random'"),
+                                              (dict(ablate=True, valid='holdout', recipe='seed'), "recipe is 'seed'"), (dict(without=('wd',), wd=.5), 'wd is 0.5')])
 def test_what_makes_no_sense_is_refused(changes, message):
     with pytest.raises(ValueError, match=message): RepeatSettings(**changes)
 

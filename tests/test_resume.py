@@ -1,5 +1,5 @@
 """A run that is stopped at any moment and continued ends with the same weights, bit for bit; damaged checkpoints are noticed."""
-import gc, json, os, random, re, shutil, signal, subprocess, sys, time, warnings
+import errno, gc, hashlib, json, os, random, re, shutil, signal, subprocess, sys, time, warnings
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import forked
 from cifar_fastai.core import read_json, write_json
-from cifar_fastai.learner import _digest, Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
+from cifar_fastai.learner import Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
 from cifar_fastai.schedule import OneCycle
 from cifar_fastai.folder import read_history
 from cifar_fastai.training import resume, train
@@ -87,12 +87,12 @@ def test_it_can_be_stopped_again_and_again(tiny_learner, tmp_path):
 def test_a_finished_fit_that_goes_on_does_nothing_more(tiny_learner, tmp_path, capsys):
     whole = fit(tiny_learner(), tmp_path/'whole')
     again = fit(tiny_learner(), tmp_path/'whole', again=True)
-    assert same(weights(again), weights(whole)) and again.recorder.history == whole.recorder.history and 'resuming after the last epoch' in capsys.readouterr().out
+    assert same(weights(again), weights(whole)) and again.recorder.history == whole.recorder.history and len(capsys.readouterr().out.splitlines()) == 1
 
 def test_it_says_where_it_goes_on(tiny_learner, tmp_path, capsys):
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=7)
     fit(tiny_learner(), tmp_path, again=True)
-    assert 'resuming at epoch 2, step 3\n' in capsys.readouterr().out
+    assert 'epoch 2, step 3\n' in capsys.readouterr().out
 
 def test_a_shorter_rest_of_an_epoch_sees_the_images_that_were_left(tiny_learner, small_dls, tmp_path):
     class Labels(Callback):
@@ -121,11 +121,11 @@ def test_the_moments_have_the_memory_format_of_the_weights(tiny_learner, tmp_pat
 def test_checkpoints_of_another_network_are_refused(tiny_learner, small_dls, tmp_path):
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=2)
     other = cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32')
-    with pytest.raises(ValueError, match='checkpoints of another fit'): fit(other, tmp_path, again=True)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))): fit(other, tmp_path, again=True)
 
 def test_checkpoints_of_a_longer_fit_are_refused(tiny_learner, tmp_path):
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=2, epochs=5)
-    with pytest.raises(ValueError, match='theirs was 5 epochs of 5 batches'): fit(tiny_learner(), tmp_path, again=True)
+    with pytest.raises(ValueError, match=r'\b5 epochs.*\b5 batches'): fit(tiny_learner(), tmp_path, again=True)
 
 def test_a_fit_that_goes_on_in_the_same_learner_is_the_same(tiny_learner, tmp_path):
     "As in a notebook after Ctrl-C"
@@ -136,12 +136,12 @@ def test_a_fit_that_goes_on_in_the_same_learner_is_the_same(tiny_learner, tmp_pa
 
 def test_checkpoints_of_a_former_fit_are_not_taken_for_its_own(tiny_learner, tmp_path):
     fit(tiny_learner(), tmp_path)
-    with pytest.raises(FileExistsError, match='holds checkpoints: give resume=True'): fit(tiny_learner(), tmp_path)
+    with pytest.raises(FileExistsError, match=rf'{re.escape(str(tmp_path))}.*resume=True'): fit(tiny_learner(), tmp_path)
 
 def test_they_belong_to_a_fit_and_need_a_learner_of_this_package(small_dls, tmp_path):
-    with pytest.raises(ValueError, match='belong to one fit'): cifar_learner(small_dls(), nn.Flatten(), cbs=Checkpoints(tmp_path))
+    with pytest.raises(ValueError, match='Checkpoints'): cifar_learner(small_dls(), nn.Flatten(), cbs=Checkpoints(tmp_path))
     learn = cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32', opt_func=Adam)
-    with pytest.raises(ValueError, match='optimizer of torch'): fit(learn, tmp_path)
+    with pytest.raises(ValueError, match='optimizer'): fit(learn, tmp_path)
 
 def test_a_metric_that_cannot_be_kept_keeps_checkpoints_to_the_ends_of_epochs(small_dls, tmp_path):
     set_seed(0)
@@ -175,7 +175,7 @@ def test_a_checkpoint_cut_anywhere_is_noticed(kept, figures):
         whole = path.read_bytes()
         for n in positions(len(whole), 20):
             path.write_bytes(whole[:n])
-            with pytest.raises(ValueError, match='is no whole checkpoint'): read_checkpoint(path)
+            with pytest.raises(ValueError, match=path.name): read_checkpoint(path)
             tried += 1
     figures('cut', tried=tried, noticed=tried)
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_one_bit_changed_is_noticed(kept, figures):
             damaged = bytearray(whole)
             damaged[n] ^= 1 << (n % 8)
             path.write_bytes(damaged)
-            with pytest.raises(ValueError, match='is no whole checkpoint'): read_checkpoint(path)
+            with pytest.raises(ValueError, match=path.name): read_checkpoint(path)
             tried += 1
     figures('flipped', tried=tried, noticed=tried)
 
@@ -201,19 +201,25 @@ def test_what_says_nothing_of_the_file_is_no_damage(kept, monkeypatch):
 def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(kept):
     newest, before = checkpoints_in(kept)
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match='00000-0000004.safetensors is no whole checkpoint.*the one before it is used'): path, tensors, facts = newest_checkpoint(kept)
+    with pytest.warns(UserWarning, match='00000-0000004.safetensors'): path, tensors, facts = newest_checkpoint(kept)
     assert path == before and facts['batches'] == 3 and newest.with_suffix('.damaged').exists()
 
 def test_with_all_damaged_it_starts_over(kept, tiny_learner, tmp_path):
     for path in checkpoints_in(kept): path.write_bytes(b'')
     whole = fit(tiny_learner(), tmp_path/'whole')
-    with pytest.warns(UserWarning, match='is no whole checkpoint') as said: again = fit(tiny_learner(), kept, again=True)
-    assert len(said) == 2 and str(said[-1].message).endswith('there is no other, and the run starts over')
+    damaged = [path.name for path in checkpoints_in(kept)]
+    with pytest.warns(UserWarning) as said: again = fit(tiny_learner(), kept, again=True)
+    assert all(name in str(w.message) for name, w in zip(damaged, said, strict=True))
     assert same(weights(again), weights(whole))
 
 def test_a_checkpoint_holds_nothing_that_could_be_executed(kept):
     tensors = load_file(checkpoints_in(kept)[0]) # safetensors: numbers only
     assert {'random.torch', 'model.0.weight', 'opt.0.exp_avg'} <= tensors.keys()
+
+def checksum(tensors, text): # of a checkpoint, as anybody can make it
+    h = hashlib.sha256(text.encode())
+    for name, t in sorted(tensors.items()): h.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode() + t.numpy().tobytes())
+    return h.hexdigest()
 
 @pytest.mark.parametrize('name, value', [('param_groups', [3]), ('epoch', None), ('epoch', '1'), ('epoch', 99), ('batches', -1), ('batches', 6), ('train_iter', 1.5), ('random', {}), ('random', []), ('callbacks', 3),
                                          ('fit', 3), ('fit', [3, 'x']), ('scaler', 3)], ids=str)
@@ -223,11 +229,11 @@ def test_facts_that_make_no_sense_are_refused_with_the_right_checksum_too(kept, 
     write_checkpoint(kept, tensors, {**facts, **place, 'x': 0})
     learn, newest = tiny_learner(), checkpoints_in(kept)[0]
     text = json.dumps({**facts, name: value})
-    newest.write_bytes(save(tensors, metadata=dict(facts=text, sha256=_digest(tensors, text))))
+    newest.write_bytes(save(tensors, metadata=dict(facts=text, sha256=checksum(tensors, text))))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         try: fit(learn, kept, again=True)
-        except ValueError as e: assert 'checkpoints of another fit' in str(e)
+        except ValueError as e: assert str(kept) in str(e)
         else: assert name in str(said[0].message) and newest.with_suffix('.damaged').exists() # the one before was used
 
 @pytest.fixture
@@ -246,7 +252,8 @@ def disk(tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before_whole(disk):
     small_disk = disk(1)
     write_checkpoint(small_disk, dict(a=torch.zeros(100)), dict(epoch=0, batches=1))
-    with pytest.raises(OSError, match='No space left'): write_checkpoint(small_disk, dict(a=torch.zeros(1_000_000)), dict(epoch=0, batches=2))
+    with pytest.raises(OSError) as e: write_checkpoint(small_disk, dict(a=torch.zeros(1_000_000)), dict(epoch=0, batches=2))
+    assert e.value.errno == errno.ENOSPC
     assert [p.name for p in small_disk.iterdir()] == ['00000-0000001.safetensors'] and newest_checkpoint(small_disk)[2]['batches'] == 1
 
 # ---- a loss that is not finite
@@ -264,7 +271,7 @@ class Spoil(Callback):
 @pytest.mark.parametrize('every', [0, 100, None], ids=['looked at each step', 'looked at before a checkpoint', 'looked at by checkpoints alone'])
 def test_a_loss_that_is_not_finite_stops_the_fit_where_it_happened(tiny_learner, tmp_path, value, every):
     learn, checkpoints = tiny_learner(), Checkpoints(tmp_path, minutes=0)
-    with pytest.raises(FloatingPointError, match=rf'the loss was {value} in epoch 2, step 3, at a learning rate of \d'), learn.no_logging():
+    with pytest.raises(FloatingPointError, match=rf'{value}.*epoch 2, step 3\b'), learn.no_logging():
         learn.fit(3, cbs=[OneCycle(1e-3, 1e-2), *([FiniteLoss(every)] if every is not None else []), checkpoints, Spoil(7, value)])
     _, tensors, facts = newest_checkpoint(tmp_path)
     assert (facts['epoch'], facts['batches']) == (1, 2) # the step before
@@ -276,7 +283,7 @@ def test_weights_that_are_not_finite_are_not_kept_though_the_loss_was(tiny_learn
         def after_backward(self):
             if self.train_iter == 7: next(self.model.parameters()).grad.fill_(float('inf'))
     learn = tiny_learner(precision='fp32')
-    with pytest.raises(FloatingPointError, match='weights or moments are no longer finite after epoch 2, step 3, though the loss was'), learn.no_logging():
+    with pytest.raises(FloatingPointError, match=r'epoch 2, step 3\b'), learn.no_logging():
         learn.fit(3, cbs=[OneCycle(1e-3, 1e-2), Checkpoints(tmp_path, minutes=0), Spoil()])
     _, tensors, facts = newest_checkpoint(tmp_path)
     assert (facts['epoch'], facts['batches']) == (1, 2) and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
@@ -343,7 +350,7 @@ def nearly_finished(finished, tmp_path):
     return run
 
 def test_a_run_that_lacks_only_its_last_files_gets_them(nearly_finished, finished, capsys):
-    assert resume(nearly_finished)['weights_sha256'] == finished[1]['weights_sha256'] and 'resuming after the last epoch' in capsys.readouterr().out
+    assert resume(nearly_finished)['weights_sha256'] == finished[1]['weights_sha256'] and 'epoch 1' not in capsys.readouterr().out
 
 def test_ctrl_c_after_the_last_epoch_is_ctrl_c(nearly_finished, finished, monkeypatch):
     import cifar_fastai.training as training
@@ -368,17 +375,17 @@ def test_another_machine_is_warned_of(unfinished, finished):
     config = read_json(unfinished/'config.json')
     config['environment']['threads'] = 64
     write_json(unfinished/'config.json', config)
-    with pytest.warns(UserWarning, match='threads was 64 and is .*the weights may differ'): resume(unfinished)
+    with pytest.warns(UserWarning, match=rf'threads.*\b64\b.*\b{torch.get_num_threads()}\b'): resume(unfinished)
 
 def test_a_finished_run_says_so(finished, capsys):
     run, summary = finished
-    assert resume(run) == read_json(run/'summary.json') and f'{run} is finished: 2 epochs' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='epochs is 2 in the run and 3 now'): resume(run, dict(epochs=3))
+    assert resume(run) == read_json(run/'summary.json') and str(run) in capsys.readouterr().out
+    with pytest.raises(ValueError, match='epochs is 2.*3'): resume(run, dict(epochs=3))
 
-@pytest.mark.parametrize('changes, words', [(dict(epochs=3), 'epochs is 2 in the run and 3 now'), (dict(seed=1), 'seed is 0 in the run and 1 now'),
-                                            (dict(bs=8, wd=0.), 'bs is 16 in the run and 8 now; wd is 0.25 in the run and 0.0 now'), (dict(out='other'), "now")])
-def test_another_setting_is_refused_by_name(unfinished, changes, words):
-    with pytest.raises(ValueError, match=re.escape(words)): resume(unfinished, changes)
+@pytest.mark.parametrize('changes, figures', [(dict(epochs=3), 'epochs is 2.*3'), (dict(seed=1), 'seed is 0.*1'),
+                                            (dict(bs=8, wd=0.), r'bs is 16.*8.*wd is 0\.25.*0\.0'), (dict(out='other'), 'out is .*other')])
+def test_another_setting_is_refused_by_name(unfinished, changes, figures):
+    with pytest.raises(ValueError, match=figures): resume(unfinished, changes)
 
 def test_workers_and_minutes_may_change(unfinished, finished):
     assert resume(unfinished, dict(num_workers=1, checkpoint_minutes=1.))['weights_sha256'] == finished[1]['weights_sha256']
@@ -392,16 +399,16 @@ def unfinished(finished, tmp_path):
     return run
 
 def test_without_a_checkpoint_it_starts_over(unfinished, finished, capsys):
-    assert resume(unfinished)['weights_sha256'] == finished[1]['weights_sha256'] and 'no checkpoint yet: starting over' in capsys.readouterr().out
+    assert resume(unfinished)['weights_sha256'] == finished[1]['weights_sha256'] and 'epoch 1 of 2' in capsys.readouterr().out
 
 def test_other_images_are_refused(unfinished, small):
-    with pytest.raises(ValueError, match='the images are not those of the run'): resume(unfinished, data=small.first(60, 40))
+    with pytest.raises(ValueError, match=re.escape(str(unfinished))): resume(unfinished, data=small.first(60, 40))
 
 def test_other_versions_are_refused_unless_forced(unfinished, finished):
     config = read_json(unfinished/'config.json')
     config['environment']['packages']['torch'] = '1.0'
     write_json(unfinished/'config.json', config)
-    with pytest.raises(ValueError, match=r'torch was 1\.0 and is .*--force'): resume(unfinished)
+    with pytest.raises(ValueError, match=rf'torch.*1\.0.*{re.escape(torch.__version__)}.*--force'): resume(unfinished)
     assert resume(unfinished, force=True)['weights_sha256'] == finished[1]['weights_sha256']
 
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"settings": {}}', '{"settings": {"epochs": 0}, "bounds": {}}', '{"settings": {"shape": 3}}', '{"settings": 3}',
@@ -414,7 +421,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(unfinished):
     code = 'import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print("held", flush=True); time.sleep(60)'
     with subprocess.Popen([sys.executable, '-c', code, str(unfinished/'.lock')], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'held\n'
-        with pytest.raises(BlockingIOError, match='being written to by another process'): resume(unfinished)
+        with pytest.raises(BlockingIOError, match=re.escape(str(unfinished))): resume(unfinished)
         other.kill() # the lock goes with it
     assert resume(unfinished)['epochs'] == 2
 
@@ -425,8 +432,10 @@ def start(*args): return forked.Forked(forked.command, 'train', *args)
 small_run = '--epochs 3 --bs 16 --lr_min 1e-4 --lr_max 1e-3 --width 16'.split() # 15 steps
 digits_run = '--data digits --epochs 2 --bs 128 --lr_min 1e-4 --lr_max 3e-3 --width 16'.split() # 24 steps
 
-def wait_for_config(process, run):
-    while not (run/'config.json').exists():
+def wait_for_config(process, run): wait_until((run/'config.json').exists, process)
+
+def wait_until(done, process):
+    while not done():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(.02)
 
@@ -471,7 +480,7 @@ def test_killed_at_any_moment_and_continued_it_ends_the_same(few, undisturbed, t
         assert process.returncode == -signal.SIGKILL
         out, err = go_on(run)
         assert same_end(run, other), (i, out)
-        where += [line for line in out.splitlines() if line.startswith(('resuming', 'no checkpoint yet'))] or ['finished before']
+        where.append(out.splitlines()[0])
     figures(f'kills, {on}', kills=kills, equal=kills, resumed=where)
 
 suicide = """
@@ -503,12 +512,11 @@ def test_killed_in_the_middle_of_a_write_it_goes_on_or_starts_over(few, undistur
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_checkpoint_and_the_status_that_shells_expect(few, undisturbed, tmp_path, number, status):
     run = tmp_path/'run'
-    with start(*few, '--out', run) as process:
-        wait_for_config(process, run)
-        time.sleep(undisturbed[1]*.1)
+    with start(*few, '--checkpoint_minutes', 0, '--out', run) as process:
+        wait_until(lambda: checkpoints_in(run/'checkpoint'), process) # of the first step
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
-    assert process.returncode == status and 'goes on from here' in out and 'Traceback' not in err
+    assert process.returncode == status and f'--resume {run}' in out and err == ''
     assert newest_checkpoint(run/'checkpoint')
     go_on(run)
     assert same_end(run, undisturbed[0])
@@ -517,11 +525,11 @@ def test_a_run_that_fills_the_disk_ends_with_one_sentence_and_goes_on_when_there
     "A checkpoint has 5 MB, last and best weights 1.7 MB each"
     run = disk(12)/'run'
     with start(*few, '--out', run) as process: out, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and re.fullmatch(r'cifar_train: .*No space left on device.*\n', err)
+    assert process.returncode == 1 and re.fullmatch(rf'cifar_train: .*{os.strerror(errno.ENOSPC)}.*\n', err)
     path, tensors, facts = newest_checkpoint(run/'checkpoint')
     assert facts['epoch'] == 1 and not list(run.rglob('*.part')) and read_history(run).epoch.tolist()[0] == 1
     disk(40)
-    assert 'resuming at epoch 2, step 1' in go_on(run)[0]
+    assert 'epoch 2, step 1\n' in go_on(run)[0]
     assert same_end(run, undisturbed[0])
 
 def test_of_two_runs_in_one_folder_one_is_refused(few, undisturbed, tmp_path):
@@ -545,7 +553,7 @@ def test_killed_in_the_range_test_it_starts_over(small_archive, tmp_path):
     assert same_end(tmp_path/'run', other) and read_json(tmp_path/'run'/'config.json')['bounds'] == read_json(other/'config.json')['bounds']
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
-    for args, words in (['--resume', tmp_path/'nothing'], 'is not a run folder'), (['--resume', ''], "resume is ''"), (['--force'], 'give it with resume'):
+    for args, words in (['--resume', tmp_path/'nothing'], str(tmp_path/'nothing')), (['--resume', ''], "resume is ''"), (['--force'], 'resume'):
         with start(*args) as process: out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and words in err and len(err.strip().splitlines()) == 1
 
@@ -562,8 +570,8 @@ def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(few,
     content[len(content)//2] ^= 1
     newest.write_bytes(content)
     out, err = go_on(run)
-    assert err.count('\n') == 1 and 'is no whole checkpoint' in err and 'the one before it is used' in err
-    assert 'resuming at epoch' in out and same_end(run, undisturbed[0])
+    assert err.count('\n') == 1 and newest.name in err and newest.with_suffix('.damaged').exists()
+    assert same_end(run, undisturbed[0])
 
 def test_a_batch_that_does_not_fit_into_memory_is_answered_with_a_smaller_one(tmp_path):
     "What the process may have is limited when all is imported"
