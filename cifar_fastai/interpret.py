@@ -212,6 +212,7 @@ class CifarInterpretation(ClassificationInterpretation):
         wrong = self.misclassified(k)
         titles = [f'{m.actual}\n→ {m.predicted} {m.probability:.0%}' for m in wrong]
         fig = plot_images([self.image(m.idx) for m in wrong], titles, cols)
+        fig.set_figheight(fig.get_figheight() + .4)
         fig.suptitle(f'{self.n_wrong:,} of {len(self.targs):,} wrong: actual → predicted, probability', wrap=True)
         return fig
 
@@ -267,11 +268,14 @@ def plot_images(
     titles = ['\n'.join(part for line in title.split('\n') for part in wrap(line, 36)) for title in titles]
     width = max([1.75, *(_width(title, 9) + .15 for title in titles)])
     height = 1.73 + .16*max([2, *(title.count('\n') + 1 for title in titles)])
-    fig, axs = plt.subplots(rows, cols, figsize=(width*cols, height*rows), squeeze=False, layout='constrained')
-    for ax in axs.flat: ax.axis('off')
-    for ax, img, title in zip(axs.flat, imgs, titles):
-        ax.imshow(img, interpolation='nearest')
-        ax.set_title(title, fontsize=9)
+    fig, ax = plt.subplots(figsize=(width*cols, height*rows), layout='constrained')
+    for i, (img, title) in enumerate(zip(imgs, titles)):
+        x, y = width*(i % cols + .5), height*(i//cols + 1) - .85 # the centre of the image, in inches
+        h, w = .8*np.array(img.shape[:2])/max(img.shape[:2])
+        ax.imshow(img, interpolation='nearest', extent=(x - w, x + w, y + h, y - h))
+        ax.text(x, y - h - .03, title, fontsize=9, ha='center', va='bottom')
+    ax.set(xlim=(0, width*cols), ylim=(height*rows, 0))
+    ax.axis('off')
     return fig
 
 # %% ../nbs/06_interpret.ipynb #93e6a1d8
@@ -313,12 +317,15 @@ def plot_classes(
 ): # -> `Figure`
     "The first `n` images of each class, a class a row"
     names = [_shorten(str(name)) for name in vocab]
-    width = .85*n + max(_width(name, 10) for name in names) + .3
-    fig, axs = plt.subplots(len(vocab), n, figsize=(width, .85*len(vocab)), squeeze=False, layout='constrained')
-    for label, row in enumerate(axs):
-        for ax in row: ax.axis('off')
-        for ax, i in zip(row, np.flatnonzero(y == label)): ax.imshow(x[i], interpolation='nearest')
-        row[0].text(-.15, .5, names[label], transform=row[0].transAxes, ha='right', va='center')
+    left = max(_width(name, 10) for name in names) + .2
+    width = left + .85*n
+    fig, ax = plt.subplots(figsize=(width, .85*len(vocab)))
+    ax.set_position([left/width, 0, .85*n/width, 1])
+    for label in range(len(vocab)):
+        for col, i in enumerate(np.flatnonzero(y == label)[:n]):
+            ax.imshow(x[i], interpolation='nearest', extent=(col + .04, col + .96, label + .96, label + .04))
+    ax.set(xlim=(0, n), ylim=(len(vocab), 0), xticks=[], yticks=np.arange(len(vocab)) + .5, yticklabels=names, frame_on=False)
+    ax.tick_params(length=0)
     return fig
 
 # %% ../nbs/06_interpret.ipynb #33cd9aca

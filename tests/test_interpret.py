@@ -159,7 +159,7 @@ def test_interpreting_changes_neither_model_nor_history(learn):
 
 # ---- pictures
 
-def pictures(fig): return [np.asarray(ax.images[0].get_array()) for ax in fig.axes if ax.images]
+def pictures(fig): return [np.asarray(image.get_array()) for ax in fig.axes for image in ax.images]
 
 def test_an_image_is_the_one_that_was_loaded(interp, small):
     for i in (0, 17, 39): assert interp.image(i).dtype == np.uint8 and (interp.image(i) == small.test_x[i]).all()
@@ -177,9 +177,10 @@ def test_the_misclassified_are_shown_the_right_way_round_with_their_titles(inter
     shown = pictures(fig)
     assert len(shown) == min(k, interp.n_wrong) == len(wrong)
     assert all((img == small.test_x[m.idx]).all() for img, m in zip(shown, wrong))
-    for ax, m in zip(fig.axes, wrong):
-        assert all(word in ax.get_title() for word in (m.actual, m.predicted, f'{m.probability:.0%}'))
-        assert ax.images[0].get_interpolation() == 'nearest'
+    [ax] = fig.axes
+    for image, title, m in zip(ax.images, ax.texts, wrong, strict=True):
+        assert all(word in title.get_text() for word in (m.actual, m.predicted, f'{m.probability:.0%}'))
+        assert image.get_interpolation() == 'nearest'
     assert str(interp.n_wrong) in fig.get_suptitle()
 
 def test_when_nothing_is_wrong_the_figure_is_empty(interp):
@@ -199,15 +200,23 @@ def test_the_matrix_is_drawn_with_its_numbers(interp, small, normalize):
 
 def test_images_are_drawn_in_rows_under_their_titles(small):
     fig = plot_images(small.test_x[:7], [f'number {i}' for i in range(7)], cols=3)
-    assert len(fig.axes) == 9 and len(pictures(fig)) == 7
-    assert all((a == b).all() for a, b in zip(pictures(fig), small.test_x))
-    assert [ax.get_title() for ax in fig.axes[:7]] == [f'number {i}' for i in range(7)]
+    assert all((a == b).all() for a, b in zip(pictures(fig), small.test_x[:7], strict=True))
+    [ax] = fig.axes
+    assert [t.get_text() for t in ax.texts] == [f'number {i}' for i in range(7)]
+    centres = np.array([np.array(image.get_extent()).reshape(2, 2).mean(axis=1) for image in ax.images])
+    assert len(np.unique(centres[:, 0].round(6))) == len(np.unique(centres[:, 1].round(6))) == 3 # columns and rows
+    assert np.allclose(centres[:, 0], [t.get_position()[0] for t in ax.texts])
+
+def test_an_image_that_is_not_square_is_not_stretched():
+    [image] = plot_images([np.zeros((20, 50, 3), np.uint8)], ['wide']).axes[0].images
+    left, right, bottom, top = image.get_extent()
+    assert (right - left)/(bottom - top) == pytest.approx(2.5)
 
 def test_sample_images_are_drawn_a_class_a_row(small):
     fig = plot_classes(small.train_x, small.train_y, small.vocab, n=5)
     shown = np.stack(pictures(fig)).reshape(10, 5, 32, 32, 3)
     for label in range(10): assert (shown[label] == small.train_x[small.train_y == label][:5]).all()
-    assert [t.get_text() for ax in fig.axes for t in ax.texts] == small.vocab
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == small.vocab
 
 def test_a_class_with_few_images_has_a_short_row(small): assert len(pictures(plot_classes(small.test_x, small.test_y, small.vocab, n=6))) == 40
 
@@ -571,7 +580,7 @@ def assert_all_inside(fig):
     fig.canvas.draw() # layouts are made now
     box, (width, height) = fig.get_tightbbox(), fig.get_size_inches()
     assert -.02 <= box.x0 < box.x1 <= width + .02 and -.02 <= box.y0 < box.y1 <= height + .02
-    labels = [t for ax in fig.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]
+    labels = [t for ax in fig.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts) if t.get_text()]
     for t in labels + [t for t in fig.texts if t.get_text()]:
         inner = t.get_window_extent()
         assert 0 <= inner.x0 and inner.x1 <= fig.bbox.x1 and 0 <= inner.y0 and inner.y1 <= fig.bbox.y1, t.get_text()
@@ -624,10 +633,11 @@ def test_captions_of_the_misclassified_lie_inside_the_picture_and_beside_each_ot
     interp = predictions(10, names(10))
     fig = interp.plot_misclassified(10, cols)
     assert_all_inside(fig)
-    boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    titles = fig.axes[0].texts
+    boxes = [t.get_window_extent() for t in titles]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    for ax, m in zip(fig.axes, interp.misclassified(10)):
-        assert ax.get_title().replace('\n', ' ') == f'{m.actual} → {m.predicted} {m.probability:.0%}'
+    for t, m in zip(titles, interp.misclassified(10), strict=True):
+        assert t.get_text().replace('\n', ' ') == f'{m.actual} → {m.predicted} {m.probability:.0%}'
 
 @naming
 def test_labels_of_the_classes_lie_inside_the_picture(small, names):
