@@ -2,17 +2,19 @@
 
 The server has one thread and has computed nothing, so a process of it is as good as new. Tests of the start or of the
 end of a command, or of what the environment does to an import, start Python itself."""
-import multiprocessing, os, socket, subprocess, sys, tempfile
+import multiprocessing, os, signal, socket, subprocess, sys, tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload([f'cifar_fastai.{name}' for name in ('cli', 'bench', 'distributed', 'interpret', 'repeat', 'report')])
+context.set_forkserver_preload([f'cifar_fastai.{name}' for name in ('cli', 'app', 'bench', 'distributed', 'interpret', 'repeat', 'report')] + ['gradio'])
 
 
 def _child(function, args, env, folder, files):
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None # that of the server; TMPDIR may be another
+    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT: signal.signal(number, signal.SIG_DFL) # nohup has some ignored
     os.chdir(folder)
     for number, name in zip((1, 2), files):
         handle = os.open(name, os.O_WRONLY | os.O_APPEND)
@@ -47,10 +49,11 @@ class Forked:
     def poll(self): return self.returncode
     def kill(self): self.process.kill()
     def send_signal(self, number): os.kill(self.pid, number)
+    def said(self): return [file.read_text(encoding='utf8') for file in self.files]
 
     def communicate(self, timeout=300): # -> (out, err)
         self.process.join(timeout)
-        said = [file.read_text(encoding='utf8') for file in self.files]
+        said = self.said()
         if self.returncode is None: raise subprocess.TimeoutExpired(self.args, timeout, *said)
         self.folder.cleanup()
         return said

@@ -1,6 +1,7 @@
 "The demo in the browser: a served page, asked through its API and seen in Chromium"
 import asyncio, base64, http.client, io, json, os, re, shutil, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -13,6 +14,7 @@ pytest.importorskip('gradio', reason='the extra app is not installed')
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
+import forked
 from cifar_fastai.app import AppServer, build_app, check_serving, find_examples, launch_app, save_examples
 from cifar_fastai.cli import cifar_app
 from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, write_json
@@ -33,32 +35,38 @@ def classify():
 @pytest.fixture(scope='module')
 def examples(tmp_path_factory): return save_examples(load_digits(), tmp_path_factory.mktemp('examples'))
 
-def heed_signals(): # what starts the tests may ignore some, as nohup does, and the app keeps to that
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT: signal.signal(number, signal.SIG_DFL)
+class Started(subprocess.Popen):
+    "A command of a Python of its own, with what the tests use of `forked.Forked`"
+    def __init__(self, *args, env, folder):
+        self.files = folder/'out', folder/'err'
+        with open(self.files[0], 'w') as out, open(self.files[1], 'w') as err:
+            super().__init__([sys.executable, '-m', 'cifar_fastai.cli', *map(str, args)], stdout=out, stderr=err, env=env, preexec_fn=self.heed_signals)
+
+    def heed_signals(self): # what starts the tests may ignore some, as nohup does, and the app keeps to that
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT: signal.signal(number, signal.SIG_DFL)
+
+    def said(self): return [file.read_text() for file in self.files]
+    def __exit__(self, *_):
+        self.kill()
+        self.wait()
 
 @pytest.fixture(scope='module')
 def serve(tmp_path_factory):
-    "Start `cifar_app` as a process of its own, and wait until it listens"
-    processes = []
-    def start(*args):
-        port = free_port()
-        log = open(tmp_path_factory.mktemp('app')/'stderr', 'w+')
-        temporary = tmp_path_factory.mktemp('temporary')
-        process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'app', '--port', str(port), *map(str, args)], stdout=subprocess.PIPE, stderr=log, text=True,
-                                   preexec_fn=heed_signals,
-                                   env=os.environ | dict(TMPDIR=str(temporary), GRADIO_TEMP_DIR=str(temporary)))
-        processes.append((process, log))
-        process.log, process.temporary = Path(log.name), temporary
-        process.first_line = process.stdout.readline()
-        log.seek(0)
-        assert process.first_line.startswith(f'http://127.0.0.1:{port}/ (Ctrl-C ends it)'), log.read()
-        return f'http://127.0.0.1:{port}/', process
-    yield start
-    for process, log in processes:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        log.close()
+    "Start `cifar_app` as a process, and wait until it listens"
+    with ExitStack() as stack:
+        def start(*args, fork=True):
+            port, temporary = free_port(), tmp_path_factory.mktemp('temporary')
+            env = os.environ | dict(TMPDIR=str(temporary), GRADIO_TEMP_DIR=str(temporary))
+            args = ['app', '--port', port, *args]
+            started = forked.Forked(forked.command, *args, env=env) if fork else Started(*args, env=env, folder=tmp_path_factory.mktemp('said'))
+            process = stack.enter_context(started)
+            while not (line := process.said()[0]).endswith('\n'):
+                assert process.poll() is None, process.said()
+                time.sleep(.05)
+            assert line.startswith(f'http://127.0.0.1:{port}/ (Ctrl-C ends it)')
+            process.log, process.temporary, process.first_line = process.files[1], temporary, line
+            return f'http://127.0.0.1:{port}/', process
+        yield start
 
 @pytest.fixture(scope='module')
 def address(serve): return serve('--data', 'digits', '--max_mb', .5)[0]
@@ -161,7 +169,7 @@ def files_below(folder): return {path: path.stat().st_size for path in folder.rg
 @pytest.fixture(scope='module')
 def guarded(serve): return serve('--data', 'digits', '--max_mb', .05)
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def launched(examples, classify):
     "Start the page in this process"
     servers = []
@@ -343,12 +351,15 @@ def test_answers_that_nobody_reads_are_bounded(launched, picture):
 
 # ---- connections
 
+@pytest.fixture(scope='module')
+def impatient(launched): return launched(timeout=1)
+
 @pytest.mark.parametrize('start', [b'', b'G', b'GET / HTTP/1.1\r\nHost: x\r\n', b'GET /config HTTP/1.1\r\nHost: {host}\r\n\r\nGET /', b'GET /config HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n',
                                    b'POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=frame\r\nContent-Length: 1000\r\n\r\n--frame',
                                    b'POST /gradio_api/call/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{'])
 @pytest.mark.parametrize('dripping', [False, True])
-def test_a_connection_that_does_not_finish_its_request_is_closed(launched, start, dripping):
-    server = launched(timeout=1)
+def test_a_connection_that_does_not_finish_its_request_is_closed(impatient, start, dripping):
+    server = impatient
     where = urlsplit(server.address)
     with socket.create_connection((where.hostname, where.port)) as s:
         s.sendall(start.replace(b'{host}', where.netloc.encode()))
@@ -377,9 +388,9 @@ def test_connections_are_bounded(launched, monkeypatch):
     finally:
         for each in first: each.close()
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))])
 def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
-    address, process = serve('--data', 'digits')
+    address, process = serve('--data', 'digits', fork=False)
     where = urlsplit(address)
     path = upload(address, picture.read_bytes())
     _, _, event = predict(address, dict(path=path))
@@ -391,8 +402,8 @@ def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
         staying.sendall(f"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
         assert staying.recv(15) == b'HTTP/1.1 200 OK'
         process.send_signal(number)
-        assert process.wait(240) == 128 + number, process.log.read_text()
-    assert not list(process.temporary.iterdir()) and process.log.read_text() == ''
+        assert process.wait(240) == 128 + number, process.said()
+    assert not list(process.temporary.iterdir()) and process.said()[1] == ''
 
 def test_closing_and_leaving_delete_the_temporary_files(tmp_path):
     code = """

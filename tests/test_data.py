@@ -9,6 +9,7 @@ import torch
 from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
+import forked
 from cifar_fastai.augment import CropFlipCutout, ItemAugment
 from cifar_fastai.cli import cifar_train
 from cifar_fastai.core import cifar10_classes, cifar10_stats, data_variable
@@ -242,10 +243,10 @@ def test_images_that_cannot_be_cached_are_returned_all_the_same(empty_home, arch
     with pytest.warns(UserWarning, match='cache'): assert same(load_cifar10(archive), canonical)
 
 @pytest.mark.parametrize('home', ['/proc/nonexistent', 'a file'])
-def test_a_home_that_cannot_be_written_to_stops_no_training(home, small_archive, command, tmp_path):
+def test_a_home_that_cannot_be_written_to_stops_no_training(home, small_archive, tmp_path):
     if home == 'a file': (home := tmp_path/'home').write_text('')
     env = {name: value for name, value in os.environ.items() if name != 'FASTAI_HOME'} | dict(HOME=str(home))
-    done = command('train', '--data', small_archive, '--epochs', '1', '--bs', '40', '--width', '16', '--lr_min', '1e-3', '--lr_max', '1e-2', '--ghost', '0', '--num_workers', '0', '--out', 'run', env=env)
+    done = forked.run('train', '--data', small_archive, '--epochs', '1', '--bs', '40', '--width', '16', '--lr_min', '1e-3', '--lr_max', '1e-2', '--ghost', '0', '--num_workers', '0', '--out', 'run', env=env)
     assert done.returncode == 0 and Path('run/model.safetensors').exists(), done.stderr
     [said] = [line for line in done.stderr.splitlines() if line.startswith('cifar_train: ')]
     assert 'cache' in said and str(home) in said
@@ -497,7 +498,7 @@ def test_what_makes_no_sense_is_refused(small, change):
 
 # ---- worker processes
 
-@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+@pytest.mark.parametrize('method', [pytest.param('spawn', marks=pytest.mark.slow), 'forkserver'])
 def test_workers_of_another_start_method_give_the_same_batches(method, digits, tmp_path):
     if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
     for i, size in enumerate([(32, 32), (50, 40), (64, 64)]):

@@ -71,7 +71,7 @@ def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_
     assert len(read_history(tmp_path/'alone')) == 4
 
 @needs_accelerate
-@pytest.mark.parametrize('gone', [1, 0], ids=['the one that is waited for', 'the first'])
+@pytest.mark.parametrize('gone', [1, pytest.param(0, marks=pytest.mark.slow)], ids=['the one that is waited for', 'the first'])
 def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, small_archive, tmp_path, gone):
     "As at the end of a run, when the first one alone writes"
     process = start_processes(2, Path(__file__).with_name('launched.py'), 'leaves', tmp_path, small_archive, f'{{"gone": {gone}}}')
@@ -79,6 +79,7 @@ def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, s
     assert rc != 0 and re.search(rf'process {2 - gone} of 2.*--resume', said) and ('SIGTERM' in said) == bool(gone), said
 
 @needs_accelerate
+@pytest.mark.slow
 def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
     process = start_run(2, *options, '--checkpoint_minutes', 0, '--out', tmp_path/'stopped')
     wait_for_epoch(tmp_path/'stopped', process, 2)

@@ -141,7 +141,7 @@ def test_fp32_computes_in_fp32(tiny_learner):
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_the_model_runs_channels_last(small_dls, precision):
     set_seed(0)
-    learn, seen = cifar_learner(small_dls(bs=40), precision=precision).remove_cbs(ProgressCallback), set()
+    learn, seen = cifar_learner(small_dls(bs=40), CustomResNet(width=16), precision=precision).remove_cbs(ProgressCallback), set()
     for conv in (learn.model.layer1[0], learn.model.res2[0]):
         conv.register_forward_hook(lambda m, x, out: seen.update(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x[0], m.weight, out)))
     learn.fit(1, .01)

@@ -1,11 +1,12 @@
-"""What test_data.py and test_augment.py have done by worker processes: `workers.py WHAT METHOD FOLDER`."""
-import hashlib, json, multiprocessing, sys
+"""What test_data.py and test_augment.py have done by worker processes: `workers.py WHAT METHOD FOLDER`; and what forked processes do."""
+import hashlib, json, multiprocessing, sys, time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cifar_fastai import data
 from cifar_fastai.augment import item_pipeline
 from cifar_fastai.data import cifar_dls, load_digits
 
@@ -44,6 +45,17 @@ def from_files(folder, num_workers): # as `get_preds` takes them
     dls = cifar_dls(load_digits().first(60, 20), 16, seed=1)
     dl = dls.test_dl(sorted(folder.glob('*.png')), num_workers=num_workers)
     return [x.sum(dim=(1, 2, 3)).tolist() for x, in dl]
+
+def fill_cache(source, hangs=''): # prints how often it decoded, and how many images it has
+    decoded, original = [], data.read_images
+    def read(path):
+        decoded.append(path)
+        print('decoding', flush=True)
+        if hangs: time.sleep(60)
+        return original(path)
+    data.read_images = read
+    n = len(data.load_cifar10(source).train_y)
+    print(len(decoded), n)
 
 if __name__ == '__main__':
     what, method, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
