@@ -20,15 +20,15 @@ unexport PYTHONPATH PYTHONHOME IN_TEST
 timed = @echo "== $(1)"; start=$$(date +%s); { $(2); }; status=$$?; \
 	echo "== $(1): $$(($$(date +%s) - start)) s"; exit $$status
 
-nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 OMP_NUM_THREADS=$(NB_THREADS) \
+nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 CIFAR_FASTAI_WIDTH=16 OMP_NUM_THREADS=$(NB_THREADS) \
 	$(bin)/nbdev_test --n_workers $(NB_WORKERS) --timing
 
 with_cifar10 := nbs/03_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
 
 # The page that opens in Colab, with the versions that Colab has; on the digits, one epoch.
-in_colab = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 $(PYTHON) tools/environment.py colab --notebook nbs/tutorials/train_cifar10.ipynb
+in_colab = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 CIFAR_FASTAI_WIDTH=16 $(PYTHON) tools/environment.py colab --notebook nbs/tutorials/train_cifar10.ipynb
 
-in_parallel = -n $(NB_WORKERS) --dist loadfile
+in_parallel = -n $(NB_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -64,9 +64,8 @@ check: $(installed) ## notebooks are clean, the package is their export, README.
 	$(call timed,clean and in sync,$(bin)/python tools/check_sync.py)
 	$(call timed,README.md,$(bin)/python tools/readme.py --check)
 
-test-nbs: $(installed) ## run all notebooks on the digits, one epoch; what needs CIFAR-10 itself where it is
+test-nbs: $(installed) ## run all notebooks on the digits, one epoch, a narrow network
 	$(call timed,notebooks,$(nbdev_test))
-	$(if $(filter-out digits,$(CIFAR_FASTAI_DATA)),$(call timed,notebooks with cells that need CIFAR-10,true $(foreach nb,$(with_cifar10),&& $(bin)/nbdev_test --path $(nb) --flags cifar10)))
 
 test-py: $(installed) ## run pytest, without what is marked slow
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest -m "not slow" $(in_parallel))
@@ -78,6 +77,7 @@ test-full: chromium check ## every check: all that is marked slow, the newest ve
 	$(MAKE) test-env ENV=newest
 	$(call timed,the tutorial as in Colab,$(in_colab))
 	$(call timed,notebooks,$(nbdev_test) --flags slow)
+	$(if $(filter-out digits,$(CIFAR_FASTAI_DATA)),$(call timed,notebooks with cells that need CIFAR-10,true $(foreach nb,$(with_cifar10),&& $(bin)/nbdev_test --path $(nb) --flags cifar10)))
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest $(in_parallel))
 
 export: $(installed) ## after an edit of notebooks: write the package and README.md, clean the notebooks

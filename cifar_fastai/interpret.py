@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.vision.all import Callback, DataLoader, Learner, getcallable, noop
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from PIL import Image
 from safetensors.torch import load_file, save
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
@@ -253,7 +254,8 @@ def save_figure(
     return write_whole(path, buffer.getvalue())
 
 def _width(text, size): # -> inches of the widest line in the font of the plots
-    return max(0, *(TextPath((0, 0), line, size=size).get_extents().width for line in text.split('\n')))/72
+    font = FontProperties(size=size)
+    return max(text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in text.split('\n'))/72
 
 def _shorten(text, n=36): # from the middle, since names of classes often differ in their ends
     return text if len(text) <= n else f'{text[:n//2 - 1]}…{text[-n//2:]}'

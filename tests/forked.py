@@ -11,6 +11,7 @@ context.set_forkserver_preload([f'cifar_fastai.{name}' for name in ('cli', 'app'
 
 
 def _child(function, args, env, folder, files):
+    os.setsid() # a group of its own, which Ctrl-C of a terminal would reach
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None # that of the server; TMPDIR may be another

@@ -601,6 +601,7 @@ def on_screen(output):
     return shown
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no pseudo-terminals')
+@pytest.mark.slow
 def test_a_line_after_a_range_test_stands_alone_in_a_terminal(tmp_path):
     import pty
     (tmp_path/'script.py').write_text(textwrap.dedent("""

@@ -179,7 +179,8 @@ def test_other_forked_processes_draw_afresh(img):
     pipeline(image=img)
     assert few_repeat(drawn_elsewhere(pipeline, multiprocessing.get_context('fork'), 4))
 
-@pytest.mark.parametrize('method', [pytest.param('spawn', marks=pytest.mark.slow), 'forkserver'])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
 def test_processes_of_another_start_method_draw_afresh(method, tmp_path):
     if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
     command = [sys.executable, '-W', 'ignore', workers, 'augment', method, tmp_path]

@@ -123,6 +123,7 @@ def test_both_pipelines_draw_from_the_same_distribution(both_ways, column, place
     counts = [[np.sum(way[:, column] == v) for v in values[0]] for way in both_ways]
     assert chi2_contingency(counts).pvalue > 1e-4
 
+@pytest.mark.slow
 def test_both_pipelines_have_the_same_pixel_statistics(digits):
     some = digits.first(640, 10)
     def means(pipeline): # of each of 20 epochs: mean and standard deviation of the pixels, per position of a coarse grid
@@ -494,6 +495,7 @@ def test_a_compiled_network_trains_as_the_same_network(tiny_net, small_dls):
     assert np.allclose(a, b, rtol=1e-3) and names == names1
 
 @pytest.mark.skipif(not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc', reason='an allocator that takes no advice')
+@pytest.mark.slow
 def test_kept_memory_is_not_fetched_again():
     "In a process of its own, since there is no way back"
     code = '''

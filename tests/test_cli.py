@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import forked
 from cifar_fastai import cli
 from cifar_fastai.cli import (AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings,
                               ReportSettings, RunSettings, cifar_bench, cifar_interpret, cifar_lr_find, cifar_predict,
@@ -197,13 +198,10 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
     run, at_once = folder_of_its_own/'run', moment == 'at once'
     data, workers = ('digits', '2') if at_once else (small_archive, '0') # at once: just before the workers are forked
     args = ['--data', data, '--epochs', '200', *small_run, '--num_workers', workers, '--out', run]
-    process = subprocess.Popen([sys.executable, '-m', 'cifar_fastai.cli', 'train', *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
+    with forked.Forked(forked.command, 'train', *args) as process:
         wait_for((run/'config.json' if at_once else run/'best.safetensors').exists, process)
         press_ctrl_c(process)
         out, err = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None: process.kill(); process.communicate()
     assert process.returncode == 130
     assert 'Traceback' not in out + err and re.search(r'interrupted.*\brun\b', out)
     history = read_csv_exact(run/'history.csv')

@@ -111,6 +111,7 @@ def test_a_function_of_a_notebook_is_launched_as_well(launched):
 def _numbers(history): return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
 
 @needs_accelerate
+@pytest.mark.slow
 def test_without_batch_statistics_the_losses_are_those_of_one_process(launched):
     "20 steps in fp32"
     options = dict(norm='layer', epochs=4, augmented=True)

@@ -71,7 +71,8 @@ def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_
     assert len(read_history(tmp_path/'alone')) == 4
 
 @needs_accelerate
-@pytest.mark.parametrize('gone', [1, pytest.param(0, marks=pytest.mark.slow)], ids=['the one that is waited for', 'the first'])
+@pytest.mark.parametrize('gone', [1, 0], ids=['the one that is waited for', 'the first'])
+@pytest.mark.slow
 def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, small_archive, tmp_path, gone):
     "As at the end of a run, when the first one alone writes"
     process = start_processes(2, Path(__file__).with_name('launched.py'), 'leaves', tmp_path, small_archive, f'{{"gone": {gone}}}')

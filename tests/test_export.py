@@ -13,7 +13,7 @@ onnx = pytest.importorskip('onnx', reason='the extra export is not installed')
 ort = pytest.importorskip('onnxruntime', reason='the extra export is not installed')
 from onnx import TensorProto, helper
 
-import cifar_fastai
+import cifar_fastai, forked, workers
 from cifar_fastai.cli import cifar_export, cifar_predict
 from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, settings_from, write_json
 from cifar_fastai.export import ImagesToProbabilities, export_model, load_onnx
@@ -23,15 +23,8 @@ from cifar_fastai.models import CustomResNet, load_pretrained
 
 
 @pytest.fixture(scope='module')
-def real(request):
-    "The real images, or `None`"
-    try: return request.getfixturevalue('real_cifar')
-    except pytest.skip.Exception: return None
-
-@pytest.fixture(scope='module')
-def pictures(real, digits):
-    "501 test images; without them, digits with three channels that differ"
-    if real is not None: return real.test_x[:501]
+def pictures(digits):
+    "Digits with three channels that differ"
     grey = digits.train_x[:501, :, :, 0]
     return np.stack([grey, 255 - grey, grey//2], axis=-1)
 
@@ -83,14 +76,21 @@ def test_the_network_that_is_given_stays_as_it_is(pictures):
 # ---- it says what PyTorch says
 
 @pytest.mark.parametrize('n', [1, 7, 501])
-def test_both_agree_on_any_number_of_images(files, pictures, expected, real, n, figures): # in one batch, as others would use them
+def test_both_agree_on_any_number_of_images(files, pictures, expected, n): # in one batch, as others would use them
     [by_onnx] = ort.InferenceSession(files['onnx']).run(['probabilities'], {'images': pictures[:n]})
     probs = dict(onnx=by_onnx, torch=of_torch(files['torch'])(torch.from_numpy(pictures[:n])).numpy())
     differences = {name: float(np.abs(p - expected[:n]).max()) for name, p in probs.items()}
-    figures(f'export_{n}', real=real is not None, differences=differences, bytes={name: path.stat().st_size for name, path in files.items()})
     assert all(p.shape == (n, 10) and p.dtype == np.float32 for p in probs.values()) and max(differences.values()) < 1e-4
     assert len(set(expected.argmax(1))) > 3 and expected.max(1).min() < .6 # else the images say little
-    if real is not None and n == 501: assert all((p.argmax(1) == real.test_y[:n]).mean() > .9 for p in probs.values())
+
+@pytest.mark.slow
+def test_both_agree_on_photographs(files, real_cifar, figures):
+    images = real_cifar.test_x[:1000]
+    expected = class_probabilities(load_pretrained(), images, cifar10_stats).numpy()
+    probs = dict(onnx=load_onnx(files['onnx'])(images), torch=of_torch(files['torch'])(torch.from_numpy(images)).numpy())
+    differences = {name: float(np.abs(p - expected).max()) for name, p in probs.items()}
+    assert max(differences.values()) < 1e-4 and all((p.argmax(1) == real_cifar.test_y[:1000]).mean() > .9 for p in probs.values())
+    figures('export_1000', differences=differences, bytes={name: path.stat().st_size for name, path in files.items()})
 
 def test_a_classifier_takes_no_image_and_a_list_and_more_than_fit_into_a_batch(files, pictures, expected):
     classify = load_onnx(files['onnx'])
@@ -100,7 +100,7 @@ def test_a_classifier_takes_no_image_and_a_list_and_more_than_fit_into_a_batch(f
 
 networks = dict(batch=dict(ghost=4, conv_bias=True, dropout=.2, logit_scale=.125), group=dict(norm='group', n_groups=4), layer=dict(norm='layer', conv_bias=True, logit_scale=3.))
 
-@pytest.mark.parametrize('name', networks)
+@pytest.mark.parametrize('name', ['batch', 'group', pytest.param('layer', marks=pytest.mark.slow)])
 def test_every_network_is_exported_in_silence(run, pictures, name, capfd):
     folder = run(**networks[name])
     paths = [export_model(folder, format) for format in ('onnx', 'torch')]
@@ -185,14 +185,9 @@ print([json.loads(extra['vocab.json'])[i] for i in probs.argmax(dim=1)], json.lo
     assert done.stdout.strip() == f'{[cifar10_classes[i] for i in expected[:9].argmax(1)]} {[list(s) for s in cifar10_stats]}', done.stderr
 
 def test_without_the_libraries_of_onnx_the_program_is_still_written(files):
-    done = alone(f'''
-from cifar_fastai.export import export_model, load_onnx
-print(export_model(None, 'torch'))
-for call in (export_model, lambda: load_onnx({str(files['onnx'])!r})):
-    try: call()
-    except ModuleNotFoundError as e: print(e)''', 'onnx', 'onnxruntime', 'onnxscript')
-    written, *missing = done.stdout.splitlines()
-    assert written == 'best.pt2' and all("pip install 'cifar_fastai[export]'" in line for line in missing), done.stderr
+    with forked.Forked(workers.export_without_onnx, files['onnx']) as process: out, err = process.communicate()
+    written, *missing = out.splitlines()
+    assert written == 'best.pt2' and all("pip install 'cifar_fastai[export]'" in line for line in missing), err
     assert [re.findall(r'\bonnx\w*', line) for line in missing] == [['onnx', 'onnxscript', 'onnxruntime'], ['onnxruntime']]
     assert [p.name for p in Path().iterdir()] == ['best.pt2']
 
@@ -270,6 +265,7 @@ def test_a_truncated_file_is_refused(files, share, capfd):
     whole = files['onnx'].read_bytes()
     refused(whole[:-1 if isinstance(share, str) else int(share*len(whole))], capfd)
 
+@pytest.mark.slow
 def test_a_file_with_other_bytes_is_refused_or_gives_probabilities(files, pictures, capfd):
     whole, rng = files['onnx'].read_bytes(), np.random.default_rng(0)
     is_structure = np.ones(len(whole), bool)
@@ -364,7 +360,7 @@ costly = {
     'a giant that depends on the images': lambda: sum_of([constant('s', [50_000, 50_000]), helper.make_node('Cast', ['images'], ['f'], to=1), helper.make_node('ReduceMax', ['f'], ['m'], keepdims=0),
                                                           helper.make_node('Expand', ['m', 's'], ['z'])])}
 
-@pytest.mark.parametrize('name', costly)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow]*(name == 'many nodes')) for name in costly])
 def test_a_file_that_takes_too_long_or_too_much_is_refused(name, capfd):
     Path('costly.onnx').write_bytes(costly[name]())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -391,14 +387,9 @@ def waited(condition, seconds=20):
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
 def test_the_process_of_a_classifier_ends_with_a_process_that_is_killed():
     Path('loop.onnx').write_bytes(without_end(more_than=2))
-    code = """
-import numpy as np
-from cifar_fastai.export import load_onnx
-classify = load_onnx('loop.onnx', timeout=600)
-print(classify.process.pid, flush=True)
-classify(np.zeros((3, 32, 32, 3), np.uint8))"""
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as parent:
-        pid = int(parent.stdout.readline())
+    with forked.Forked(workers.classify_zeros, 'loop.onnx') as parent:
+        assert waited(lambda: parent.said()[0].endswith('\n')), parent.said()
+        pid = int(parent.said()[0])
         time.sleep(1) # it is at work
         parent.kill()
     def is_gone():

@@ -608,6 +608,7 @@ def test_pictures_of_several_sizes_and_kinds_are_predicted_together(
     probs, _ = learn.get_preds(dl=learn.dls.test_dl(arrays, num_workers=num_workers))
     assert torch.allclose(probs, torch.stack([learn.predict(Image.fromarray(x))[2] for x in arrays]), atol=1e-5)
 
+@pytest.mark.slow
 def test_an_exported_learner_predicts_a_photo_in_another_process(small, tiny_learner, tmp_path):
     learn = tiny_learner()
     learn.path = tmp_path

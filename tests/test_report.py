@@ -386,6 +386,7 @@ def test_recorded_runs_are_compared(recorded_run, tmp_path):
 
 # ---- a run of CIFAR-10
 
+@pytest.mark.slow
 def test_a_recorded_run_has_a_page_of_less_than_3_mb(recorded_run, real_cifar, figures):
     run = recorded_run('best')
     path = write_report(run, real_cifar)
@@ -393,6 +394,7 @@ def test_a_recorded_run_has_a_page_of_less_than_3_mb(recorded_run, real_cifar, f
     figures('report', bytes=path.stat().st_size, images=len(page.gallery))
     assert path.stat().st_size < 3_000_000 and len(page.gallery) == summary['n_wrong'] and len(page.all('svg')) == 4
 
+@pytest.mark.slow
 def test_most_mistakes_do_not_make_it_larger(recorded_run, real_cifar):
     run = recorded_run('24-epochs')
     kept = load_file(run/'predictions.safetensors')
@@ -483,6 +485,7 @@ def test_evil_names_do_nothing_in_a_browser(opened, run, small):
     for cell in page.locator('.pairs button').all(): cell.click()
     assert page.complaints == [] and page.asked == [path.absolute().as_uri()] and page.inner_text('#shown').split(': ')[0].count('taken for') == 1
 
+@pytest.mark.slow
 def test_recorded_run_in_a_browser(opened, recorded_run, real_cifar):
     page = opened(write_report(recorded_run('best'), real_cifar), 390)
     page.click('.matrix button[data-pair="3-5"]')

@@ -399,6 +399,7 @@ def test_errors_on_resume_are_said_without_the_prefix_of_fastai(run):
 
 # ---- surroundings
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_no_duration(settings, tmp_path, monkeypatch):
     now = [2e9]
     def clock():

@@ -8,6 +8,7 @@ import pytest
 from fastai.vision.all import Callback
 from PIL import Image
 
+import forked, workers
 from cifar_fastai.core import read_json, settings_from
 from cifar_fastai.learner import Checkpoints
 from cifar_fastai.folder import read_history
@@ -135,8 +136,6 @@ def test_an_error_leaves_a_closed_file_with_all_finished_epochs(settings, monkey
 
 # ---- the command
 
-no_tensorboard = "import sys; sys.modules['tensorboard'] = None; from cifar_fastai.cli import main; main(sys.argv[1:])" # as if it were not installed
-
 def test_the_command_says_nothing_but_what_it_says_without(command, small_archive):
     done = command('train', '--data', small_archive, *'--epochs 2 --bs 40 --width 16 --lr_min 1e-4 --lr_max 3e-3 --log tensorboard --out run'.split())
     assert done.returncode == 0 and done.stderr == '', done.stderr
@@ -144,9 +143,8 @@ def test_the_command_says_nothing_but_what_it_says_without(command, small_archiv
     is_the_history('run')
 
 def test_without_the_extra_it_is_one_sentence_and_no_folder(small_archive):
-    "The package is imported before that, so without tensorboard"
     args = ['train', '--data', str(small_archive), '--epochs', '1', '--bs', '16', '--log', 'tensorboard', '--out', 'runs/one']
-    done = subprocess.run([sys.executable, '-c', no_tensorboard, *args], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout == ''
-    assert done.stderr == "cifar_train: tensorboard is not installed: pip install 'cifar_fastai[tensorboard]'\n"
+    with forked.Forked(workers.command_without, 'tensorboard', *args) as process: out, err = process.communicate()
+    assert process.returncode == 1 and out == ''
+    assert err == "cifar_train: tensorboard is not installed: pip install 'cifar_fastai[tensorboard]'\n"
     assert not Path('runs').exists()

@@ -271,6 +271,7 @@ def test_a_run_with_found_bounds_records_and_draws_them(settings, capsys, digits
     assert re.search(rf'\b{bounds["lr_min"]:.2e}\b.*\b{bounds["lr_max"]:.2e}\b.*range test', said)
     assert Path('run/plots/range_test.png').exists() and read_history('run')['lr'].iloc[0] == pytest.approx(bounds['lr_min'])
 
+@pytest.mark.slow
 def test_of_the_recipe_best_the_height_alone_is_found(settings, capsys, digits):
     summary = train(settings(data='digits', epochs=1, bs=4, lr_min=None, lr_max='find', out='run'), digits.first(80, 40))
     bounds = summary['bounds']

@@ -1,11 +1,12 @@
 """What test_data.py and test_augment.py have done by worker processes: `workers.py WHAT METHOD FOLDER`; and what forked processes do."""
-import hashlib, json, multiprocessing, sys, time
+import hashlib, json, multiprocessing, os, resource, signal, sys, time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import forked
 from cifar_fastai import data
 from cifar_fastai.augment import item_pipeline
 from cifar_fastai.data import cifar_dls, load_digits
@@ -56,6 +57,40 @@ def fill_cache(source, hangs=''): # prints how often it decoded, and how many im
     data.read_images = read
     n = len(data.load_cifar10(source).train_y)
     print(len(decoded), n)
+
+def command_that_dies(write, *args):
+    "When so many files are written and have not reached the disk"
+    left, original = int(write), os.fsync
+    def fsync(fd):
+        nonlocal left
+        left -= 1
+        if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+        original(fd)
+    os.fsync = fsync
+    forked.command(*args)
+
+def command_with_little_memory(n_bytes, *args): # more than it has now
+    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages*resource.getpagesize() + int(n_bytes),)*2)
+    forked.command(*args)
+
+def command_without(library, *args):
+    sys.modules[library] = None # as if it were not installed
+    forked.command(*args)
+
+def export_without_onnx(file):
+    from cifar_fastai.export import export_model, load_onnx
+    for name in 'onnx', 'onnxruntime', 'onnxscript': sys.modules[name] = None
+    print(export_model(None, 'torch'))
+    for call in export_model, lambda: load_onnx(file):
+        try: call()
+        except ModuleNotFoundError as e: print(e)
+
+def classify_zeros(file): # says first which process does it
+    from cifar_fastai.export import load_onnx
+    classify = load_onnx(file, timeout=600)
+    print(classify.process.pid, flush=True)
+    classify(np.zeros((3, 32, 32, 3), np.uint8))
 
 if __name__ == '__main__':
     what, method, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
