@@ -13,8 +13,9 @@ installed := .venv/.installed
 # albumentations asks the network for updates unless told; plots of the checks need no display.
 export NO_ALBUMENTATIONS_UPDATE = 1
 check test-nbs test-py test-env test-full: export MPLBACKEND = Agg
-# What is imported is for the environments to say; with IN_TEST set, nbdev_export does nothing.
-unexport PYTHONPATH PYTHONHOME IN_TEST
+# What is imported is for the environments to say; with IN_TEST set, nbdev_export does nothing. What is compiled is kept:
+# without that, each process would compile fastai and torch anew, which takes longer than most tests.
+unexport PYTHONPATH PYTHONHOME IN_TEST PYTHONDONTWRITEBYTECODE
 
 # $(call timed,name,command): runs the command and says how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); { $(2); }; status=$$?; \

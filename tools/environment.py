@@ -64,7 +64,7 @@ def main(args=None):
     if options.notebook and not options.notebook.is_file(): sys.exit(f'{options.notebook} is no file: give a notebook')
     python = make(options.name)
     print(uv('pip', 'list', '--python', python, '--format', 'freeze'), flush=True)
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'IN_TEST')}
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'IN_TEST', 'PYTHONDONTWRITEBYTECODE')}
     if options.notebook: sys.exit(execute(python, options.notebook, env))
     command = [python, '-m', 'pytest', '-m', 'not slow', '-p', 'no:cacheprovider', *options.pytest]
     sys.exit(subprocess.run(command, cwd=root/'tests', env=env).returncode)
