@@ -484,6 +484,7 @@ def test_fastais_own_bar_is_not_put_back(tiny_net, small_dls):
     with redirect_stdout(io.StringIO()): learn.fit(1, 1e-3)
     assert type(learn.progress) is EpochProgress
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_as_the_same_network(tiny_net, small_dls):
     if not shutil.which('g++') and not shutil.which('clang++'): pytest.skip('torch.compile needs a C++ compiler')
     def losses(compile):

@@ -498,7 +498,8 @@ def test_what_makes_no_sense_is_refused(small, change):
 
 # ---- worker processes
 
-@pytest.mark.parametrize('method', [pytest.param('spawn', marks=pytest.mark.slow), 'forkserver'])
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+@pytest.mark.slow
 def test_workers_of_another_start_method_give_the_same_batches(method, digits, tmp_path):
     if method not in multiprocessing.get_all_start_methods(): pytest.skip(f'no {method} here')
     for i, size in enumerate([(32, 32), (50, 40), (64, 64)]):

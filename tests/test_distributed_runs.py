@@ -50,6 +50,7 @@ def undisturbed(small_archive, tmp_path_factory): # the run of two that nothing 
 
 @needs_accelerate
 @pytest.mark.skipif(not Path('/proc').exists(), reason='processes are found in /proc')
+@pytest.mark.slow
 def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
     "With two; with one, nearly"
     process = start_run(2, *options, '--out', tmp_path/'killed')

@@ -590,8 +590,15 @@ def test_files_that_cannot_be_read_are_refused_as_the_command_does(name, kind, t
     learn = tiny_learner()
     with pytest.raises(kind, match=name) as expected: read_image(tmp_path/name)
     with pytest.raises(kind) as of_predict: learn.predict(tmp_path/name)
-    with pytest.raises(kind) as of_a_worker: learn.get_preds(dl=learn.dls.test_dl([tmp_path/name], num_workers=2))
-    assert str(of_predict.value) == str(of_a_worker.value) == str(expected.value)
+    with pytest.raises(kind) as of_get_preds: learn.get_preds(dl=learn.dls.test_dl([tmp_path/name], num_workers=0))
+    assert str(of_predict.value) == str(of_get_preds.value) == str(expected.value)
+
+def test_a_file_that_a_worker_cannot_read_is_refused_as_elsewhere(tiny_learner, tmp_path): # torch takes 5 s to end a worker then
+    (tmp_path/'text.png').write_text('no picture')
+    learn = tiny_learner()
+    with pytest.raises(ValueError) as expected: read_image(tmp_path/'text.png')
+    with pytest.raises(ValueError) as of_a_worker: learn.get_preds(dl=learn.dls.test_dl([tmp_path/'text.png'], num_workers=1))
+    assert str(of_a_worker.value) == str(expected.value)
 
 @pytest.mark.parametrize('pipeline', ['batch', 'item'])
 @pytest.mark.parametrize('num_workers', [0, 2])

@@ -53,7 +53,8 @@ def whole_fit(tiny_learner, small_dls, tmp_path_factory): # -> function that mak
         return make, fit(make(), tmp_path_factory.mktemp('whole'))
     return of
 
-@pytest.mark.parametrize('pipeline, num_workers, precision, stop_at', [(*how, moment) for how, some in ((('batch', 0, 'bf16'), moments), (('item', 0, 'fp32'), moments), (('item', 2, 'bf16'), moments[2:12:3])) for moment in some], ids=str)
+@pytest.mark.parametrize('pipeline, num_workers, precision, stop_at', [(*how, moment) for how, some in ((('batch', 0, 'bf16'), moments[::2]), (('item', 0, 'fp32'), moments[1::2])) for moment in some]
+                         + [pytest.param(*how, moment, marks=pytest.mark.slow) for how, some in ((('batch', 0, 'bf16'), moments[1::2]), (('item', 0, 'fp32'), moments[::2]), (('item', 2, 'bf16'), moments[2:12:3])) for moment in some], ids=str)
 def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(whole_fit, tmp_path, pipeline, num_workers, precision, stop_at):
     make, whole = whole_fit(pipeline, num_workers, precision)
     with pytest.raises(Stop): fit(make(), tmp_path/'stopped', stop_at=stop_at)
@@ -65,7 +66,7 @@ def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(whole_fit, tm
     assert again.recorder.lrs == whole.recorder.lrs and again.recorder.losses == whole.recorder.losses and again.recorder.iters == whole.recorder.iters
 
 @pytest.mark.parametrize('stop_at', [5, 7, ('after_epoch', 1), ('after_batch', 2, False)], ids=str)
-@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), ('item', 0), ('item', 1)])
+@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), ('item', 0), pytest.param('item', 1, marks=pytest.mark.slow)])
 def test_dropout_goes_on_with_the_same_draws(small_dls, tmp_path, stop_at, pipeline, num_workers):
     def make():
         set_seed(0)

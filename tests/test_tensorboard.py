@@ -124,6 +124,7 @@ def test_what_was_written_after_the_last_checkpoint_is_taken_back(settings, logg
     is_the_history('run')
 
 @pytest.mark.parametrize('first, then', [('none', 'tensorboard'), ('tensorboard', 'none')])
+@pytest.mark.slow
 def test_it_may_be_begun_and_left_off_on_the_way(settings, finished, monkeypatch, first, then):
     run = stopped(settings, monkeypatch, out='run', log=first)
     assert resume(run, dict(log=then))['weights_sha256'] == finished[1]['weights_sha256']
