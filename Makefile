@@ -53,8 +53,8 @@ chromium: ## install Chromium for the tests that look at pages, where apt-get ca
 	echo "== chromium"; { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
 	|| echo "Chromium is not here and apt-get could not install it: tests that look at pages are skipped"
 
-demo: $(installed) ## train on the handwritten digits that ship with scikit-learn (minutes, no download)
-	$(bin)/cifar_train --data digits $(ARGS)
+demo: $(installed) ## train a narrow network on the handwritten digits that ship with scikit-learn (no download)
+	$(bin)/cifar_train --data digits --width 16 $(ARGS)
 
 train: $(installed) ## train on CIFAR-10, found or downloaded; options go in ARGS="--epochs 3 …"
 	$(bin)/cifar_train $(ARGS)

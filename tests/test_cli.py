@@ -341,6 +341,7 @@ def test_lr_find_checks_the_settings_of_a_run(): assert 'epochs is 0' in refused
 
 # ---- repeat
 
+@pytest.mark.slow
 def test_repeat_prints_a_table_and_goes_on_where_it_was(small_archive, capsys):
     args = ['--data', str(small_archive), '--epochs', '1', *small_run, '--num_workers', '0', '--out', 'two', '--n']
     cifar_repeat([*args, '1'])

@@ -588,7 +588,7 @@ def assert_all_inside(fig):
 naming = pytest.mark.parametrize('names', [lambda n: None, long_names], ids=['short names', 'long names'])
 
 @naming
-@pytest.mark.parametrize('n, normalize', [(2, False), (10, False), (10, True), (37, True), pytest.param(100, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n, normalize', [(2, False), (10, False), (10, True), pytest.param(37, True, marks=pytest.mark.slow), pytest.param(100, False, marks=pytest.mark.slow)])
 def test_the_whole_matrix_lies_inside_its_picture(n, normalize, names):
     fig = predictions(n, names(n)).plot_confusion_matrix(normalize=normalize)
     assert fig.axes[0].get_xlabel() == 'Predicted' and fig.axes[0].get_ylabel() == 'Actual'

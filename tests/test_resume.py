@@ -66,7 +66,7 @@ def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(whole_fit, tm
     assert again.recorder.lrs == whole.recorder.lrs and again.recorder.losses == whole.recorder.losses and again.recorder.iters == whole.recorder.iters
 
 @pytest.mark.parametrize('stop_at', [5, 7, ('after_epoch', 1), ('after_batch', 2, False)], ids=str)
-@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), ('item', 0), pytest.param('item', 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), pytest.param('item', 0, marks=pytest.mark.slow), pytest.param('item', 1, marks=pytest.mark.slow)])
 def test_dropout_goes_on_with_the_same_draws(small_dls, tmp_path, stop_at, pipeline, num_workers):
     def make():
         set_seed(0)
