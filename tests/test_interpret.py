@@ -14,7 +14,7 @@ from fastai.losses import BaseLoss, FocalLoss
 from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, F1Score, FocalLossFlat,
                                ImageBlock, ImageDataLoaders, LabelSmoothingCrossEntropy,
                                LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, MultiCategoryBlock, Perplexity,
-                               ProgressCallback, RegressionBlock, Resize, RocAuc, accuracy, error_rate, top_k_accuracy)
+                               ProgressCallback, RegressionBlock, Resize, RocAuc, accuracy, error_rate, set_seed, top_k_accuracy)
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import SubsetRandomSampler, TensorDataset
 
+from cifar_fastai.models import CustomResNet
 from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, learner_from_run, load_run, plot_classes, plot_history, plot_images,
                                     plot_lrs)
 from cifar_fastai.learner import cifar_learner, first_images, save_weights
@@ -197,6 +198,13 @@ def test_the_matrix_is_drawn_with_its_numbers(interp, small, normalize):
     assert numbers == [f'{n:.2f}' if normalize else f'{n:.0f}' for n in expected.ravel()]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == small.vocab
     assert (fig.axes[0].get_xlabel(), fig.axes[0].get_ylabel()) == ('Predicted', 'Actual')
+
+def test_probabilities_are_those_of_evaluation_whatever_the_mode_of_the_network(small):
+    set_seed(0)
+    model, images = CustomResNet(width=16, dropout=.5).train(), small.test_x[:8]
+    probs = class_probabilities(model, images, small.stats)
+    assert torch.equal(probs, class_probabilities(model.train(), images, small.stats))
+    assert torch.allclose(probs[:1], class_probabilities(model.train(), images[:1], small.stats), atol=1e-6) # no statistics of the batch
 
 def test_images_are_drawn_in_rows_under_their_titles(small):
     fig = plot_images(small.test_x[:7], [f'number {i}' for i in range(7)], cols=3)
