@@ -2,7 +2,6 @@
 import json, os, subprocess, sys
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest

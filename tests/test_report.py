@@ -1,5 +1,5 @@
 """The page of a run and the page of several: what they say, that they are one safe file, and how they behave in a browser."""
-import base64, hashlib, html, io, json, re, shlex, shutil
+import base64, hashlib, html, io, re, shlex, shutil
 from dataclasses import asdict, fields
 from html.parser import HTMLParser
 from pathlib import Path

@@ -541,9 +541,7 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
 def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(few, undisturbed, tmp_path):
     run = tmp_path/'run'
     with start(*few, '--checkpoint_minutes', 0, '--out', run) as process:
-        while len(checkpoints_in(run/'checkpoint')) < 2:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(.02)
+        wait_until(lambda: len(checkpoints_in(run/'checkpoint')) >= 2, process)
         process.kill()
         process.communicate()
     newest = checkpoints_in(run/'checkpoint')[0]

@@ -1,5 +1,5 @@
 """What a run writes for TensorBoard, read back from the event files; and that the run is the same with it and without."""
-import io, os, signal, subprocess, sys, threading
+import io, os, signal, threading
 from dataclasses import asdict
 from pathlib import Path
 
