@@ -2,7 +2,7 @@
 
 The server has one thread and has computed nothing, so a process of it is as good as new. Tests of the start or of the
 end of a command, or of what the environment does to an import, start Python itself."""
-import multiprocessing, os, signal, socket, subprocess, sys, tempfile
+import multiprocessing, os, signal, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -64,6 +64,14 @@ class Forked:
         if self.returncode is None: self.kill()
         self.process.join()
         self.folder.cleanup()
+
+
+def wait_until(done, process, seconds=200):
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(.02)
 
 
 def run_several(n, function, *args, timeout=300): # -> (list of statuses, what all of them said)

@@ -21,6 +21,7 @@ from cifar_fastai.core import cifar10_stats
 from cifar_fastai.data import BatchDL, NormalizeBytes, SeededDL, cifar_block, cifar_dls, resolve_device
 from cifar_fastai.interpret import CifarInterpretation
 from cifar_fastai.learner import EpochProgress, cifar_learner
+from cifar_fastai.models import CustomResNet
 from cifar_fastai.schedule import OneCycle
 
 fill = tuple(round(255*m) for m in cifar10_stats[0])

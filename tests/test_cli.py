@@ -1,5 +1,5 @@
 """The commands, as they are typed: what they say, what they refuse in one sentence, and what Ctrl-C leaves."""
-import ast, hashlib, inspect, json, os, re, shutil, signal, subprocess, sys, time
+import ast, hashlib, inspect, json, os, re, shutil, signal, subprocess, sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import forked
+from forked import wait_until
 from cifar_fastai import cli
 from cifar_fastai.cli import (AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings,
                               ReportSettings, RunSettings, cifar_bench, cifar_interpret, cifar_lr_find, cifar_predict,
@@ -185,12 +186,6 @@ def test_train_as_a_process_makes_a_run(small_archive, finished, folder_of_its_o
     assert lines[-2].endswith(f'runs/{run.name}') and lines[-1] == f'report runs/{run.name}/report.html' and (run/'report.html').stat().st_size > 10_000
     assert json.loads((run/'summary.json').read_text())['weights_sha256'] == finished[1]['weights_sha256'] # as in this process
 
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(.02)
-
 def press_ctrl_c(process): os.killpg(process.pid, signal.SIGINT) # as a terminal does: for the process and its workers
 
 @pytest.mark.parametrize('moment', ['at once', 'after an epoch'])
@@ -199,7 +194,7 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
     data, workers = ('digits', '2') if at_once else (small_archive, '0') # at once: just before the workers are forked
     args = ['--data', data, '--epochs', '200', *small_run, '--num_workers', workers, '--out', run]
     with forked.Forked(forked.command, 'train', *args) as process:
-        wait_for((run/'config.json' if at_once else run/'best.safetensors').exists, process)
+        wait_until((run/'config.json' if at_once else run/'best.safetensors').exists, process)
         press_ctrl_c(process)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130

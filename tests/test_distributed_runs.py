@@ -1,11 +1,12 @@
 """Runs of several processes: one voice, one is killed, all are stopped, another number goes on; and what is refused."""
-import os, re, shutil, signal, socket, time
+import os, re, shutil, signal, socket
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import forked
+from forked import wait_until
 from cifar_fastai.core import read_json
 from cifar_fastai.learner import checkpoints_in, read_checkpoint
 from cifar_fastai.folder import read_history
@@ -34,10 +35,8 @@ def process_of(rank, run): # -> id of the process of that rank
         if str(run).encode() in words and f'RANK={rank}'.encode() in environ: return int(proc.name)
 
 def wait_for_epoch(run, process, epoch=1):
-    end = time.monotonic() + 200
-    while not checkpoints_in(run/'checkpoint') or int(checkpoints_in(run/'checkpoint')[0].name[:5]) < epoch:
-        assert time.monotonic() < end and process.poll() is None, process.communicate()[0]
-        time.sleep(.05)
+    def done(): return any(int(folder.name[:5]) >= epoch for folder in checkpoints_in(run/'checkpoint'))
+    wait_until(done, process)
 
 @pytest.fixture(scope='module')
 def undisturbed(small_archive, tmp_path_factory): # the run of two that nothing happens to

@@ -309,7 +309,7 @@ def test_a_damaged_run_is_refused_with_one_sentence(run, change, damage):
                                            ('history.csv', 'epoch,lr,train_loss,train_accuracy,valid_loss,accuracy,seconds\n1,a,b,c,d,e,f\n'), ('range_test.csv', 'x\n1\n'), ('predictions.safetensors', 'none')])
 def test_a_damaged_file_is_refused_by_name(run, name, content):
     (run/name).write_text(content)
-    with pytest.raises(ValueError, match=name) as e: write_report(run)
+    with pytest.raises(ValueError, match=name): write_report(run)
     assert not (run/'report.html').exists()
 
 @pytest.mark.parametrize('wrong', [dict(probs=torch.ones(40, 9)), dict(targs=torch.full((40,), 10)), dict(targs=torch.full((40,), -1)), dict(probs=torch.ones(39, 10)), dict(probs=torch.ones(40)), dict(targs=torch.tensor(3)), dict(targs=torch.zeros(0, dtype=torch.int64), probs=torch.ones(0, 10))],

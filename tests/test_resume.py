@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import forked, workers
+from forked import wait_until
 from cifar_fastai.core import read_json, write_json
 from cifar_fastai.learner import Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
 from cifar_fastai.schedule import OneCycle
@@ -428,11 +429,6 @@ small_run = '--epochs 3 --bs 16 --lr_min 1e-4 --lr_max 1e-3 --width 16'.split() 
 digits_run = '--data digits --epochs 2 --bs 128 --lr_min 1e-4 --lr_max 3e-3 --width 16'.split() # 24 steps
 
 def wait_for_config(process, run): wait_until((run/'config.json').exists, process)
-
-def wait_until(done, process):
-    while not done():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(.02)
 
 def same_end(run, other): # the same weights, and the same history but for the seconds
     history, history1 = (read_history(r).drop(columns='seconds') for r in (run, other))

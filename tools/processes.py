@@ -6,13 +6,11 @@ One process with all cores, one with a single core, two with a core each (a thre
 two processes also what a step takes when gradients are not exchanged: the difference is the time in which communication is waited for."""
 import json, os, subprocess, sys, time
 from pathlib import Path
-from statistics import mean
 
 
 def measure(out, turn, steps, exchange):
-    from contextlib import nullcontext
     import torch
-    from fastai.vision.all import CancelFitException, Callback, set_seed
+    from fastai.vision.all import CancelFitException, Callback
     from cifar_fastai.core import TrainSettings, environment
     from cifar_fastai.distributed import launched_processes
     from cifar_fastai.training import settings_learner
