@@ -46,6 +46,7 @@ class LaunchedProcesses(Processes):
         state = PartialState(cpu=cpu, **({} if cpu else dict(timeout=timedelta(seconds=60)))) # NCCL does not notice at once that a process is gone
         self.rank, self.n, self.first_here, self.device = state.process_index, state.num_processes, state.is_local_main_process, state.device
         self.group = dist.new_group(backend='gloo', timeout=timedelta(days=1)) # for all but gradients: who waits in it may wait for a download
+        dist.barrier(self.group) # whoever leaves now, because of an error, takes no store away that another one still needs
         self.said = {}
 
     def gather(self, value):
