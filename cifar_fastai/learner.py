@@ -37,7 +37,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from .core import TrainSettings, recipes, write_whole
 from .data import SeededDL
-from .folder import Count, RunFolder, Text, check_tensors, checked, own_folder
+from .folder import Count, Text, check_tensors, checked, own_folder
 from .models import CustomResNet, whiten_first_layer
 
 # %% ../nbs/05_learner.ipynb #2998e912
@@ -130,7 +130,7 @@ class Autocast(Callback):
         return torch.autocast(_device_of(self.dls).type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
     def before_fit(self):
-        if not isinstance(self.learn, CifarLearner): raise ValueError('Autocast needs a learner of cifar_learner')
+        if not hasattr(type(self.learn), 'precision_context'): raise ValueError('Autocast needs a learner of cifar_learner')
         scaled = self.precision == 'fp16'
         self.learn.scaler = torch.amp.GradScaler(_device_of(self.dls).type, **self.kwargs) if scaled else None
 
@@ -507,7 +507,7 @@ class CifarLearner(Learner):
     processes, scaler = Processes(), None # `scaler`: the `GradScaler` of a fit in fp16
 
     def _do_one_batch(self): # fastai's, with forward pass and loss in the context of the precision
-        with self._autocast():
+        with self.precision_context():
             self.pred = self.model(*self.xb)
             self('after_pred')
             if len(self.yb):
@@ -516,7 +516,9 @@ class CifarLearner(Learner):
         self('after_loss')
         if self.training and len(self.yb): self._do_grad_opt()
 
-    def _autocast(self): return next((cb.context() for cb in self.cbs if isinstance(cb, Autocast)), nullcontext())
+    def precision_context(self):
+        "Return a new context, in which a forward pass runs in the learner's precision"
+        return next((cb.context() for cb in self.cbs if isinstance(cb, Autocast)), nullcontext())
 
     def _step(self):
         if self.scaler is None: self.opt.step()
@@ -782,7 +784,7 @@ class Checkpoints(Callback):
         folder, # where they are; without `resume` it may hold none
         minutes:float=5., # within an epoch, at least so often
         resume:bool=False, # go on from the newest one, if there is one
-        run:RunFolder=None, # whose checkpoints they are: others are refused, and none is written when it is gone
+        run=None, # `RunFolder` whose checkpoints they are: others are refused, and none is written when it is gone
     ):
         self.folder, self.minutes, self.resume, self.position, self.state = Path(folder), minutes, resume, None, None
         self.run_folder = run

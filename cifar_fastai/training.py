@@ -177,11 +177,11 @@ def save_plots(
 class TensorBoardLog(Callback):
     """Write the history for TensorBoard after each epoch, and pictures at the end; `close` it then.
     Without tensorboard, raises `ModuleNotFoundError`, which says what to install."""
-    order = SaveRun.order + .5 # behind what adds to the history, before the checkpoint that keeps how far it is written
+    order = TrackerCallback.order + 1.5 # behind what adds to the history, before the checkpoint that keeps how far it is written
     curves = {'loss/train': 'train_loss', 'loss/valid': 'valid_loss', 'accuracy/train': 'train_accuracy', 'accuracy/valid': 'accuracy', 'lr': 'lr'}
 
     def __init__(self,
-        saved:SaveRun, # the callback that keeps the run; events go to the folder `tensorboard` in its own
+        saved, # the `SaveRun` that keeps the run; events go to the folder `tensorboard` in its own
     ):
         require_extra('tensorboard', 'tensorboard')
         self.saved, self.log_dir, self.writer, self.written = saved, saved.path/'tensorboard', None, 0
@@ -216,7 +216,9 @@ class TensorBoardLog(Callback):
         for summary in hparams(plain, dict.fromkeys(self.curves, 0.))[:2]: self.writer.file_writer.add_summary(summary)
         self.writer.add_text('settings', '\n'.join(['| setting | value |', '|---|---|', *(f'| {name} | {value} |' for name, value in plain.items())]), 0)
 
-    def write_pictures(self, interp:CifarInterpretation):
+    def write_pictures(self,
+        interp, # `CifarInterpretation`
+    ):
         "Add the most confident mistakes and the confusion matrix, after the last epoch"
         self.write(interp.learn.recorder.history)
         self.writer.add_figure('misclassified', interp.plot_misclassified(25), self.written)
