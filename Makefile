@@ -24,7 +24,7 @@ timed = @echo "== $(1)"; start=$$(date +%s); { $(2); }; status=$$?; \
 nbdev_test = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 CIFAR_FASTAI_WIDTH=16 OMP_NUM_THREADS=$(NB_THREADS) \
 	$(bin)/nbdev_test --n_workers $(NB_WORKERS) --timing
 
-with_cifar10 := nbs/03_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
+with_cifar10 := nbs/10_models.ipynb nbs/tutorials/best_recipe.ipynb nbs/tutorials/read_the_result.ipynb
 
 # The page that opens in Colab, with the versions that Colab has; on the digits, one epoch.
 in_colab = CIFAR_FASTAI_DATA=digits CIFAR_FASTAI_EPOCHS=1 CIFAR_FASTAI_WIDTH=16 $(PYTHON) tools/environment.py colab --notebook nbs/tutorials/train_cifar10.ipynb

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'recipes', 'named_source', 'source_defaults', 'TrainSettings',
-           'BenchSettings', 'RepeatSettings', 'printable', 'write_whole', 'remove_parts', 'write_json', 'check_file',
-           'read_json', 'settings_from', 'environment', 'peak_memory', 'require_extra']
+           'BenchSettings', 'RepeatSettings', 'printable', 'settings_from', 'environment', 'peak_memory',
+           'require_extra']
 
-# %% ../nbs/00_core.ipynb #d22a8afc
-import json, math, os, platform, stat, sys
-from importlib.util import find_spec
-from dataclasses import asdict, dataclass, fields, replace
+# %% ../nbs/00_core.ipynb #c9e5aa96
+import math, os, platform, sys
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from secrets import token_hex
 from types import SimpleNamespace, UnionType
 from typing import Literal, Union, get_args, get_origin
 
@@ -235,89 +234,6 @@ def _check(ok, name, value, remedy):
 def printable(text): # -> str
     "Return `text` as a terminal shows it: escape sequences, control characters and the like become backslash escapes"
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
-
-def write_whole(
-    path, # file to write, in a folder that exists
-    content:bytes,
-    check=lambda part: None, # called with the new file before it takes its name; raises when the file is not good
-): # -> `Path`
-    """Write a file whole or not at all: under a new name, flushed to the disk, then renamed.
-
-    What was there stays until then; a symbolic link there is replaced and not followed. Raises `OSError`, which names
-    the file, when the disk is full, or when a device, a pipe or a folder is there."""
-    path = Path(path)
-    kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
-    if kind not in (stat.S_IFREG, stat.S_IFLNK) or path.absolute().parent == Path('/dev'): # root could replace a device
-        raise FileExistsError(f'{path} is not a regular file: it is not replaced; give another file')
-    part = path.with_name(f'.{token_hex(8)}.part')
-    try:
-        with open(part, 'xb') as f: # never a file or a link that is there
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        check(part)
-        part.replace(path)
-    except OSError as e:
-        if e.filename in (None, str(part)): e.filename = str(path)
-        raise
-    finally: part.unlink(missing_ok=True)
-    if os.name == 'posix': # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
-    return path
-
-def remove_parts(folder):
-    "Remove what `write_whole` leaves below `folder` when the process is killed"
-    for part in Path(folder).rglob('.' + 16*'?' + '.part'):
-        if not part.is_dir(): part.unlink()
-
-def write_json(path, content): # -> the path
-    "Write `content` as indented JSON, whole or not at all"
-    return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
-
-# %% ../nbs/00_core.ipynb #e942e870
-def check_file(
-    path,
-    most:int, # bytes
-): # -> `path`
-    "Raise `ValueError` unless `path` is a regular file of at most `most` bytes, `FileNotFoundError` when it does not exist"
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode): raise ValueError(f'{path} is not a regular file')
-    if info.st_size > most: raise ValueError(f'{path} has {info.st_size:,} bytes: at most {most:,} are read')
-    return path
-
-def read_json(
-    path,
-    most:int=2**24, # bytes
-): # -> dict
-    """Return the object in a JSON file. Raises `FileNotFoundError`, and `ValueError` when it holds none, names a value
-    twice or has numbers that are not finite or of more than 20 digits"""
-    text = Path(check_file(path, most)).read_bytes()
-    try: content = json.loads(text.decode('utf8'), object_pairs_hook=_named_once, **_finite_numbers)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
-    except _TwiceError as e: raise ValueError(printable(f'{path} has {str(e)[:100]} twice')) from None
-    except _NumberError as e: raise ValueError(f'{path} has the number {e}: numbers must be finite, of at most 20 digits') from None
-    if not isinstance(content, dict): raise ValueError(f'{path} holds no JSON object')
-    return content
-
-class _NumberError(Exception): pass
-
-def _finite(text): # a number as JSON has it -> int or float
-    number = float(text) if set(text) & set('.eENI') else int(text) if len(text) <= 20 else math.inf
-    if not math.isfinite(number): raise _NumberError(text[:20])
-    return number
-
-class _TwiceError(Exception): pass
-
-def _named_once(pairs): # of an object in JSON -> dict
-    content = {}
-    for name, value in pairs:
-        if name in content: raise _TwiceError(name)
-        content[name] = value
-    return content
-
-_finite_numbers = dict.fromkeys(('parse_float', 'parse_int', 'parse_constant'), _finite)
 
 # %% ../nbs/00_core.ipynb #4e0edf67
 def settings_from(config:dict): # what `config.json` holds under 'settings' -> `TrainSettings`

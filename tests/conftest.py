@@ -15,10 +15,13 @@ from PIL import Image
 from torch import nn
 
 import forked
-from cifar_fastai.core import TrainSettings, cifar10_classes, data_variable, read_json, write_json
-from cifar_fastai.data import CIFAR10Data, cifar_dls, load_cifar10, load_digits
+from cifar_fastai.core import TrainSettings, cifar10_classes, data_variable
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.images import CIFAR10Data, load_digits
+from cifar_fastai.data.source import load_cifar10
+from cifar_fastai.data.block import cifar_dls
 from cifar_fastai.learner import cifar_learner
-from cifar_fastai.training import train
+from cifar_fastai.run.train import train
 
 real_data = os.environ.get(data_variable) # `real_cifar` alone may see it
 

@@ -5,14 +5,16 @@ from pathlib import Path
 import torch
 from fastai.vision.all import Callback, F1Score, accuracy, set_seed
 
-from cifar_fastai.augment import CropFlipCutout
+from cifar_fastai.data.augment import CropFlipCutout
 from cifar_fastai.core import TrainSettings
-from cifar_fastai.data import cifar_dls, load_cifar10
-from cifar_fastai.distributed import launched_processes
-from cifar_fastai.learner import Checkpoints, cifar_learner
+from cifar_fastai.data.source import load_cifar10
+from cifar_fastai.data.block import cifar_dls
+from cifar_fastai.run.distributed import launched_processes
+from cifar_fastai.callback.checkpoint import Checkpoints
+from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.schedule import OneCycle
-from cifar_fastai.training import train
+from cifar_fastai.callback.schedule import OneCycle
+from cifar_fastai.run.train import train
 
 def digest(model): return hashlib.sha256(b''.join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
 

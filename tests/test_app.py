@@ -15,11 +15,13 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import forked
-from cifar_fastai.app import AppServer, build_app, check_serving, find_examples, launch_app, save_examples
+from cifar_fastai.use.app import AppServer, build_app, check_serving, find_examples, launch_app, save_examples
 from cifar_fastai.cli import cifar_app
-from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, write_json
-from cifar_fastai.data import load_digits, max_bytes, read_image
-from cifar_fastai.interpret import class_probabilities
+from cifar_fastai.core import cifar10_classes, cifar10_stats
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.images import load_digits
+from cifar_fastai.data.picture import max_bytes, read_image
+from cifar_fastai.look.interpret import class_probabilities
 from cifar_fastai.models import load_pretrained
 
 def free_port():
@@ -413,7 +415,7 @@ def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
 @pytest.mark.slow
 def test_closing_and_leaving_delete_the_temporary_files(tmp_path):
     code = """
-from cifar_fastai.app import build_app, find_examples, launch_app
+from cifar_fastai.use.app import build_app, find_examples, launch_app
 import numpy as np, socket, sys
 with socket.socket() as s:
     s.bind(('127.0.0.1', 0))

@@ -16,10 +16,14 @@ from fastai.vision.all import (SGD, Adam, BalancedAccuracy, Callback, CancelBatc
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar_fastai.augment import CropFlipCutout
-from cifar_fastai.learner import Autocast, Checkpoints, EpochRecorder, FiniteLoss, FusedAdam, cifar_learner, precision_of
+from cifar_fastai.data.augment import CropFlipCutout
+from cifar_fastai.optimizer import FusedAdam
+from cifar_fastai.callback.precision import Autocast, precision_of
+from cifar_fastai.callback.recorder import EpochRecorder
+from cifar_fastai.callback.checkpoint import Checkpoints, FiniteLoss
+from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import load_pretrained
-from cifar_fastai.schedule import OneCycle, one_cycle_lr, range_test
+from cifar_fastai.callback.schedule import OneCycle, one_cycle_lr, range_test
 
 def four_parts(net): return [params(net[0]), params(net[1]), params(net[2:5]) or [], params(net[5])]
 def three_parts(net): return [params(net[0]), params(net[1]), params(net[5])]
@@ -607,9 +611,9 @@ def test_a_line_after_a_range_test_stands_alone_in_a_terminal(tmp_path):
     (tmp_path/'script.py').write_text(textwrap.dedent("""
         import warnings; warnings.filterwarnings('ignore')
         from fastai.vision.all import nn
-        from cifar_fastai.data import cifar_dls
+        from cifar_fastai.data.block import cifar_dls
         from cifar_fastai.learner import cifar_learner
-        from cifar_fastai.schedule import range_test
+        from cifar_fastai.callback.schedule import range_test
         learn = cifar_learner(cifar_dls('digits', bs=64), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
         range_test(learn, num_it=8)
         print('after')

@@ -10,7 +10,7 @@ import torch
 from fastai.vision.all import PILImage
 from scipy.stats import binomtest, chisquare
 
-from cifar_fastai.augment import CropFlipCutout, ItemAugment, item_pipeline, plot_augmented
+from cifar_fastai.data.augment import CropFlipCutout, ItemAugment, item_pipeline, plot_augmented
 from cifar_fastai.core import cifar10_stats
 from workers import drawn, drawn_elsewhere
 
@@ -223,7 +223,7 @@ def test_the_picture_shows_the_image_and_its_versions(img):
 # ---- flips that alternate
 
 def test_flips_that_alternate_show_each_image_both_ways_in_two_epochs():
-    from cifar_fastai.augment import flipped_in_epoch
+    from cifar_fastai.data.augment import flipped_in_epoch
     for seed in range(3):
         first, second, third = (flipped_in_epoch(seed, epoch, 1000) for epoch in range(3))
         assert (first ^ second).all() and (first == third).all() and 400 < first.sum() < 600

@@ -16,13 +16,16 @@ from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar_fastai.augment import CropFlipCutout, ItemAugment, augment_batch, draw, item_pipeline, pack_colour, pack_pixels, unpack_pixels
+from cifar_fastai.data.augment import (CropFlipCutout, ItemAugment, augment_batch, draw, item_pipeline, pack_colour,
+                                       pack_pixels, unpack_pixels)
 from cifar_fastai.core import cifar10_stats
-from cifar_fastai.data import BatchDL, NormalizeBytes, SeededDL, cifar_block, cifar_dls, resolve_device
-from cifar_fastai.interpret import CifarInterpretation
-from cifar_fastai.learner import EpochProgress, cifar_learner
+from cifar_fastai.data.loader import BatchDL, NormalizeBytes, SeededDL, resolve_device
+from cifar_fastai.data.block import cifar_block, cifar_dls
+from cifar_fastai.look.interpret import CifarInterpretation
+from cifar_fastai.callback.recorder import EpochProgress
+from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.schedule import OneCycle
+from cifar_fastai.callback.schedule import OneCycle
 
 fill = tuple(round(255*m) for m in cifar10_stats[0])
 cpu = torch.device('cpu')
@@ -502,7 +505,7 @@ def test_kept_memory_is_not_fetched_again():
     "In a process of its own, since there is no way back"
     code = '''
 import resource, torch
-from cifar_fastai.learner import keep_memory
+from cifar_fastai.callback.precision import keep_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks = [torch.empty(2**24).fill_(1) for _ in range(3)]
@@ -533,14 +536,14 @@ def test_the_bar_reads_a_few_times_a_second_at_most(tiny_net, small_dls):
 # ---- devices
 
 def test_images_that_do_not_fit_stay_on_the_host_and_it_says_so_once(dls, capsys, monkeypatch):
-    monkeypatch.setattr('cifar_fastai.data.free_memory', lambda device: 1000)
+    monkeypatch.setattr('cifar_fastai.data.loader.free_memory', lambda device: 1000)
     dls.train.device = torch.device('meta')
     for _ in range(2): assert {x.device.type for x, _ in dls.train} == {'meta'} # made on the host, then sent
     assert dls.train.resident.pixels.device == cpu
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 def test_images_that_fit_are_brought_to_the_device(dls, capsys, monkeypatch):
-    monkeypatch.setattr('cifar_fastai.data.free_memory', lambda device: 10**9)
+    monkeypatch.setattr('cifar_fastai.data.loader.free_memory', lambda device: 10**9)
     assert dls.train.resident.to(torch.device('meta')).pixels.device.type == 'meta' and capsys.readouterr().out == ''
 
 @pytest.mark.parametrize('name', ['cuda:99', 'tpu', 'meta', ''])

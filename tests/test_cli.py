@@ -12,11 +12,13 @@ from cifar_fastai import cli
 from cifar_fastai.cli import (AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings,
                               ReportSettings, RunSettings, cifar_bench, cifar_interpret, cifar_lr_find, cifar_predict,
                               cifar_repeat, cifar_report, cifar_train)
-from cifar_fastai.core import BenchSettings, RepeatSettings, cifar10_classes, cifar10_stats, data_variable, read_json
-from cifar_fastai.data import read_image
-from cifar_fastai.interpret import class_probabilities, load_run
+from cifar_fastai.core import BenchSettings, RepeatSettings, cifar10_classes, cifar10_stats, data_variable
+from cifar_fastai.files import read_json
+from cifar_fastai.data.picture import read_image
+from cifar_fastai.run.folder import load_run
+from cifar_fastai.look.interpret import class_probabilities
 from cifar_fastai.models import load_pretrained
-from cifar_fastai.folder import read_csv_exact
+from cifar_fastai.run.folder import read_csv_exact
 
 commands = dict(cifar_train=RunSettings, cifar_lr_find=LRFindSettings, cifar_interpret=InterpretSettings,
                 cifar_predict=PredictSettings, cifar_bench=BenchSettings, cifar_repeat=RepeatSettings,

@@ -6,8 +6,8 @@ import pytest
 
 from cifar_fastai.cli import LRFindSettings, RunSettings
 from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats,
-                               data_variable, environment, named_source, read_json, recipes, settings_from,
-                               source_defaults, write_json, write_whole)
+                               data_variable, environment, named_source, recipes, settings_from, source_defaults)
+from cifar_fastai.files import read_json, write_json, write_whole
 
 
 def test_classes_are_the_ten_in_alphabetical_order():

@@ -10,11 +10,15 @@ from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
 import forked
-from cifar_fastai.augment import CropFlipCutout, ItemAugment
+from cifar_fastai.data.augment import CropFlipCutout, ItemAugment
 from cifar_fastai.cli import cifar_train
 from cifar_fastai.core import cifar10_classes, cifar10_stats, data_variable
-from cifar_fastai.data import (CIFAR10Data, cifar10_fingerprint, cifar_block, cifar_dls, fetch_cifar10, find_cifar10, first_of_each_class, load_cifar10,
-                               load_digits, lost_worker_in_words, read_image, read_images)
+from cifar_fastai.data.images import CIFAR10Data, cifar10_fingerprint, first_of_each_class, load_digits
+from cifar_fastai.data.picture import read_image
+from cifar_fastai.data.archive import read_images
+from cifar_fastai.data.source import fetch_cifar10, find_cifar10, load_cifar10
+from cifar_fastai.data.loader import lost_worker_in_words
+from cifar_fastai.data.block import cifar_block, cifar_dls
 
 
 def same(a, b): return all(np.array_equal(x, y) for x, y in zip(a, b))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings as examples, strategies as st
 
 import forked, launched as launched_py
-from cifar_fastai.distributed import launched_processes
+from cifar_fastai.run.distributed import launched_processes
 from cifar_fastai.learner import CifarLearner, Processes
 
 needs_accelerate = pytest.mark.skipif(find_spec('accelerate') is None, reason='accelerate is not installed')

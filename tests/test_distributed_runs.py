@@ -7,9 +7,9 @@ import pytest
 
 import forked
 from forked import wait_until
-from cifar_fastai.core import read_json
-from cifar_fastai.learner import checkpoints_in, read_checkpoint
-from cifar_fastai.folder import read_history
+from cifar_fastai.files import read_json
+from cifar_fastai.callback.checkpoint import checkpoints_in, read_checkpoint
+from cifar_fastai.run.folder import read_history
 
 needs_accelerate = pytest.mark.skipif(find_spec('accelerate') is None, reason='accelerate is not installed')
 

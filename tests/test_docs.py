@@ -2,6 +2,7 @@
 import ast, importlib, json, posixpath, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
+from importlib.util import resolve_name
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -9,9 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 import cifar_fastai
-from cifar_fastai.core import read_json, recipes
-from cifar_fastai.schedule import bounds_from
-from cifar_fastai.folder import read_history, read_range_test
+from cifar_fastai.core import recipes
+from cifar_fastai.files import read_json
+from cifar_fastai.callback.schedule import bounds_from
+from cifar_fastai.run.folder import read_history, read_range_test
 
 root = Path(__file__).resolve().parent.parent
 if not (root/'settings.ini').exists(): pytest.skip('a checkout: settings.ini, README.md and nbs/ beside tests/', allow_module_level=True)
@@ -246,24 +248,30 @@ def test_csv_files_are_read_by_read_csv_exact_alone():
     found = [call for p in files for call in calls_of(readers, p.read_text(encoding='utf8'), p.name)]
     for notebook in notebooks:
         for cell in cells(notebook, 'code'): found += calls_of(readers, python(cell), f"{notebook.name} {cell['id']}")
-    assert [where.split(':')[0].split()[0] for where in found] == ['folder.py', '04_folder.ipynb'] # `read_csv_exact` itself
+    assert [where.split(':')[0].split()[0] for where in found] == ['folder.py', '40_run.folder.ipynb'] # `read_csv_exact` itself
 
 # ---- the package
 
-def parts(): return sorted(p.stem for p in Path(cifar_fastai.__file__).parent.glob('*.py') if p.stem not in ('__init__', '_modidx', 'all'))
+package = Path(cifar_fastai.__file__).parent
+
+def module_of(notebook): return re.sub(r'^\d+_', '', notebook.stem) # 'data.loader' of 07_data.loader.ipynb
+
+def parts():
+    files = [p for p in package.rglob('*.py') if p.stem not in ('__init__', '_modidx', 'all')]
+    return sorted('.'.join(p.relative_to(package).with_suffix('').parts) for p in files)
 
 def test_each_module_has_its_notebook():
-    assert parts() == sorted(re.sub(r'^\d+_', '', p.stem) for p in modules)
+    assert parts() == sorted(map(module_of, modules))
 
 def imports(module): # names of the package's modules that a module imports at its top
-    tree = ast.parse((Path(cifar_fastai.__file__).parent/f'{module}.py').read_text(encoding='utf8'))
-    return [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    tree = ast.parse((package/f'{module.replace(".", "/")}.py').read_text(encoding='utf8'))
+    relative = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    return [resolve_name('.'*node.level + node.module, f'cifar_fastai.{module}'.rpartition('.')[0]).partition('.')[2] for node in relative]
 
 @each_module
 def test_a_module_imports_only_those_before_it(notebook):
-    name = re.sub(r'^\d+_', '', notebook.stem)
-    before = [re.sub(r'^\d+_', '', p.stem) for p in modules if p < notebook]
-    assert [other for other in imports(name) if other not in before] == []
+    before = [module_of(p) for p in modules if p < notebook]
+    assert [other for other in imports(module_of(notebook)) if other not in before] == []
 
 @pytest.mark.parametrize('name', parts())
 def test_every_public_name_has_a_docstring_and_is_in_all(name):
@@ -304,5 +312,5 @@ def test_requirements_of_users_are_lower_bounds(config):
     assert {'fastai', 'torch', 'torchvision', 'albumentations', 'matplotlib', 'safetensors', 'tyro'} <= required
 
 def test_only_augment_knows_albumentations():
-    knowing = [p.stem for p in Path(cifar_fastai.__file__).parent.glob('*.py') if re.search(r'import albumentations|from albumentations', p.read_text(encoding='utf8'))]
+    knowing = [p.stem for p in package.rglob('*.py') if re.search(r'import albumentations|from albumentations', p.read_text(encoding='utf8'))]
     assert knowing == ['augment']

@@ -15,10 +15,12 @@ from onnx import TensorProto, helper
 
 import cifar_fastai, forked, workers
 from cifar_fastai.cli import cifar_export, cifar_predict
-from cifar_fastai.core import cifar10_classes, cifar10_stats, read_json, settings_from, write_json
-from cifar_fastai.export import ImagesToProbabilities, export_model, load_onnx
-from cifar_fastai.interpret import class_probabilities, load_run
-from cifar_fastai.learner import save_weights
+from cifar_fastai.core import cifar10_classes, cifar10_stats, settings_from
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.use.export import ImagesToProbabilities, export_model, load_onnx
+from cifar_fastai.run.folder import load_run
+from cifar_fastai.look.interpret import class_probabilities
+from cifar_fastai.callback.checkpoint import save_weights
 from cifar_fastai.models import CustomResNet, load_pretrained
 
 

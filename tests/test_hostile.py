@@ -10,7 +10,9 @@ from PIL import Image, ImageOps
 
 from cifar_fastai.cli import cifar_predict, cifar_train
 from cifar_fastai.core import peak_memory
-from cifar_fastai.data import NetworkImage, load_cifar10, max_pixels, read_image, read_images
+from cifar_fastai.data.picture import NetworkImage, max_pixels, read_image
+from cifar_fastai.data.archive import read_images
+from cifar_fastai.data.source import load_cifar10
 
 @contextmanager
 def hang_guard(seconds=300):
@@ -485,7 +487,7 @@ def test_an_archive_of_too_many_files_is_refused(tmp_path):
 
 @pytest.mark.parametrize('make', [os.mkdir, os.mknod], ids=['folders', 'files'])
 def test_a_folder_of_too_many_files_or_folders_is_refused(make, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_fastai.data.max_files', 100)
+    monkeypatch.setattr('cifar_fastai.data.archive.max_files', 100)
     for i in range(101): make(tmp_path/f'{i}')
     with pytest.raises(ValueError, match=rf'{re.escape(str(tmp_path))}\b.*\b100 files'): read_images(tmp_path)
 

@@ -23,11 +23,14 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import SubsetRandomSampler, TensorDataset
 
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.interpret import (CifarInterpretation, class_probabilities, learner_from_run, load_run, plot_classes, plot_history, plot_images,
-                                    plot_lrs)
-from cifar_fastai.learner import cifar_learner, first_images, save_weights
-from cifar_fastai.schedule import OneCycle, bounds_from, plot_range_test
-from cifar_fastai.folder import read_history
+from cifar_fastai.run.folder import learner_from_run, load_run
+from cifar_fastai.look.plots import plot_classes, plot_history, plot_images, plot_lrs
+from cifar_fastai.look.interpret import CifarInterpretation, class_probabilities
+from cifar_fastai.data.inspect import first_images
+from cifar_fastai.callback.checkpoint import save_weights
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.callback.schedule import OneCycle, bounds_from, plot_range_test
+from cifar_fastai.run.folder import read_history
 
 
 @pytest.fixture(scope='module')
@@ -271,7 +274,7 @@ def test_the_network_of_a_run_is_on_the_processor_and_ready(finished):
 
 @pytest.mark.parametrize('recipe', ['seed', 'best'])
 def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe):
-    from cifar_fastai.training import train
+    from cifar_fastai.run.train import train
     train(settings(recipe=recipe, ghost=None, epochs=1, wd=.1, betas=(.8, .9), out=str(tmp_path/'run')))
     learn = learner_from_run(tmp_path/'run')
     learn.create_opt()
@@ -279,7 +282,7 @@ def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe)
     assert (learn.opt.hypers[0]['wd'], learn.opt.hypers[0]['mom'], learn.loss_func.func.label_smoothing) == (.1, .8, dict(seed=0, best=.2)[recipe])
 
 def test_a_run_keeps_the_scale_of_its_logits(settings, tmp_path):
-    from cifar_fastai.training import train
+    from cifar_fastai.run.train import train
     summary = train(settings(logit_scale=.125, whiten=True, epochs=1, out=str(tmp_path/'run')))
     interp = CifarInterpretation.from_run(tmp_path/'run')
     assert interp.learn.model.logit_scale == .125 and interp.n_wrong == summary['n_wrong']
@@ -527,7 +530,7 @@ def test_a_learner_of_fastai_can_be_interpreted(learn, predicted):
 
 @pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # fastai hands matplotlib a tensor
 def test_training_images_of_the_best_recipe_can_be_looked_at(small, tiny_net):
-    from cifar_fastai.data import cifar_dls
+    from cifar_fastai.data.block import cifar_dls
     for pipeline in ('batch', 'item'):
         dls = cifar_dls(small, bs=16, num_workers=0, pipeline=pipeline)
         learn = cifar_learner(dls, tiny_net(), 'fp32').remove_cbs(ProgressCallback)

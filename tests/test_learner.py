@@ -18,12 +18,16 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, VisionDataset
 
 from cifar_fastai.core import TrainSettings, cifar10_stats, recipes
-from cifar_fastai.data import cifar_dls, read_image
-from cifar_fastai.interpret import class_probabilities
-from cifar_fastai.learner import (FusedAdam, best_precision, cifar_learner, first_images, load_weights,
-                                  precision_callbacks, precision_of, save_weights)
+from cifar_fastai.data.picture import read_image
+from cifar_fastai.data.block import cifar_dls
+from cifar_fastai.look.interpret import class_probabilities
+from cifar_fastai.data.inspect import first_images
+from cifar_fastai.optimizer import FusedAdam
+from cifar_fastai.callback.precision import best_precision, precision_callbacks, precision_of
+from cifar_fastai.callback.checkpoint import load_weights, save_weights
+from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet, whiten_first_layer, whitening_filters
-from cifar_fastai.schedule import OneCycle
+from cifar_fastai.callback.schedule import OneCycle
 
 cpu = torch.device('cpu')
 

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cifar_fastai.core import RepeatSettings, read_json, recipes, write_json
-from cifar_fastai.repeat import (ablate_recipe, ablation_effects, collect_runs, mean_interval, plot_band, recipe_ingredients, repeat_runs,
-                                 repeat_table)
+from cifar_fastai.core import RepeatSettings, recipes
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.run.repeat import (ablate_recipe, ablation_effects, collect_runs, mean_interval, plot_band,
+                                     recipe_ingredients, repeat_runs, repeat_table)
 
 @pytest.fixture(scope='module')
 def repeated(settings, tmp_path_factory):

@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
 from cifar_fastai.cli import RunSettings
-from cifar_fastai.core import TrainSettings, data_variable, read_json, write_json
-from cifar_fastai.data import CIFAR10Data
-from cifar_fastai.folder import read_history
-from cifar_fastai.report import changed_settings, mcnemar, read_run, repeat_command, report_page, run_images, run_lrs, run_predictions, write_comparison, write_report
-from cifar_fastai.training import train, write_range_test
+from cifar_fastai.core import TrainSettings, data_variable
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.images import CIFAR10Data
+from cifar_fastai.run.folder import read_history
+from cifar_fastai.look.page import read_run, run_images, run_predictions
+from cifar_fastai.look.report import changed_settings, repeat_command, report_page, run_lrs, write_report
+from cifar_fastai.look.compare import mcnemar, write_comparison
+from cifar_fastai.run.train import train, write_range_test
 
 records = Path(__file__).parent.parent/'benchmarks/runs'
 evil = '<script>alert(1)</script>', '"><img src=x onerror=alert(2)>', "'; alert(3) //", '{{ 7*7 }}', '&amp;', '</style><b>', 'a\u2028b', '${alert(4)}', '-->', '$x$'

@@ -12,11 +12,13 @@ from torch import nn
 
 import forked, workers
 from forked import wait_until
-from cifar_fastai.core import read_json, write_json
-from cifar_fastai.learner import Checkpoints, FiniteLoss, checkpoints_in, cifar_learner, newest_checkpoint, read_checkpoint, write_checkpoint
-from cifar_fastai.schedule import OneCycle
-from cifar_fastai.folder import read_history
-from cifar_fastai.training import resume, train
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.callback.checkpoint import (Checkpoints, FiniteLoss, checkpoints_in, newest_checkpoint,
+                                              read_checkpoint, write_checkpoint)
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.callback.schedule import OneCycle
+from cifar_fastai.run.folder import read_history
+from cifar_fastai.run.train import resume, train
 
 class Stop(Exception): "What stops a fit in these tests"
 
@@ -304,7 +306,7 @@ class Press(Callback):
         setattr(self, event, count)
 
 def train_and_press(settings, press, monkeypatch):
-    import cifar_fastai.training as training
+    import cifar_fastai.run.train as training
     original = training.settings_learner
     def with_press(*args):
         learn, data = original(*args)
@@ -355,7 +357,7 @@ def test_a_run_that_lacks_only_its_last_files_gets_them(nearly_finished, finishe
     assert resume(nearly_finished)['weights_sha256'] == finished[1]['weights_sha256'] and 'epoch 1 of 2' not in capsys.readouterr().out
 
 def test_ctrl_c_after_the_last_epoch_is_ctrl_c(nearly_finished, finished, monkeypatch):
-    import cifar_fastai.training as training
+    import cifar_fastai.run.train as training
     original = training.settings_learner
     with monkeypatch.context() as m:
         m.setattr(training, 'settings_learner', lambda *args: (lambda learn, data: (learn.add_cb(Press('before_fit', 1)), data))(*original(*args)))
@@ -363,7 +365,7 @@ def test_ctrl_c_after_the_last_epoch_is_ctrl_c(nearly_finished, finished, monkey
     assert resume(nearly_finished)['weights_sha256'] == finished[1]['weights_sha256']
 
 def test_the_folder_is_kept_from_others_until_the_last_file_is_written(nearly_finished, monkeypatch):
-    import cifar_fastai.training as training
+    import cifar_fastai.run.train as training
     code, said, original = 'import sys; from filelock import FileLock; FileLock(sys.argv[1]).acquire(timeout=0)', [], training.finish_run
     def others_try(*args):
         said.append(subprocess.run([sys.executable, '-c', code, str(nearly_finished/'.lock')], capture_output=True, text=True).stderr)

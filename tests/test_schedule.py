@@ -11,7 +11,8 @@ from fastai.optimizer import Adam, OptimWrapper
 from fastai.vision.all import SGD, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, ProgressCallback, accuracy, set_seed
 from torch import nn
 
-from cifar_fastai.schedule import LRBounds, OneCycle, bounds_from, find_edge, lr_bounds, one_cycle_lr, plot_range_test, range_test
+from cifar_fastai.callback.schedule import (LRBounds, OneCycle, bounds_from, find_edge, lr_bounds, one_cycle_lr,
+                                            plot_range_test, range_test)
 
 # ---- the definition
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from cifar_fastai.schedule import one_cycle_lr
+from cifar_fastai.callback.schedule import one_cycle_lr
 
 rates = st.floats(1e-9, 10, allow_nan=False)
 

@@ -94,7 +94,7 @@ def test_the_page_has_its_title_its_line_and_all_of_its_text(site, name):
 
 @pytest.mark.slow
 def test_a_module_page_documents_what_it_exports(site):
-    made = json.loads((site/'pages/04_schedule.ipynb').read_text(encoding='utf8'))['cells']
+    made = json.loads((site/'pages/20_callback.schedule.ipynb').read_text(encoding='utf8'))['cells']
     shown = '\n'.join(str(output) for cell in made if cell['cell_type'] == 'code' and 'show_doc' in ''.join(cell['source']) for output in cell['outputs'])
     for name in ('one_cycle_lr', 'OneCycle', 'range_test', 'LRBounds', 'lr_bounds', 'plot_range_test'): assert f'### {name}' in shown, name
 

@@ -10,14 +10,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cifar_fastai.cli import cifar_export, cifar_interpret, cifar_predict, cifar_report, cifar_train
-from cifar_fastai.core import TrainSettings, printable, read_json, remove_parts, write_json, write_whole
-from cifar_fastai.data import cifar_dls
-from cifar_fastai.folder import read_history, read_range_test, read_summary
-from cifar_fastai.interpret import load_run, save_figure
-from cifar_fastai.learner import Checkpoints, checkpoints_in, read_checkpoint, write_checkpoint
-from cifar_fastai.report import read_run, report_page, run_predictions, write_report
-from cifar_fastai.schedule import LRBounds
-from cifar_fastai.training import SaveRun, resume, run_config, train
+from cifar_fastai.core import TrainSettings, printable
+from cifar_fastai.files import read_json, remove_parts, write_json, write_whole
+from cifar_fastai.data.block import cifar_dls
+from cifar_fastai.run.folder import read_history, read_range_test, read_summary
+from cifar_fastai.run.folder import load_run
+from cifar_fastai.look.plots import save_figure
+from cifar_fastai.callback.checkpoint import Checkpoints, checkpoints_in, read_checkpoint, write_checkpoint
+from cifar_fastai.look.page import read_run, run_predictions
+from cifar_fastai.look.report import report_page, write_report
+from cifar_fastai.callback.schedule import LRBounds
+from cifar_fastai.run.train import SaveRun, resume, run_config, train
 
 @pytest.fixture
 def run(finished, tmp_path): # to be changed
@@ -357,7 +360,7 @@ def test_wrong_values_in_a_checkpoint_end_in_one_sentence(settings, tiny_learner
 def test_an_unexpected_error_ends_with_one_sentence_and_a_traceback_in_a_file(run, monkeypatch, tmp_path):
     monkeypatch.setenv('TMPDIR', str(tmp_path))
     monkeypatch.setattr('tempfile.tempdir', None)
-    monkeypatch.setattr('cifar_fastai.report.report_page', lambda *args: {}['never\x1b[31m foreseen'])
+    monkeypatch.setattr('cifar_fastai.look.report.report_page', lambda *args: {}['never\x1b[31m foreseen'])
     said = sentence(cifar_report, run)
     [file] = [file for file in tmp_path.iterdir() if file.is_file()]
     assert 'KeyError' in said and str(file) in said and 'report_page' in file.read_text()
@@ -383,7 +386,7 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(settings, tmp_path, monkeyp
     real, s = os.fsync, settings(out=str(tmp_path/'run'))
     class Full(Callback):
         def before_epoch(self): monkeypatch.setattr(os, 'fsync', full)
-    monkeypatch.setattr('cifar_fastai.training.FiniteLoss', Full)
+    monkeypatch.setattr('cifar_fastai.run.train.FiniteLoss', Full)
     with pytest.raises(OSError) as e: train(s)
     monkeypatch.setattr(os, 'fsync', real)
     assert str(tmp_path/'run') in str(e.value) and '--resume' in str(e.value) and 'Exception occured' not in str(e.value)
@@ -418,7 +421,7 @@ def test_more_epochs_than_five_digits_keep_their_newest_checkpoint(tmp_path):
 def test_a_folder_that_could_not_be_begun_is_no_hindrance(settings, tmp_path, monkeypatch):
     def full(path, content): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with monkeypatch.context() as m:
-        m.setattr('cifar_fastai.folder.write_json', full)
+        m.setattr('cifar_fastai.run.folder.write_json', full)
         with pytest.raises(OSError): train(settings(out=str(tmp_path/'run')))
     assert not (tmp_path/'run').exists()
 
@@ -430,7 +433,7 @@ def test_a_range_test_that_is_stopped_leaves_the_files_of_others(settings, tmp_p
     def interrupted(learn):
         (tmp_path/'run'/'notes').write_text('mine')
         raise KeyboardInterrupt
-    monkeypatch.setattr('cifar_fastai.training.range_test', interrupted)
+    monkeypatch.setattr('cifar_fastai.run.train.range_test', interrupted)
     with pytest.raises(KeyboardInterrupt): train(settings(out=str(tmp_path/'run'), lr_max='find'))
     assert [path.name for path in (tmp_path/'run').iterdir()] == ['notes']
 
@@ -439,7 +442,7 @@ def test_a_range_test_that_is_stopped_does_not_stumble_over_a_moved_folder(setti
         (tmp_path/'run').rename(tmp_path/'moved')
         (tmp_path/'run').symlink_to(tmp_path/'moved')
         raise KeyboardInterrupt
-    monkeypatch.setattr('cifar_fastai.training.range_test', interrupted)
+    monkeypatch.setattr('cifar_fastai.run.train.range_test', interrupted)
     with pytest.raises(KeyboardInterrupt): train(settings(out=str(tmp_path/'run'), lr_max='find'))
 
 @pytest.mark.parametrize('name', ['accuracy', 'best_accuracy', 'best_epoch', 'seconds', 'epochs'])

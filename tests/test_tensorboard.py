@@ -9,10 +9,11 @@ from fastai.vision.all import Callback
 from PIL import Image
 
 import forked, workers
-from cifar_fastai.core import read_json, settings_from
-from cifar_fastai.learner import Checkpoints
-from cifar_fastai.folder import read_history
-from cifar_fastai.training import resume, train
+from cifar_fastai.core import settings_from
+from cifar_fastai.files import read_json
+from cifar_fastai.callback.checkpoint import Checkpoints
+from cifar_fastai.run.folder import read_history
+from cifar_fastai.run.train import resume, train
 
 pytest.importorskip('tensorboard', reason='the extra tensorboard')
 
@@ -48,7 +49,7 @@ class Stop(Callback):
         os.kill(os.getpid(), signal.SIGINT)
 
 def stopped(settings, monkeypatch, error=None, **changes):
-    import cifar_fastai.training as training
+    import cifar_fastai.run.train as training
     original = training.settings_learner
     def with_stop(*args):
         learn, data = original(*args)

@@ -11,16 +11,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from cifar_fastai.augment import CropFlipCutout
-from cifar_fastai.core import TrainSettings, read_json, recipes, settings_from
-from cifar_fastai.data import cifar_dls
-from cifar_fastai.interpret import CifarInterpretation
-from cifar_fastai.folder import history_columns, read_history, read_range_test
-from cifar_fastai.learner import cifar_learner, first_images, load_weights
+from cifar_fastai.data.augment import CropFlipCutout
+from cifar_fastai.core import TrainSettings, recipes, settings_from
+from cifar_fastai.files import read_json
+from cifar_fastai.data.block import cifar_dls
+from cifar_fastai.look.interpret import CifarInterpretation
+from cifar_fastai.run.folder import history_columns, read_history, read_range_test
+from cifar_fastai.data.inspect import first_images
+from cifar_fastai.callback.checkpoint import load_weights
+from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet, whitening_filters
-from cifar_fastai.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
-from cifar_fastai.training import (SaveRun, differences, finish_run, new_run_folder, resume, run_config,
-                                   settings_learner, settle_bounds, train, write_range_test)
+from cifar_fastai.callback.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
+from cifar_fastai.run.train import (SaveRun, differences, finish_run, new_run_folder, resume, run_config,
+                                    settings_learner, settle_bounds, train, write_range_test)
 
 @pytest.fixture(scope='module')
 def history(finished): return read_history(finished[0])

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import forked
 from cifar_fastai import data
-from cifar_fastai.augment import item_pipeline
-from cifar_fastai.data import cifar_dls, load_digits
+from cifar_fastai.data.augment import item_pipeline
+from cifar_fastai.data.images import load_digits
+from cifar_fastai.data.block import cifar_dls
 
 class Draws(Dataset):
     "One picture, augmented again and again; an item says what came out"
@@ -79,7 +80,7 @@ def command_without(library, *args):
     forked.command(*args)
 
 def export_without_onnx(file):
-    from cifar_fastai.export import export_model, load_onnx
+    from cifar_fastai.use.export import export_model, load_onnx
     for name in 'onnx', 'onnxruntime', 'onnxscript': sys.modules[name] = None
     print(export_model(None, 'torch'))
     for call in export_model, lambda: load_onnx(file):
@@ -87,7 +88,7 @@ def export_without_onnx(file):
         except ModuleNotFoundError as e: print(e)
 
 def classify_zeros(file): # says first which process does it
-    from cifar_fastai.export import load_onnx
+    from cifar_fastai.use.export import load_onnx
     classify = load_onnx(file, timeout=600)
     print(classify.process.pid, flush=True)
     classify(np.zeros((3, 32, 32, 3), np.uint8))
@@ -95,7 +96,7 @@ def classify_zeros(file): # says first which process does it
 if __name__ == '__main__':
     what, method, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     multiprocessing.set_start_method(method)
-    multiprocessing.set_forkserver_preload(['albumentations', 'cifar_fastai.data']) # imported once
+    multiprocessing.set_forkserver_preload(['albumentations', 'cifar_fastai.data.block']) # imported once
     if what == 'loaders': said = [[batches(n) for n in (0, 2)], [from_files(folder, n) for n in (0, 1)]]
     else:
         pipeline, n = item_pipeline(), 2 if method == 'forkserver' else 1 # starting a spawned process takes seconds

@@ -49,9 +49,12 @@ It knows ten things, in pictures of 32×32 pixels, and nothing else: shown a fac
 
 
 def main(run):
-    from cifar_fastai.core import read_json, recipes
-    from cifar_fastai.data import cifar_dls, load_cifar10
-    from cifar_fastai.interpret import CifarInterpretation, load_run
+    from cifar_fastai.core import recipes
+    from cifar_fastai.files import read_json
+    from cifar_fastai.data.source import load_cifar10
+    from cifar_fastai.data.block import cifar_dls
+    from cifar_fastai.run.folder import load_run
+    from cifar_fastai.look.interpret import CifarInterpretation
     from cifar_fastai.learner import bars_for_people, cifar_learner
     from cifar_fastai.models import half_precision, load_pretrained
     summary, (model, config) = read_json(Path(run)/'summary.json'), load_run(run)

@@ -12,8 +12,8 @@ def measure(out, turn, steps, exchange):
     import torch
     from fastai.vision.all import CancelFitException, Callback
     from cifar_fastai.core import TrainSettings, environment
-    from cifar_fastai.distributed import launched_processes
-    from cifar_fastai.training import settings_learner
+    from cifar_fastai.run.distributed import launched_processes
+    from cifar_fastai.run.train import settings_learner
 
     class Clock(Callback):
         order = 1500

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def choosing_data(): # -> `CIFAR10Data` whose test images are training images, too
-    from cifar_fastai.data import CIFAR10Data, first_of_each_class, load_cifar10
+    from cifar_fastai.data.images import CIFAR10Data, first_of_each_class
+    from cifar_fastai.data.source import load_cifar10
     import numpy as np
     data = load_cifar10()
     held = np.asarray(first_of_each_class(data.train_y, 0.1))
@@ -26,7 +27,7 @@ def value(text):
 
 def main(folder, *runs):
     from cifar_fastai.core import TrainSettings
-    from cifar_fastai.training import train
+    from cifar_fastai.run.train import train
     folder, data = Path(folder), choosing_data()
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
