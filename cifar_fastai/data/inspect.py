@@ -126,4 +126,3 @@ def _check_data(
         kinds = ', '.join(f'{getattr(t, "dtype", type(t).__name__)} {tuple(getattr(t, "shape", ()))[1:]}' for t in y)
         raise ValueError(f'the target of an image is {kinds or "missing"} and must be one class: '
                          'give loss_func and a model for other targets')
-print(tuple(first_images(dls, 9).shape), class_names(dls))
