@@ -27,6 +27,7 @@ from .run.distributed import *
 from .look.page import *
 from .look.report import *
 from .look.compare import *
+from .use.predict import *
 from .use.export import *
 from .use.app import *
 from .bench import *

@@ -242,7 +242,7 @@ def _batches(conn, settings, seconds):
         data = load_cifar10(settings.data)
         pipeline = item_pipeline(mean=data.stats[0])
         item = cifar_block(data.stats, data.vocab).dataloaders(data, bs=settings.bs, num_workers=0, device='cpu').train
-        batch = cifar_dls(data, settings.bs, seed=0, recipe='seed', device='cpu').train
+        batch = cifar_dls(data, settings.bs, seed=0, recipe='baseline', device='cpu').train
         def forever(dl):
             while True: yield from dl
         def augmented():

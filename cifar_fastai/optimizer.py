@@ -48,7 +48,7 @@ class FusedAdam(OptimWrapper):
         lr:float=1e-3, # learning rate
         betas=TrainSettings.betas, # decay of the running mean of the gradient and of its square
         eps:float=TrainSettings.eps, # numerical-stability term
-        wd:float=recipes['best']['wd'], # decoupled weight decay
+        wd:float=recipes['best'].wd, # decoupled weight decay
         wd_bn_bias:bool=False, # decay norms and biases, too
     ):
         params = list(params)

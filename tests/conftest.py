@@ -229,7 +229,7 @@ def tiny_net():
 @pytest.fixture(scope='session')
 def small_dls(small):
     "`DataLoaders` of the small images, 5 batches an epoch"
-    def make(**changes): return cifar_dls(small, **dict(bs=16, seed=0, num_workers=0, recipe='seed') | changes)
+    def make(**changes): return cifar_dls(small, **dict(bs=16, seed=0, num_workers=0, recipe='baseline') | changes)
     return make
 
 @pytest.fixture(scope='session')
@@ -237,7 +237,7 @@ def tiny_learner(tiny_net, small_dls):
     "`cifar_learner` of the plain recipe with the tiny network, seeded weights and no progress bar"
     def make(dls=None, **kwargs):
         set_seed(0)
-        learn = cifar_learner(dls or small_dls(), tiny_net(), **dict(precision='fp32', recipe='seed') | kwargs)
+        learn = cifar_learner(dls or small_dls(), tiny_net(), **dict(precision='fp32', recipe='baseline') | kwargs)
         return learn.remove_cbs(ProgressCallback)
     return make
 

@@ -38,7 +38,7 @@ def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='ba
     dls = cifar_dls(data, bs, pipeline, seed=seed, aug=aug, num_workers=num_workers, device='cpu')
     set_seed(seed)
     model = CustomResNet(norm=norm, ghost=ghost, dropout=dropout, width=width).to(torch.float64 if fp64 else torch.float32)
-    learn, seen = cifar_learner(dls, model, 'fp32', recipe='seed', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else {})), Seen()
+    learn, seen = cifar_learner(dls, model, 'fp32', recipe='baseline', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else {})), Seen()
     cbs = [OneCycle(1e-4, 2e-3), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
     with learn.distrib_ctx(sync_bn=sync_bn): learn.fit(epochs, cbs=cbs)
     return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, gradient=seen.gradient, losses=seen.losses, history=learn.recorder.history,

@@ -44,7 +44,7 @@ def net(n_out=10):
 @pytest.fixture
 def tiny_learner(small_dls):
     def make(dls=None, **kwargs):
-        return cifar_learner(dls or small_dls(), net(), **dict(precision='fp32', recipe='seed') | kwargs).remove_cbs(ProgressCallback)
+        return cifar_learner(dls or small_dls(), net(), **dict(precision='fp32', recipe='baseline') | kwargs).remove_cbs(ProgressCallback)
     return make
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_every_command_refuses_a_value_in_one_sentence_without_a_box(command, ar
 @pytest.mark.parametrize('args, said', [
     (['--ghost', None], r'\bghost\b.*\b4\b.*\b32\b'), (['--epochs', 1], r'\bepochs\b.*\b2\b.*\b1\b'),
     (['--epochs', 0], r'\bepochs\b.*\b2\b.*\b0\b'), (['--lr_min', 1], r'\blr_min\b.*\b0\.001\b.*\b1\.0\b'),
-    (['--recipe', 'seed'], r"\brecipe\b.*'best'.*'seed'")])
+    (['--recipe', 'baseline'], r"\brecipe\b.*'best'.*'baseline'")])
 def test_an_option_that_makes_another_run_is_refused_by_its_name(finished, args, said):
     assert re.search(said, refused(cifar_train, '--resume', finished[0], *args))
 
@@ -321,14 +321,14 @@ def test_a_run_whose_report_cannot_be_written_is_finished_all_the_same(finished,
 # ---- lr_find
 
 def test_lr_find_prints_both_rates_and_saves_the_plot(capsys, folder_of_its_own):
-    cifar_lr_find('--data digits --recipe seed --width 16 --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
+    cifar_lr_find('--data digits --recipe baseline --width 16 --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
     said = dict(line.split(' ') for line in capsys.readouterr().out.splitlines()[-3:])
     assert 0 < float(said['lr_min']) <= float(said['lr_max'])/10 and said['plot'] == 'found.png'
     with Image.open('found.png') as img: assert img.format == 'PNG' and min(img.size) > 200
     assert [p.name for p in folder_of_its_own.iterdir()] == ['found.png']
 
 def test_lr_find_says_when_training_takes_another_end(capsys):
-    cifar_lr_find('--data digits --recipe seed --width 16 --lr_min 1e-5 --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
+    cifar_lr_find('--data digits --recipe baseline --width 16 --lr_min 1e-5 --bs 4 --precision fp32 --num_workers 0 --plot found.png'.split())
     assert re.search(r'\b1e-05\b.*--lr_min find', capsys.readouterr().out.splitlines()[-1])
 
 def test_lr_find_refuses_a_plot_in_no_folder():

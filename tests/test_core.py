@@ -22,7 +22,7 @@ def test_defaults_are_the_assignment():
     s = TrainSettings().resolved()
     assert (s.data, s.epochs, s.bs, s.peak_epoch) == ('cifar10', 24, 512, 5)
     assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear')
-    assert TrainSettings(recipe='seed').resolved().lr_min == 'find'
+    assert TrainSettings(recipe='baseline').resolved().lr_min == 'find'
     assert (s.norm, s.dropout, s.conv_bias, s.valid, s.precision) == ('batch', 0, False, 'test', 'auto')
 
 def test_digits_have_defaults_of_their_own():
@@ -55,7 +55,7 @@ def test_a_setting_that_is_not_given_stays_none_and_is_resolved_in_a_copy(cls):
     assert settings.bs is None and settings.resolved().bs == 64 and settings.bs is None
     assert type(settings.resolved()) is cls and settings.resolved().resolved() == settings.resolved()
     left_out = {f.name for f in fields(settings) if getattr(settings, f.name) != getattr(settings.resolved(), f.name)}
-    assert left_out == ({'bs'} if cls is BenchSettings else {'epochs', 'bs', 'peak_epoch', *recipes['best']})
+    assert left_out == ({'bs'} if cls is BenchSettings else {'epochs', 'bs', 'peak_epoch', *asdict(recipes['best'])})
 
 @pytest.mark.parametrize('cls', every_settings)
 def test_replacing_the_data_set_replaces_its_batch_size(cls):
@@ -65,10 +65,10 @@ def test_replacing_the_data_set_replaces_its_batch_size(cls):
 
 @pytest.mark.parametrize('cls', every_settings[:-1])
 def test_replacing_the_recipe_replaces_its_values(cls):
-    settings = replace(cls(wd=.1), recipe='seed')
+    settings = replace(cls(wd=.1), recipe='baseline')
     resolved = settings.resolved()
-    assert settings == cls(wd=.1, recipe='seed')
-    assert {name: getattr(resolved, name) for name in recipes['seed']} == recipes['seed'] | dict(wd=.1)
+    assert settings == cls(wd=.1, recipe='baseline')
+    assert {name: getattr(resolved, name) for name in asdict(recipes['baseline'])} == asdict(recipes['baseline']) | dict(wd=.1)
 
 @pytest.mark.parametrize('cls', every_settings[:-1])
 def test_replacing_the_epochs_moves_the_peak_along(cls):
@@ -78,7 +78,7 @@ def test_replacing_the_epochs_moves_the_peak_along(cls):
         assert (settings.epochs, settings.peak_epoch) == (epochs, pytest.approx(peak))
 
 other_values = dict(
-    data='digits', recipe='seed', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group',
+    data='digits', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group',
     n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
     label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
     num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
@@ -100,7 +100,7 @@ def test_what_is_left_out_is_checked_as_it_resolves(monkeypatch):
     with pytest.raises(ValueError, match='peak_epoch is 12: .*10'): TrainSettings(data='digits', peak_epoch=12)
     with pytest.raises(ValueError, match='peak_epoch is 12: .*10'): replace(TrainSettings(peak_epoch=12), data='digits')
     with pytest.raises(ValueError, match='lr_min is 2.5e-05: .*1e-05'): TrainSettings(lr_max=1e-5)
-    assert replace(TrainSettings(recipe='seed', lr_max=1e-5), lr_min=1e-6).resolved().lr_max == 1e-5
+    assert replace(TrainSettings(recipe='baseline', lr_max=1e-5), lr_min=1e-6).resolved().lr_max == 1e-5
 
 def test_the_environment_is_read_when_settings_are_resolved(monkeypatch):
     settings = TrainSettings()
@@ -113,8 +113,8 @@ def test_the_environment_is_read_when_settings_are_resolved(monkeypatch):
 
 def test_network_and_optimizer_get_values_and_never_none():
     assert TrainSettings().network == TrainSettings().resolved().network
-    assert TrainSettings().network['ghost'] == recipes['best']['ghost']
-    assert TrainSettings(recipe='seed').optimization['wd'] == recipes['seed']['wd']
+    assert TrainSettings().network['ghost'] == recipes['best'].ghost
+    assert TrainSettings(recipe='baseline').optimization['wd'] == recipes['baseline'].wd
 
 # ---- refusals
 
@@ -165,8 +165,8 @@ def test_unknown_settings_are_refused_by_name():
     with pytest.raises(ValueError, match='colour.*size'): settings_from(dict(epochs=3, size=1, colour='red'))
 
 def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
-    old = {k: v for k, v in asdict(TrainSettings(recipe='seed')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
-    assert settings_from(old).resolved() == TrainSettings(recipe='seed').resolved()
+    old = {k: v for k, v in asdict(TrainSettings(recipe='baseline')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
+    assert settings_from(old).resolved() == TrainSettings(recipe='baseline').resolved()
 
 def test_a_run_of_best_from_before_it_had_an_end_of_its_own_keeps_the_one_that_was_found():
     settings = TrainSettings().resolved()

@@ -1,4 +1,5 @@
 """The checkout: README.md and notebooks as they should be committed, and commands that exist."""
+from dataclasses import asdict
 import ast, importlib, json, posixpath, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
@@ -141,7 +142,7 @@ def test_a_recorded_run_is_of_one_piece(run):
 
 def test_the_recorded_run_of_best_is_of_the_recipe_as_it_is():
     settings = read_json(root/'benchmarks/runs/best/summary.json')['settings']
-    assert {name: settings[name] for name in recipes['best']} == recipes['best'] and settings['recipe'] == 'best' and settings['seed'] == 0
+    assert {name: settings[name] for name in asdict(recipes['best'])} == asdict(recipes['best']) and settings['recipe'] == 'best' and settings['seed'] == 0
 
 def test_the_tutorial_shows_the_recorded_run():
     summary = read_json(root/'benchmarks/runs/24-epochs/summary.json')

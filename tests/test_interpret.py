@@ -272,7 +272,7 @@ def test_the_network_of_a_run_is_on_the_processor_and_ready(finished):
     assert not model.training and {p.device.type for p in model.parameters()} == {'cpu'} and {p.dtype for p in model.parameters()} == {torch.float32}
     assert config['data']['n_train'] == 80
 
-@pytest.mark.parametrize('recipe', ['seed', 'best'])
+@pytest.mark.parametrize('recipe', ['baseline', 'best'])
 def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe):
     from cifar_fastai.run.train import train
     train(settings(recipe=recipe, ghost=None, epochs=1, wd=.1, betas=(.8, .9), out=str(tmp_path/'run')))

@@ -50,7 +50,7 @@ def step(net, opt, i):
     net(x).square().sum().backward()
     opt.step(); opt.zero_grad()
 
-def reference(net, lr, betas=(.9, .99), eps=1e-8, wd=recipes['best']['wd']):
+def reference(net, lr, betas=(.9, .99), eps=1e-8, wd=recipes['best'].wd):
     "torch's AdamW, unfused, with norms and biases undecayed"
     undecayed = [p for p in net.parameters() if p.ndim == 1]
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=wd), dict(params=undecayed, weight_decay=0.)]
@@ -66,7 +66,7 @@ def test_it_is_torchs_adamw_with_norms_and_biases_undecayed(settings):
 
 def test_its_defaults_are_those_of_the_settings():
     [decayed, undecayed] = FusedAdam(list(a_net().parameters())).opt.param_groups
-    assert (decayed['betas'], decayed['eps'], decayed['weight_decay']) == (TrainSettings.betas, TrainSettings.eps, recipes['best']['wd'])
+    assert (decayed['betas'], decayed['eps'], decayed['weight_decay']) == (TrainSettings.betas, TrainSettings.eps, recipes['best'].wd)
     assert undecayed['weight_decay'] == 0 and all(p.ndim == 1 for p in undecayed['params'])
     assert decayed['fused']
 
@@ -377,7 +377,7 @@ def test_what_is_given_overrides_the_recipe(small_dls, tiny_net):
 
 @pytest.mark.parametrize('make', [cifar_dls, cifar_learner], ids=lambda f: f.__name__)
 def test_an_unknown_recipe_is_refused(small_dls, small, make):
-    with pytest.raises(ValueError, match="recipe.*'secret'.*'seed'.*'best'"):
+    with pytest.raises(ValueError, match="recipe.*'secret'.*'baseline'.*'best'"):
         make(small if make is cifar_dls else small_dls(), recipe='secret')
 
 # ---- data from elsewhere

@@ -58,19 +58,19 @@ def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
 # ---- what is taken away
 
 def test_an_ingredient_that_is_taken_away_is_as_in_the_seed_recipe():
-    for name in recipes['best']:
+    for name in asdict(recipes['best']):
         settings = RepeatSettings(without=(name,))
         assert getattr(settings, name) is None
         for resolved in settings.resolved(), settings.run(0, 'runs'):
-            assert getattr(resolved, name) == recipes['seed'][name]
-    assert RepeatSettings(without=('flip',)).resolved().label_smoothing == recipes['best']['label_smoothing']
+            assert getattr(resolved, name) == asdict(recipes['baseline'])[name]
+    assert RepeatSettings(without=('flip',)).resolved().label_smoothing == recipes['best'].label_smoothing
 
 def test_an_ingredient_that_is_no_longer_taken_away_is_that_of_the_recipe():
     settings = replace(RepeatSettings(without=('wd', 'flip')), without=('flip',))
     resolved = settings.resolved()
     assert settings == RepeatSettings(without=('flip',))
     assert resolved.without == ('flip',) and resolved.resolved() == resolved
-    assert (resolved.wd, resolved.flip) == (recipes['best']['wd'], recipes['seed']['flip'])
+    assert (resolved.wd, resolved.flip) == (recipes['best'].wd, recipes['baseline'].flip)
 
 @pytest.mark.parametrize('without', [('luck',), ({},), 'flip', ['flip']])
 def test_an_ingredient_that_is_none_is_refused(without):
@@ -78,20 +78,20 @@ def test_an_ingredient_that_is_none_is_refused(without):
 
 @pytest.mark.parametrize('changes, message', [(dict(n=0), 'n is 0'), (dict(ablate=True), "valid is 'test'"), (dict(without=('luck',)), 'without is'),
                                               (dict(ablate=True, valid='holdout', without=('flip',)), "flip is 'random'"),
-                                              (dict(ablate=True, valid='holdout', recipe='seed'), "recipe is 'seed'"), (dict(without=('wd',), wd=.5), 'wd is 0.5')])
+                                              (dict(ablate=True, valid='holdout', recipe='baseline'), "recipe is 'baseline'"), (dict(without=('wd',), wd=.5), 'wd is 0.5')])
 def test_what_makes_no_sense_is_refused(changes, message):
     with pytest.raises(ValueError, match=message): RepeatSettings(**changes)
 
 @pytest.mark.slow # a narrow network finds no bounds on so few images
 def test_an_ablation_takes_each_ingredient_away_alone_and_never_looks_at_the_test_images(settings, tmp_path, small):
-    kept = {k: v for k, v in asdict(settings()).items() if k not in ('out', *recipes['best'])}
+    kept = {k: v for k, v in asdict(settings()).items() if k not in ('out', *asdict(recipes['best']))}
     s = RepeatSettings(**kept | dict(epochs=1, peak_epoch=.5, valid='holdout', width=64), n=1, ablate=True, out=str(tmp_path/'ablation'))
     results = ablate_recipe(s, small)
     assert list(results) == ['best'] + [f'without {name}' for name in recipe_ingredients()]
     for name, runs in results.items():
         config = read_json(tmp_path/'ablation'/name.replace(' ', '-')/'seed-0/config.json')['settings']
         assert config['valid'] == 'holdout'
-        assert {k for k in recipes['best'] if config[k] != recipes['best'][k]} == ({name.removeprefix('without ')} if name != 'best' else set())
+        assert {k for k in asdict(recipes['best']) if config[k] != asdict(recipes['best'])[k]} == ({name.removeprefix('without ')} if name != 'best' else set())
     assert read_json(tmp_path/'ablation/ablation.json') == results and list(ablation_effects(results).index) == recipe_ingredients()
     with pytest.raises(ValueError, match="valid is 'test'"): ablate_recipe(RepeatSettings(n=1, out=str(tmp_path/'b')), small)
 

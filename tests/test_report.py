@@ -84,7 +84,7 @@ def compared(finished, settings, few_digits, tmp_path_factory):
     runs = [tmp_path_factory.mktemp('compared')/name for name in ('first', 'second', 'third')]
     shutil.copytree(finished[0], runs[0])
     train(settings(seed=1, wd=.1, out=str(runs[1])))
-    train(settings(data='digits', recipe='seed', bs=24, ghost=0, valid='holdout', anneal='cos', peak_epoch=1.3, out=str(runs[2])), few_digits)
+    train(settings(data='digits', recipe='baseline', bs=24, ghost=0, valid='holdout', anneal='cos', peak_epoch=1.3, out=str(runs[2])), few_digits)
     return runs, write_comparison(runs, runs[0].parent/'compare.html')
 
 def renamed(run, data, names):
@@ -189,8 +189,8 @@ def test_what_does_not_fit_is_left_out_and_said(finished):
 
 # ---- the command
 
-everything = [dict(), dict(data='digits'), dict(data='digits', epochs=24, bs=512), dict(recipe='seed', seed=7), dict(data='my images/cifar "10".tgz'), dict(data='-x; rm *'), dict(epochs=3), dict(epochs=3, peak_epoch=1.),
-              dict(lr_min=1e-05, lr_max=.1 + .2), dict(betas=(.8, .95), eps=1e-7), dict(whiten=False, ghost=0, logit_scale=1.), dict(recipe='seed', whiten=True, flip='alternate', wd=.1), dict(conv_bias=True, compile=True),
+everything = [dict(), dict(data='digits'), dict(data='digits', epochs=24, bs=512), dict(recipe='baseline', seed=7), dict(data='my images/cifar "10".tgz'), dict(data='-x; rm *'), dict(epochs=3), dict(epochs=3, peak_epoch=1.),
+              dict(lr_min=1e-05, lr_max=.1 + .2), dict(betas=(.8, .95), eps=1e-7), dict(whiten=False, ghost=0, logit_scale=1.), dict(recipe='baseline', whiten=True, flip='alternate', wd=.1), dict(conv_bias=True, compile=True),
               dict(norm='group', n_groups=4, dropout=.1), dict(precision='fp32', device='cpu', valid='holdout', pipeline='item', num_workers=0, checkpoint_minutes=0., anneal='cos', label_smoothing=0., bs=64)]
 
 @pytest.mark.parametrize('given', everything, ids=lambda given: ' '.join(given) or 'none')
@@ -204,7 +204,7 @@ def test_the_command_gives_the_settings_again(given):
 
 def test_the_command_names_what_differs_and_nothing_else():
     assert repeat_command(TrainSettings(out='somewhere')) == 'cifar_train'
-    assert repeat_command(TrainSettings('digits', 'seed', epochs=3, seed=2)) == 'cifar_train --data digits --recipe seed --epochs 3 --seed 2'
+    assert repeat_command(TrainSettings('digits', 'baseline', epochs=3, seed=2)) == 'cifar_train --data digits --recipe baseline --epochs 3 --seed 2'
     for settings in (s := TrainSettings(epochs=48), s.resolved()): assert changed_settings(settings) == dict(epochs=48)
 
 def test_the_command_of_a_page_repeats_its_run(reported, finished, command, tmp_path):

@@ -433,7 +433,7 @@ def test_a_range_test_that_is_stopped_leaves_the_files_of_others(settings, tmp_p
     def interrupted(learn):
         (tmp_path/'run'/'notes').write_text('mine')
         raise KeyboardInterrupt
-    monkeypatch.setattr('cifar_fastai.run.train.range_test', interrupted)
+    monkeypatch.setattr('cifar_fastai.callback.schedule.range_test', interrupted)
     with pytest.raises(KeyboardInterrupt): train(settings(out=str(tmp_path/'run'), lr_max='find'))
     assert [path.name for path in (tmp_path/'run').iterdir()] == ['notes']
 
@@ -442,7 +442,7 @@ def test_a_range_test_that_is_stopped_does_not_stumble_over_a_moved_folder(setti
         (tmp_path/'run').rename(tmp_path/'moved')
         (tmp_path/'run').symlink_to(tmp_path/'moved')
         raise KeyboardInterrupt
-    monkeypatch.setattr('cifar_fastai.run.train.range_test', interrupted)
+    monkeypatch.setattr('cifar_fastai.callback.schedule.range_test', interrupted)
     with pytest.raises(KeyboardInterrupt): train(settings(out=str(tmp_path/'run'), lr_max='find'))
 
 @pytest.mark.parametrize('name', ['accuracy', 'best_accuracy', 'best_epoch', 'seconds', 'epochs'])

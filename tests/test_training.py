@@ -21,9 +21,9 @@ from cifar_fastai.data.inspect import first_images
 from cifar_fastai.callback.checkpoint import load_weights
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet, whitening_filters
-from cifar_fastai.callback.schedule import LRBounds, bounds_from, one_cycle_lr, range_test
+from cifar_fastai.callback.schedule import LRBounds, bounds_from, one_cycle_lr, range_test, resolve_bounds
 from cifar_fastai.run.train import (SaveRun, differences, finish_run, new_run_folder, resume, run_config,
-                                    settings_learner, settle_bounds, train, write_range_test)
+                                    settings_learner, train, write_range_test)
 
 @pytest.fixture(scope='module')
 def history(finished): return read_history(finished[0])
@@ -127,11 +127,12 @@ def test_what_is_no_range_test_is_refused_by_name(text, tmp_path):
 def test_whoever_takes_settings_takes_them_with_values_left_out(settings, small, tiny_learner):
     left_out = settings(ghost=None, lr_min=None)
     learn, _ = settings_learner(left_out)
-    assert learn.dls.train.bs == 16 and learn.loss_func.func.label_smoothing == recipes['best']['label_smoothing']
-    assert settle_bounds(left_out, learn) == (LRBounds(recipes['best']['lr_min'], 1e-2), None)
+    assert learn.dls.train.bs == 16 and learn.loss_func.func.label_smoothing == recipes['best'].label_smoothing
+    resolved = left_out.resolved()
+    assert resolve_bounds(learn, resolved.lr_min, resolved.lr_max) == (LRBounds(recipes['best'].lr_min, 1e-2), None)
     for config in (run_config(s, small, None)['settings'] for s in (left_out, left_out.resolved())):
         assert config == asdict(left_out.resolved())
-        assert {name: config[name] for name in recipes['best']} == recipes['best']
+        assert {name: config[name] for name in asdict(recipes['best'])} == asdict(recipes['best'])
 
 def assert_differ(recorded, given, *patterns):
     "One text for each setting that differs, in their order"
@@ -143,17 +144,17 @@ def test_settings_are_compared_as_they_resolve():
             dict(betas=(.9, .99), flip=None, peak_epoch=None, epochs=None))
     for given in same: assert differences(recorded, given) == []
     assert_differ(recorded, dict(wd=None), r'wd\b.*\b0\.5\b.*\b0\.25\b')
-    assert_differ(recorded, dict(epochs=1, recipe='seed'), r'epochs\b.*\b10\b.*\b1\b', r"recipe\b.*'best'.*'seed'")
+    assert_differ(recorded, dict(epochs=1, recipe='baseline'), r'epochs\b.*\b10\b.*\b1\b', r"recipe\b.*'best'.*'baseline'")
 
 def test_what_an_old_run_did_not_name_is_compared_too():
-    old = asdict(TrainSettings(recipe='seed').resolved())
+    old = asdict(TrainSettings(recipe='baseline').resolved())
     for name in 'recipe', 'whiten', 'ghost': del old[name]
-    assert differences(old, asdict(TrainSettings(recipe='seed'))) == []
-    assert_differ(old, dict(recipe='best', whiten=True, ghost=0), r"recipe\b.*'seed'.*'best'", r'whiten\b.*\bFalse\b.*\bTrue\b')
+    assert differences(old, asdict(TrainSettings(recipe='baseline'))) == []
+    assert_differ(old, dict(recipe='best', whiten=True, ghost=0), r"recipe\b.*'baseline'.*'best'", r'whiten\b.*\bFalse\b.*\bTrue\b')
 
 @pytest.mark.parametrize('changes, message', [
     (dict(ghost=None), r'ghost\b.*\b4\b.*\b32\b'), (dict(epochs=1), r'epochs\b.*\b2\b.*\b1\b'),
-    (dict(recipe='seed'), r"recipe\b.*'best'.*'seed'")])
+    (dict(recipe='baseline'), r"recipe\b.*'best'.*'baseline'")])
 def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, changes, message):
     run = shutil.copytree(finished[0], tmp_path/'run')
     with pytest.raises(ValueError, match=message): resume(run, changes)
@@ -254,18 +255,17 @@ def findable(digits):
     return cifar_learner(dls, net, 'fp32').remove_cbs(ProgressCallback)
 
 @pytest.mark.parametrize('given, kept', [(dict(lr_min='find', lr_max='find'), {}), (dict(lr_min='find', lr_max=.5), dict(lr_max=.5)), (dict(lr_min=1e-5, lr_max='find'), dict(lr_min=1e-5))])
-def test_bounds_that_are_not_given_are_found(settings, findable, given, kept):
+def test_bounds_that_are_not_given_are_found(findable, given, kept):
     found = bounds_from(*range_test(findable))
-    bounds, tested = settle_bounds(settings(**given), findable)
-    assert bounds._asdict() == found._asdict() | kept
-    assert tested[2] == bounds and len(tested[0]) == len(tested[1])
+    bounds, (lrs, losses) = resolve_bounds(findable, **given)
+    assert bounds._asdict() == found._asdict() | kept and len(lrs) == len(losses)
 
 @pytest.mark.parametrize('given', [dict(lr_min=1e6, lr_max='find'), dict(lr_min='find', lr_max=1e-9)])
-def test_bounds_that_do_not_fit_those_found_are_refused(settings, findable, given):
-    with pytest.raises(ValueError, match=r'lr_min.*lr_max.*range test'): settle_bounds(settings(**given), findable)
+def test_bounds_that_do_not_fit_those_found_are_refused(findable, given):
+    with pytest.raises(ValueError, match=r'lr_min.*lr_max.*range test'): resolve_bounds(findable, **given)
 
-def test_bounds_that_are_given_need_no_range_test(settings, tiny_learner):
-    assert settle_bounds(settings(), tiny_learner()) == (LRBounds(1e-3, 1e-2), None)
+def test_bounds_that_are_given_need_no_range_test(tiny_learner):
+    assert resolve_bounds(tiny_learner(), 1e-3, 1e-2) == (LRBounds(1e-3, 1e-2), None)
 
 def test_a_run_with_found_bounds_records_and_draws_them(settings, capsys, digits):
     summary = train(settings(data='digits', epochs=1, bs=4, lr_min='find', lr_max='find', out='run'), digits.first(80, 40))

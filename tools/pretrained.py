@@ -1,6 +1,7 @@
 """Puts the weights of a finished run into the package, in half precision, with a model card: `python tools/pretrained.py RUN`.
 
 The card's figures are of the file that ships: it is loaded as users load it and run over the images that validated the run."""
+from dataclasses import asdict
 import sys
 from pathlib import Path
 
@@ -55,17 +56,17 @@ def main(run):
     from cifar_fastai.data.block import cifar_dls
     from cifar_fastai.run.folder import load_run
     from cifar_fastai.look.interpret import CifarInterpretation
-    from cifar_fastai.learner import bars_for_people, cifar_learner
+    from cifar_fastai.learner import no_bar_without_tty, cifar_learner
     from cifar_fastai.models import half_precision, load_pretrained
     summary, (model, config) = read_json(Path(run)/'summary.json'), load_run(run)
     settings = config['settings']
     data = load_cifar10(settings['data'])
-    expected = recipes['best'] | dict(recipe='best', valid='test', epochs=24, bs=512, lr_max='find', norm='batch', dropout=0., conv_bias=False)
+    expected = asdict(recipes['best']) | dict(recipe='best', valid='test', epochs=24, bs=512, lr_max='find', norm='batch', dropout=0., conv_bias=False)
     if other := [f'{name} is {settings[name]}, not {value}' for name, value in expected.items() if settings[name] != value]: sys.exit(f'{run} is no run of the recipe best as the card describes it: {", ".join(other)}')
     if summary['interrupted'] or not config['data']['is_cifar10'] or list(data.fingerprint) != list(config['data']['fingerprint']): sys.exit(f'{run} is not finished, or the images are not those of CIFAR-10')
     weights.mkdir(exist_ok=True)
     (weights/'best.safetensors').write_bytes(half_precision(model))
-    learn = bars_for_people(cifar_learner(cifar_dls(data, 500, seed=0), load_pretrained(), 'fp32'))
+    learn = no_bar_without_tty(cifar_learner(cifar_dls(data, 500, seed=0), load_pretrained(), 'fp32'))
     interp = CifarInterpretation.from_learner(learn)
     scores = interp.per_class()
     text = card.format(

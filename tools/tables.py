@@ -27,7 +27,7 @@ def machine(summary):
     return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `recipe='seed'`, `pipeline='item'`", '24-epochs-item'), ('this package', '24-epochs', "bounds found; `recipe='seed'`, `pipeline='batch'`", '24-epochs'),
+own_runs = [('this package', '24-epochs-item', "bounds found; `recipe='baseline'`, `pipeline='item'`", '24-epochs-item'), ('this package', '24-epochs', "bounds found; `recipe='baseline'`, `pipeline='batch'`", '24-epochs'),
             ('**this package**', 'best', "LRMAX found, LRMIN 2.5e-5; `recipe='best'`: label smoothing, flips that alternate, batch statistics of 32 images, logits × 1/8, whitened first layer, weight decay 0.25", 'best-found-end')]
 
 

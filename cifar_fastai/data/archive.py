@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import cifar10_classes, printable
-from ..files import _content_of, check_file
+from ..files import read_bytes, check_file
 from .images import CIFAR10Data, _canonical
 from .picture import _MeteredFile
 
@@ -66,7 +66,7 @@ def _members(path:Path):
         for file in _files(path):
             name = f'{path.name}/{file}'
             if not wanted(name): continue
-            content = _content_of(path/file, _largest_file)
+            content = read_bytes(path/file, _largest_file)
             left -= len(content)
             if left < 0: raise ValueError(f'{path} has over {_most_bytes:,} bytes: this is not CIFAR-10')
             yield name, content

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from fastai.vision.all import PILImage, TensorImageBase
 
 from ..core import printable
-from ..files import _content_of
+from ..files import read_bytes
 
 # %% ../../nbs/03_data.picture.ipynb #990cfa07
 max_pixels = 25_000_000 # of a picture that is to be decoded; a JPEG may have more when it can be decoded smaller
@@ -32,7 +32,7 @@ def read_image(path): # -> `uint8` (32, 32, 3)
     path = Path(path)
     if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)):
         raise ValueError(f'{printable(path)} has a name with a line break or another control character: rename it')
-    return _read_content(_content_of(path, max_bytes), path)
+    return _read_content(read_bytes(path, max_bytes), path)
 
 def _read_content(content, name='the picture'): # of a file -> `uint8` (32, 32, 3)
     if len(content) > max_bytes: raise ValueError(f'{name} has {len(content):,} bytes: at most {max_bytes:,} are read')

@@ -25,7 +25,7 @@ from ..data.augment import CropFlipCutout
 from ..data.block import cifar_dls
 from ..models import CustomResNet
 from ..callback.checkpoint import load_weights
-from ..learner import bars_for_people, cifar_learner
+from ..learner import no_bar_without_tty, cifar_learner
 
 # %% ../../nbs/40_run.folder.ipynb #e724fb71
 class _Bounds(TypedDict):
@@ -211,4 +211,4 @@ def learner_from_run(
     data = load_cifar10(settings.data if data is None else data)
     if data.vocab != config['data']['vocab']: raise ValueError(f"the run's classes are {', '.join(config['data']['vocab'])}, and the data's {', '.join(data.vocab)}: give the data of the run")
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, CropFlipCutout(flip=settings.flip), config['data']['stats'], settings.num_workers)
-    return bars_for_people(cifar_learner(dls, model, settings.precision, **settings.optimization))
+    return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **settings.optimization))

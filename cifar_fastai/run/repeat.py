@@ -85,7 +85,7 @@ def repeat_table(
 # %% ../../nbs/44_run.repeat.ipynb #3e5c72c7
 def recipe_ingredients(): # -> list of str
     "In what the recipe `best` differs from `seed`"
-    return [name for name, value in recipes['best'].items() if value != recipes['seed'][name]]
+    return [name for name, value in asdict(recipes['best']).items() if value != getattr(recipes['baseline'], name)]
 
 def ablate_recipe(
     settings:RepeatSettings, # of the recipe `best`, on the hold-out; `out` names the folder
@@ -96,7 +96,7 @@ def ablate_recipe(
     folder, results = Path(settings.out), {}
     for name, without in [('best', ())] + [(f'without {name}', (name,)) for name in recipe_ingredients()]:
         print(f'== {name}', flush=True)
-        of_recipe = dict.fromkeys(recipes['best']) # to be filled in anew
+        of_recipe = dict.fromkeys(asdict(recipes['best'])) # to be filled in anew
         results[name] = repeat_runs(replace(settings, recipe='best', **of_recipe, without=without, ablate=False, out=str(folder/name.replace(' ', '-'))), data)
         write_json(folder/'ablation.json', results)
     return results
