@@ -128,6 +128,12 @@ def test_every_picture_has_words(reported):
     assert len(page.all('img')) > 30 and all(attrs.get('alt') for attrs in page.all('img'))
     assert len(page.all('svg')) == 3 and all(attrs['role'] == 'img' and len(attrs['aria-label']) > 30 for attrs in page.all('svg'))
 
+def test_the_curves_reach_the_last_epoch(reported, compared):
+    "Epochs 1 and 2 are ticks of the axis, which would end at 1 if nothing were drawn"
+    for path, label in ((reported, 'Loss over 2 epochs'), (reported, 'Accuracy over 2 epochs'), (compared[1], 'Validation accuracy')):
+        [svg] = re.findall(rf'<svg [^>]*aria-label="{label}.*?</svg>', Page(path).source, re.DOTALL)
+        assert {'1', '2'} <= set(re.findall(r'<text[^>]*>([^<]*)</text>', svg)), label
+
 def test_no_two_elements_have_one_name(reported):
     names = [attrs['id'] for _, attrs in Page(reported).elements if 'id' in attrs]
     assert len(names) == len(set(names))
@@ -243,7 +249,7 @@ def test_names_of_classes_are_text_everywhere(run, small, reported):
     assert [data for tag, data in page.texts if tag == 'script'] == [data for tag, data in plain.texts if tag == 'script']
     for name in evil:
         assert any(name in data for tag, data in page.texts if tag == 'th' or tag == 'span'), name
-    assert {attrs['data-name'].split(' taken for ')[0] for attrs in page.all('button') if 'data-name' in attrs} <= set(evil)
+    assert {attrs['data-name'].split(' predicted as ')[0] for attrs in page.all('button') if 'data-name' in attrs} <= set(evil)
 
 def test_other_texts_of_a_folder_are_text_too(run, change):
     bad = '<img src=x onerror=alert(1)>"\''
@@ -340,9 +346,9 @@ def rows(page, id_or_label):
 def test_a_comparison_shows_the_figures_and_the_settings_that_differ(compared):
     runs, out = compared
     page, settings = Page(out), [read_run(run).settings for run in runs]
-    for row, run in zip(rows(page, 'Figures of the runs'), runs, strict=True):
+    for row, run in zip(rows(page, 'Results of the runs'), runs, strict=True):
         summary = read_json(run/'summary.json')
-        assert row['accuracy'] == f"{summary['accuracy']:.2%}" and row['wrong'] == str(summary['n_wrong']) and row['with mirror images'] == f"{summary['flip_averaged_accuracy']:.2%}" and row['seconds'] == f"{summary['seconds']:,.0f}"
+        assert row['accuracy'] == f"{summary['accuracy']:.2%}" and row['misclassified'] == str(summary['n_wrong']) and row['accuracy with TTA'] == f"{summary['flip_averaged_accuracy']:.2%}" and row['training time, s'] == f"{summary['seconds']:,.0f}"
     differing = rows(page, 'Settings that differ')
     assert [(row['run'], row['wd'], row['valid'], row['seed'], row['anneal']) for row in differing] == [('1 · first', '0.25', 'test', '0', 'linear'), ('2 · second', '0.1', 'test', '1', 'linear'), ('3 · third', '0.2', 'holdout', '0', 'cos')]
     assert set(differing[0]) == {'run'} | {name for name, value in asdict(settings[0]).items() if name != 'out' and any(getattr(other, name) != value for other in settings)}
@@ -354,7 +360,7 @@ def test_a_comparison_counts_the_images_that_only_one_has_right(compared):
     a, b = (kept['probs'].argmax(1) == kept['targs'] for kept in (first, second))
     row, = rows(Page(out), 'pairs') # the third was validated on other images
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    assert [row['only the first is right'], row['only the second is right'], row['both right'], row['both wrong']] == [str(n) for n in (only_a, only_b, int((a & b).sum()), int((~a & ~b).sum()))]
+    assert [row['only the first correct'], row['only the second correct'], row['both correct'], row['both wrong']] == [str(n) for n in (only_a, only_b, int((a & b).sum()), int((~a & ~b).sum()))]
     assert float(row['p']) == pytest.approx(min(1, 2*binom.cdf(min(only_a, only_b), only_a + only_b, .5)), rel=.05)
     assert Page(out).text.count('were validated on different images') == 2
 
@@ -384,8 +390,8 @@ def test_what_cannot_be_compared_is_refused(compared, tmp_path):
 def test_recorded_runs_are_compared(recorded_run, tmp_path):
     page = Page(write_comparison([recorded_run('best'), recorded_run('24-epochs')], tmp_path/'c.html'))
     row, = rows(page, 'pairs')
-    assert sum(int(row[name].replace(',', '')) for name in ('only the first is right', 'only the second is right', 'both right', 'both wrong')) == 10_000
-    assert rows(page, 'Figures of the runs')[1]['accuracy'] == '93.81%' and {'recipe', 'wd'} <= set(rows(page, 'Settings that differ')[0])
+    assert sum(int(row[name].replace(',', '')) for name in ('only the first correct', 'only the second correct', 'both correct', 'both wrong')) == 10_000
+    assert rows(page, 'Results of the runs')[1]['accuracy'] == '93.81%' and {'recipe', 'wd'} <= set(rows(page, 'Settings that differ')[0])
 
 # ---- a run of CIFAR-10
 
@@ -486,7 +492,7 @@ def test_evil_names_do_nothing_in_a_browser(opened, run, small):
     path = write_report(run, renamed(run, small, evil))
     page = opened(path)
     for cell in page.locator('.pairs button').all(): cell.click()
-    assert page.complaints == [] and page.asked == [path.absolute().as_uri()] and page.inner_text('#shown').split(': ')[0].count('taken for') == 1
+    assert page.complaints == [] and page.asked == [path.absolute().as_uri()] and page.inner_text('#shown').split(': ')[0].count('predicted as') == 1
 
 @pytest.mark.slow
 def test_recorded_run_in_a_browser(opened, recorded_run, real_cifar):

@@ -1,6 +1,6 @@
-"""Puts the weights of a finished run into the package, in half precision, with a model card: `python tools/pretrained.py RUN`.
+"""Include the weights of a finished run in the package, in half precision, with a model card: `python tools/pretrained.py RUN`.
 
-The card's figures are of the file that ships: it is loaded as users load it and run over the images that validated the run."""
+The figures of the card are measured with the included file, loaded like users load it, on the images that validated the run."""
 from dataclasses import asdict
 import sys
 from pathlib import Path
@@ -10,43 +10,105 @@ from tables import table
 
 weights = root/'cifar_fastai/weights'
 
-card = '''# Model card: CustomResNet on CIFAR-10
+card = '''---
+license: apache-2.0
+library_name: fastai
+pipeline_tag: image-classification
+datasets:
+- cifar10
+metrics:
+- accuracy
+---
 
-The weights that `load_pretrained()` and `cifar_predict` use, in half precision (`best.safetensors`, {megabytes:.1f} MB). Made by `tools/pretrained.py` from one run, which was named, by its seed, before it was made.
+# Model card: CustomResNet on CIFAR-10
+
+A small residual network that classifies 32×32 images into the ten classes of CIFAR-10. Test accuracy is {accuracy:.2%}, or {flipped:.2%} with horizontal-flip test-time augmentation. These are the weights that `load_pretrained()` and `cifar_predict` use.
+
+## Model Details
 
 | | |
 |---|---|
-| network | `CustomResNet`, {n_params:,} parameters (D. Page's residual network, pooling before normalisation) |
+| model | `CustomResNet`, D. Page's residual network with pooling before normalisation |
+| parameters | {n_params:,} |
 | input | RGB, 32×32, normalised with `cifar10_stats` |
-| output | 10 logits, classes in the order of `cifar10_classes` |
-| data | the 50,000 training images of CIFAR-10 (Krizhevsky 2009), and no others |
-| recipe | `{recipe}`: {settings}. The factor on the logits is folded into the weights of `fc`: load them into a plain `CustomResNet()` |
-| learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g} of {epochs}; its height found by a range test, its ends those of the recipe |
-| trained on | {device}, {precision}, seed {seed} |
-| licence | Apache-2.0, as the package |
+| output | 10 logits, in the order of `cifar10_classes` |
+| file | `best.safetensors`, half precision, {megabytes:.1f} MB |
+| origin | one run of the recipe `{recipe}`, whose seed was fixed in advance; converted by `tools/pretrained.py` |
+| license | Apache-2.0, like the package |
 
-## How well it does
+The constant factor of {logit_scale:g} on the logits is folded into the weights of `fc`, so the file loads into a plain `CustomResNet()`.
 
-On the 10,000 test images, which had no part in training. The recipe was chosen without them, but for a starting point that an earlier run on them had suggested, and for a question, where the cycle should end, that the curve of an earlier recipe raised; training images answered it. They were looked at after each epoch, for the curves. Last weights, not those of the best epoch:
+## Uses
+
+The model is intended for learning, for teaching and as a baseline. It is not intended for decisions about people.
+
+It is out of scope for images of anything but the ten classes: shown a face, a house or noise, it still names one of the ten.
+
+## Bias, Risks, and Limitations
+
+- Larger pictures are scaled down and cropped to the central square, so objects near the edge may be lost.
+- The labels of CIFAR-10 contain mistakes, and some test images are near-duplicates of training images (Barz & Denzler 2020), so the accuracies below are slightly optimistic.
+- The probabilities are not calibrated. Label smoothing makes them underconfident: on the test images, the highest probability is {confidence:.2f} on average, while {accuracy:.1%} of the predictions are correct.
+- The weights come from one run. Another seed gives other weights and another accuracy; the variation was not measured for this recipe.
+
+## How to Get Started with the Model
+
+```sh
+cifar_predict picture.png
+```
+
+```python
+from cifar_fastai.all import *
+
+model = load_pretrained()
+image = read_image('picture.png') # uint8 (32, 32, 3)
+probs = class_probabilities(model, [image], cifar10_stats)[0]
+print(cifar10_classes[int(probs.argmax())], float(probs.max()))
+```
+
+## Training Details
+
+### Training Data
+
+The 50,000 training images of CIFAR-10 (Krizhevsky 2009), without additional data.
+
+### Training Procedure
+
+| | |
+|---|---|
+| recipe | `{recipe}`: {settings} |
+| epochs | {epochs} |
+| learning rate | one cycle, {lr_min:.3g} → {lr_max:.3g} → {lr_min:.3g}, maximum at epoch {peak_epoch:g}; the maximum comes from a range test, the minimum from the recipe |
+| precision | {precision} |
+| seed | {seed} |
+
+## Evaluation
+
+### Testing Data, Factors, and Metrics
+
+The model was evaluated on the 10,000 test images of CIFAR-10, which were not used for training. They had some influence on the recipe: its starting point came from an earlier run evaluated on them, and the curve of an earlier version raised the question of where the cycle should end, which was then answered with training images. They were also evaluated after each epoch, for the curves. The weights are those of the last epoch, not of the best one.
+
+### Results
 
 | | accuracy |
 |---|---|
-| the file that ships | {accuracy:.2%} |
-| the same, logits averaged over each image and its mirror image | {flipped:.2%} |
-| the run that it was made of, in {precision} | {run_accuracy:.2%} |
-
-By class, the share of its images that are named rightly (recall), and of the images named so that are of it (precision):
+| included weights | {accuracy:.2%} |
+| included weights, logits averaged over each image and its mirror image | {flipped:.2%} |
+| original run, in {precision} | {run_accuracy:.2%} |
 
 {per_class}
 
-The most frequent mistakes: {confused}.
+Most frequent confusions: {confused}.
 
-This is one run. Another seed gives other weights and another accuracy; by how much was not measured for this recipe.
+## Technical Specifications
 
-## Limits
-
-It knows ten things, in pictures of 32×32 pixels, and nothing else: shown a face, a house or noise it still names one of the ten. Larger pictures are scaled down and cut to their centre square; what stands at the edge is not seen. CIFAR-10's labels contain mistakes, and near-duplicates between its training and test images are known (Barz & Denzler 2020), so the figures flatter a little. The labels were smoothed in training, so probabilities are cautious: on the test images the highest is {confidence:.2f} on average, and right {accuracy:.1%} of the time. They are no calibrated measure of certainty. It is meant for learning, for teaching and as a baseline, and for no decision about anybody.
+Hardware: {device}. Software: Python {python}, {versions}. Energy use was not measured.
 '''
+
+
+def versions(summary): # 'torch 2.14.1, torchvision 0.29.1 and fastai 2.8.7'
+    torch, torchvision, fastai = (f"{name} {summary['environment']['packages'][name]}" for name in ('torch', 'torchvision', 'fastai'))
+    return f'{torch}, {torchvision} and {fastai}'
 
 
 def main(run):
@@ -72,9 +134,10 @@ def main(run):
     text = card.format(
         megabytes=(weights/'best.safetensors').stat().st_size/1e6, n_params=summary['n_params'], recipe=settings['recipe'], settings=', '.join(f'`{name}` {settings[name]}' for name in recipes[settings['recipe']]),
         **summary['bounds'], peak_epoch=settings['peak_epoch'], epochs=settings['epochs'], device=summary['device'] if summary['device'] != 'cpu' else f"{summary['environment']['cores']} cores of {summary['environment']['processor']}",
+        python=summary['environment']['python'], versions=versions(summary), logit_scale=settings['logit_scale'],
         precision=summary["precision"], seed=summary['seed'], accuracy=interp.accuracy, confidence=float(interp.probs.max(dim=1).values.mean()), flipped=interp.flip_averaged().accuracy, run_accuracy=summary['accuracy'],
         per_class=table(['class', 'recall', 'precision'], [[name, f'{row.recall:.1%}', f'{row.precision:.1%}'] for name, row in scores.iterrows()]),
-        confused=', '.join(f'{actual} taken for {predicted} ({n})' for actual, predicted, n in interp.most_confused()[:4]))
+        confused=', '.join(f'{actual} predicted as {predicted} ({n})' for actual, predicted, n in interp.most_confused()[:4]))
     (weights/'README.md').write_text(text, encoding='utf-8')
     print(f'{interp.accuracy:.2%} by the file that ships, {summary["accuracy"]:.2%} by the run')
 

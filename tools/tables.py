@@ -27,26 +27,34 @@ def machine(summary):
     return summary['device'] if summary['device'] != 'cpu' else f"{env['cores']} cores of {env['processor'].replace('(R)', '')}"
 
 
-own_runs = [('this package', '24-epochs-item', "bounds found; `recipe='baseline'`, `pipeline='item'`", '24-epochs-item'), ('this package', '24-epochs', "bounds found; `recipe='baseline'`, `pipeline='batch'`", '24-epochs'),
-            ('**this package**', 'best', "LRMAX found, LRMIN 2.5e-5; `recipe='best'`: label smoothing, flips that alternate, batch statistics of 32 images, logits × 1/8, whitened first layer, weight decay 0.25", 'best-found-end')]
+# (project, folder, description, folder of the run whose time is shown)
+own_runs = [
+    ('this package', '24-epochs-item', "baseline recipe, `pipeline='item'`", '24-epochs-item'),
+    ('this package', '24-epochs', "baseline recipe, `pipeline='batch'`", '24-epochs'),
+    ('**this package**', 'best', "recipe `'best'`: LRMIN 2.5e-5, label smoothing, alternating flips, ghost batch normalisation (32 images), "
+     "logits × 1/8, whitened first layer, weight decay 0.25", 'best-found-end')]
 
 
 def runs(root=root):
-    "The projects that did the assignment by hand, and the recorded runs of this package"
+    "Return the table of the five projects and of the recorded runs of this package"
     rows = [[f"[{p['project']}]({p['source']})" if p['source'] else p['project'], p['shows'], f"{p['parameters']:,}", p['epochs'], f"{p['accuracy']:.2f} %",
              p['over_90_from'] or 'not logged', p['time']] for p in json.loads((root/'benchmarks/projects.json').read_text(encoding='utf-8'))]
-    for name, folder, shows, timed in own_runs: # `timed`: the run of as many steps whose seconds are shown, where this one was paused
+    for name, folder, shows, timed in own_runs: # a run that was paused shows the time of another run with the same number of steps
         summary, clock = (json.loads((root/'benchmarks/runs'/run/'summary.json').read_text(encoding='utf-8')) for run in (folder, timed))
         accuracy, flipped = f"**{summary['accuracy']:.2%}**", summary.get('flip_averaged_accuracy')
-        if flipped: accuracy += f'; {flipped:.2%} averaged with mirror images'
+        if flipped: accuracy += f'; {flipped:.2%} with flip TTA'
         rows.append([name, shows, f"{summary['n_params']:,}", summary['epochs'], accuracy.replace('%', ' %'),
                      stays_over(curve(root/'benchmarks/runs'/folder/'history.csv', scale=100)),
-                     f"{clock['seconds']:,.0f} s with a validation each epoch{', by another run of as many steps' if timed != folder else ''}; {machine(clock)}, {clock['precision']}"])
-    return table(['project', 'what it shows', 'parameters', 'epochs', 'test accuracy after the last', 'over 90 % from epoch', 'time and machine'], rows)
+                     f"{clock['seconds']:,.0f} s including validation{' (another run with the same number of steps)' if timed != folder else ''}; {machine(clock)}, {clock['precision']}"])
+    return table(['project', 'features', 'parameters', 'epochs', 'final test accuracy', 'above 90 % from epoch', 'time and hardware'], rows)
 
 
-cases = dict(plain="the projects' way: PyTorch loop, albumentations in a `DataLoader`, fp32", fastai='fastai as it comes: item transforms, its Adam, fp32',
-             package="**this package**, recipe `seed`", bare='a loop without a `Learner`, the same batches, precision and optimizer', limit='forward, backward and step on one batch: the limit')
+cases = dict(
+    plain="the projects' approach: PyTorch loop, albumentations in a `DataLoader`, fp32",
+    fastai="fastai defaults: item transforms, fastai's Adam, fp32",
+    package='**this package**, baseline recipe',
+    bare='training loop without `Learner`; same batches, precision and optimizer',
+    limit='limit: forward pass, backward pass and optimizer step on one batch')
 
 
 def mean(values): return sum(values)/len(values)
@@ -58,19 +66,19 @@ def ratio(rates, reference): # turn by turn, as `cifar_fastai.bench.ratio` has i
 
 
 def bench(root=root): # one table for each machine of benchmarks/bench
-    "How fast each way of training is, from the recorded benchmarks"
+    "Return the table of the recorded benchmarks"
     parts = []
     for file in sorted((root/'benchmarks/bench').glob('*.json')):
         result = json.loads(file.read_text(encoding='utf-8'))
         rates = {name: case['images_per_second'] for name, case in result['cases'].items()}
-        against = [(label, rates[key]) for label, key in (("× the projects' way", 'plain'), ('× the limit', 'limit')) if key in rates]
+        against = [(label, rates[key]) for label, key in (("× the projects' approach", 'plain'), ('× the limit', 'limit')) if key in rates]
         gpu = any(case.get('gpu_memory') for case in result['cases'].values())
         rows = [[cases[name], f'{mean(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})', f'{result["n_images"]/mean(r):,.0f}', f'{result["cases"][name]["memory"]/2**30:.2f}',
                  *([f'{result["cases"][name]["gpu_memory"]/2**30:.2f}'] if gpu else []), *(ratio(r, reference) for _, reference in against)] for name, r in rates.items()]
         s = result['settings']
-        parts.append(f"{machine(result)}, {s['bs']} images a batch; the first two cases in fp32, the others in {result['precision']}. {s['repeats']} turns of {s['steps']} steps each, in brackets their extremes; "
-                     "epochs without validation, memory of the main process without workers.\n\n"
-                     + table(['case', 'images/s', 's an epoch', 'peak memory, GiB', *(['of the GPU, GiB'] if gpu else []), *(label for label, _ in against)], rows))
+        parts.append(f"{machine(result)}, {s['bs']} images per batch; the first two cases in fp32, the others in {result['precision']}. Mean of {s['repeats']} turns of {s['steps']} steps each, minimum and maximum in parentheses. "
+                     "Epochs exclude validation; memory is that of the main process, without workers.\n\n"
+                     + table(['case', 'images/s', 's per epoch', 'peak memory, GiB', *(['GPU memory, GiB'] if gpu else []), *(label for label, _ in against)], rows))
     return '\n\n'.join(parts)
 
 
