@@ -48,7 +48,7 @@ def _registry(settings, default): # -> rules that have tyro return a dict of val
 
     def merge(**values): # of groups and of options that are in none
         merged = {}
-        for name, value in values.items(): merged |= value if name not in field and isinstance(value, dict) else {name: value}
+        for name, value in values.items(): merged |= value if isinstance(value, dict) else {name: value}
         return merged
 
     def rule(info):
@@ -404,17 +404,18 @@ def cifar_export(settings:ExportSettings):
     print(f'saved {printable(path)}, {path.stat().st_size/1e6:.1f} MB')
 
 # %% ../nbs/80_cli.ipynb #a2e5ce52
-_commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench, repeat=cifar_repeat,
-                 report=cifar_report, app=cifar_app, export=cifar_export)
+_commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_interpret, predict=cifar_predict, bench=cifar_bench,
+                 repeat=cifar_repeat, report=cifar_report, app=cifar_app, export=cifar_export)
 
 def main(
-    args=None, # list of arguments, the command's name first; `None` is those of the process
+    args=None, # list of arguments, the name of the command first; `None` is those of the process
 ):
     "Run the command that the first argument names"
     args = sys.argv[1:] if args is None else args
     if args and args[0] in _commands: return _commands[args[0]](args[1:])
     usage = f'usage: python -m cifar_fastai.cli {{{",".join(_commands)}}} ...' # in ASCII, for any terminal
-    if args and args[0] in ('-h', '--help'): print(usage)
-    else: sys.exit(f'{usage}\n{"unknown command " + printable(args[0]) if args else "no command"}: give one of {", ".join(_commands)}, and --help behind it')
+    if args and args[0] in ('-h', '--help'): return print(usage)
+    problem = f'unknown command {printable(args[0])}' if args else 'no command'
+    sys.exit(f'{usage}\n{problem}: give one of {", ".join(_commands)}, and --help after it')
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -280,19 +280,19 @@ def test_item_transforms_that_come_later_are_refused_when_a_pass_begins(how, dls
     dls.one_batch()
     change(dls)
     for use in (lambda: list(dls.train), dls.one_batch, dls.show_batch):
-        with pytest.raises(ValueError, match=f"{name} .*pipeline='item'"): use()
+        with pytest.raises(ValueError, match=f"{name}.*pipeline='item'"): use()
 
 @pytest.mark.parametrize('name, changes', [
     ('Inverted', dict(after_item=[Inverted(), ToTensor()])), ('every_item', dict(before_batch=every_item)),
     ('create_batch', dict(create_batch=every_item))], ids=['after_item', 'before_batch', 'create_batch'])
 def test_item_transforms_of_a_new_dataloader_are_refused(name, changes, dls):
-    with pytest.raises(ValueError, match=f"{name} .*pipeline='item'"): dls.train.new(**changes)
+    with pytest.raises(ValueError, match=f"{name}.*pipeline='item'"): dls.train.new(**changes)
 
 def test_a_subclass_of_the_augmentation_is_refused_and_not_taken_for_it(small):
     class Other(ItemAugment):
         def encodes(self, x:PILImage): return x
     block = cifar_block(small.stats, small.vocab).new(item_tfms=Other())
-    with pytest.raises(ValueError, match="Other .*pipeline='item'"): block.dataloaders(small, dl_type=BatchDL, dl_kwargs=resident_images(small))
+    with pytest.raises(ValueError, match="Other.*pipeline='item'"): block.dataloaders(small, dl_type=BatchDL, dl_kwargs=resident_images(small))
 
 def test_item_transforms_act_where_items_are_made(small, small_dls, tmp_path):
     plain = small_dls(pipeline='item').valid.one_batch()[0]
@@ -446,7 +446,8 @@ def test_an_exported_learner_carries_no_images(small, tiny_learner, tmp_path):
     assert (tmp_path/'learner.pkl').stat().st_size < 100_000 # the 80 small images are 327 kB as they are packed
     with pytest.warns(UserWarning, match='pickle'): again = load_learner(tmp_path/'learner.pkl')
     items = list(small.test_x[:8])
-    assert torch.equal(again.get_preds(dl=again.dls.test_dl(items))[0], learn.get_preds(dl=learn.dls.test_dl(items))[0])
+    preds = [l.get_preds(dl=l.dls.test_dl(items))[0] for l in (again, learn)]
+    assert torch.allclose(*preds, atol=1e-6) # the layouts in memory differ
 
 @contextmanager
 def watched(monkeypatch, learn):

@@ -63,6 +63,9 @@ class SeededDL(TfmdDL):
 def _tfms(pipeline) -> list: # a user may have put a plain function in its place
     return list(getattr(pipeline, 'fs', [pipeline]))
 
+def _type_tfms(dataset) -> list: # the transforms that make inputs and targets of items
+    return [f for tl in getattr(dataset, 'tls', ()) for f in tl.tfms.fs]
+
 # %% ../../nbs/07_data.loader.ipynb #92b5d45c
 @patch
 def __iter__(self:SeededDL):
@@ -170,6 +173,7 @@ class BatchDL(SeededDL):
         self.resident = resident
         super().__init__(dataset, **kwargs)
         if self.resident is None: return
+        self._of_dataset = _type_tfms(dataset)
         self._refuse_item_tfms()
         self.resident.to(torch.device(self.device or 'cpu')) # now, and not in the first epoch
 
@@ -178,6 +182,7 @@ class BatchDL(SeededDL):
         item_tfms = _tfms(self.after_item) + _tfms(self.before_batch)
         unknown = [f for f in item_tfms if type(f) not in (ItemAugment, ToTensor)]
         unknown += [f for f in item_tfms if type(f) is ItemAugment][1:]
+        unknown += [f for f in _type_tfms(self.dataset) if not any(f is known for known in self._of_dataset)] # added later
         names = [f.name if type(f) is Transform else getattr(f, '__name__', type(f).__name__) for f in unknown]
         names += [name for name in self._item_methods if name in vars(self)] # given to `new`
         if not names: return
