@@ -26,7 +26,7 @@ from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, pri
 
 # %% ../nbs/80_cli.ipynb #bda7cb3a
 class _Data: "Images and how they are fed"
-class _Recipe: "Values that the assignment leaves open; the defaults are the recipe's"
+class _Recipe: "Values that the assignment leaves open; None is the value of the recipe"
 class _Schedule: "Length of the training and learning rate"
 class _Network: "Layers of CustomResNet"
 class _Run: "Machine, checkpoints and output"
@@ -226,7 +226,7 @@ def cifar_lr_find(settings:LRFindSettings):
 class InterpretSettings:
     "Run to interpret."
     run: tyro.conf.Positional[str] # run folder
-    data: str|None = None # source of the images; default: the run's
+    data: str|None = None # source of the images; None: the run's
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
     flip_average: bool = False # also the accuracy with test-time augmentation: logits averaged over each image and its horizontal flip
     k: int = 10 # most confused pairs to print
@@ -257,7 +257,7 @@ def cifar_interpret(settings:InterpretSettings):
 class PredictSettings:
     "Images to classify, and the model."
     images: tyro.conf.Positional[tuple[str, ...]] # image files of any size; the shorter side is scaled to 32 pixels, then cropped
-    model: str|None = None # run folder or ONNX file; default: the network that ships with the package
+    model: str|None = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
 
 @_command
@@ -333,8 +333,8 @@ def cifar_repeat(settings:RepeatSettings):
 class ReportSettings:
     "Run to report, or runs to compare."
     runs: tyro.conf.Positional[tuple[str, ...]] # run folders: one for its report, several for a comparison
-    data: str|None = None # source of the images; default: the run's
-    out: str|None = None # file of a comparison; default compare.html
+    data: str|None = None # source of the images; None: the run's
+    out: str|None = None # file of a comparison; None: compare.html
 
 @_command
 def cifar_report(settings:ReportSettings):
@@ -353,9 +353,9 @@ def cifar_report(settings:ReportSettings):
 @dataclass(frozen=True)
 class AppSettings:
     "Model to show, and address to serve it at."
-    model: tyro.conf.Positional[str|None] = None # run folder or ONNX file; default: the network that ships with the package
+    model: tyro.conf.Positional[str|None] = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
-    data: str|None = None # source of the example images; default: the run's, if it is there
+    data: str|None = None # source of the example images; None: the run's, if it is there
     host: str = '127.0.0.1' # address to listen at; 0.0.0.0: every network of this machine
     port: int = 7860 # port to listen at
     max_mb: float = 10. # largest upload in megabytes
@@ -391,10 +391,10 @@ def _examples(settings): # -> example images; none if the data of the run are no
 @dataclass(frozen=True)
 class ExportSettings:
     "Model to export, and the format."
-    run: tyro.conf.Positional[str|None] = None # run folder; default: the network that ships with the package
+    run: tyro.conf.Positional[str|None] = None # run folder; None: the network that ships with the package
     format: Literal['onnx', 'torch'] = 'onnx' # onnx: for ONNX Runtime and others; torch: an exported program, for torch.export.load
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
-    out: str|None = None # file to write, .onnx or .pt2, must not exist yet; default: in the run folder, named like its weights
+    out: str|None = None # file to write, .onnx or .pt2, must not exist yet; None: in the run folder, named like its weights
 
 @_command
 def cifar_export(settings:ExportSettings):

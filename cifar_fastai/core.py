@@ -135,35 +135,35 @@ class TrainSettings(_Settings):
     Raises `ValueError` for invalid values."""
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     recipe: Literal['best', 'baseline'] = 'best' # values that the assignment leaves open; baseline: the assignment with nothing added
-    epochs: int|None = None # passes over the training images; default 24, or 10 for digits
-    bs: int|None = None # batch size; default 512, or 64 for digits
-    peak_epoch: float|None = None # epoch whose last step runs at lr_max; default epochs*5/24, which is 5 of 24
+    epochs: int|None = None # passes over the training images; None: 24, or 10 for digits
+    bs: int|None = None # batch size; None: 512, or 64 for digits
+    peak_epoch: float|None = None # epoch whose last step runs at lr_max; None: epochs*5/24, which is 5 of 24
     lr_max: Literal['find']|float = 'find' # learning rate at the peak; find: by a range test
-    lr_min: Literal['find']|float|None = None # learning rate of the first and of the last step; find: by a range test; default: the recipe's
+    lr_min: Literal['find']|float|None = None # learning rate of the first and of the last step; find: by a range test; None: the recipe's
     anneal: Literal['linear', 'cos'] = 'linear' # shape of the cycle between lr_min and lr_max
     norm: Literal['batch', 'group', 'layer'] = 'batch' # normalisation layers
     n_groups: int = 2 # groups of norm group
-    ghost: int|None = None # images that share batch-norm statistics in training; 0: the whole batch; default: the recipe's
-    logit_scale: float|None = None # fixed factor of the logits; default: the recipe's
+    ghost: int|None = None # images that share batch-norm statistics in training; 0: the whole batch; None: the recipe's
+    logit_scale: float|None = None # fixed factor of the logits; None: the recipe's
     width: int = 64 # channels of the first convolution; later layers have 2, 4 and 8 times as many
-    whiten: bool|None = None # initialise the first convolution to whiten image patches; default: the recipe's
+    whiten: bool|None = None # initialise the first convolution to whiten image patches; None: the recipe's
     dropout: float = 0. # dropout probability after each ReLU
     conv_bias: bool = False # biases in the convolutions
     betas: tuple[float, float] = (0.9, 0.99) # Adam's decay rates of the running mean of the gradient and of its square
     eps: float = 1e-8 # Adam's numerical-stability term
-    wd: float|None = None # decoupled weight decay of weights, not of norms and biases; default: the recipe's
-    label_smoothing: float|None = None # share of each label spread over all classes, in the loss of both sets; default: the recipe's
-    flip: Literal['random', 'alternate']|None = None # horizontal flip at random, or in every other epoch; default: the recipe's
+    wd: float|None = None # decoupled weight decay of weights, not of norms and biases; None: the recipe's
+    label_smoothing: float|None = None # share of each label spread over all classes, in the loss of both sets; None: the recipe's
+    flip: Literal['random', 'alternate']|None = None # horizontal flip at random, or in every other epoch; None: the recipe's
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the fastest that the device supports
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU if there is one
     compile: bool = False # compile the network with torch.compile
     valid: Literal['test', 'holdout'] = 'test' # validate on the test images, or on 5,000 held-out training images
     pipeline: Literal['batch', 'item'] = 'batch' # augment whole batches on the device, or one image at a time
-    num_workers: int|None = None # data-loading processes; default: fastai's, one per core
+    num_workers: int|None = None # data-loading processes; None: fastai's default, one per core
     checkpoint_minutes: float = 5. # longest time between two checkpoints within an epoch; each epoch ends with one
     log: Literal['none', 'tensorboard'] = 'none' # tensorboard: also write curves and pictures to the run folder's tensorboard
     seed: int = 0 # of weights, order and augmentation
-    out: str|None = None # run folder, must not exist yet; default runs/<date-time>
+    out: str|None = None # run folder, must not exist yet; None: runs/<date-time>
 
     def _defaults(self) -> dict:
         values = source_defaults(self.data) | asdict(get_recipe(self.recipe))
@@ -217,17 +217,17 @@ class BenchSettings(_Settings):
     Raises `ValueError` for invalid values."""
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     cases: tuple[Literal[_cases], ...] = _cases # training loops to measure in turns
-    bs: int|None = None # batch size; default 512, or 64 for digits
-    steps: int|None = None # training steps of a turn; default 3 on a processor, 100 on a GPU
+    bs: int|None = None # batch size; None: 512, or 64 for digits
+    steps: int|None = None # training steps of a turn; None: 3 on a processor, 100 on a GPU
     repeats: int = 5 # turns of each case
-    warmup: int|None = None # steps before the first turn; default 2 on a processor, 50 on a GPU
+    warmup: int|None = None # steps before the first turn; None: 2 on a processor, 50 on a GPU
     recipe: Literal['baseline', 'best'] = 'baseline' # of package, bare and limit; plain and fastai always train the baseline
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # of package, bare and limit; plain and fastai are fp32
     compile: bool = False # compile the network of package, bare and limit with torch.compile
     batches: bool = True # also measure making batches alone
     growth: bool = False # also measure 10,000 to 500,000 images and batch sizes of 128 to 2,048
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU if there is one
-    out: str|None = None # JSON file to write; default bench_<date-time>.json
+    out: str|None = None # JSON file to write; None: bench_<date-time>.json
 
     def _defaults(self): return dict(bs=source_defaults(self.data)['bs']) if self.bs is None else {}
 
@@ -246,7 +246,7 @@ class RepeatSettings(TrainSettings):
     n: int = 5 # runs, with the seeds seed, seed + 1 and so on
     without: tuple[Literal[tuple(asdict(recipes['baseline']))], ...] = () # ingredients that get the baseline's value
     ablate: bool = False # runs of the recipe, and as many without each of its ingredients
-    out: str|None = None # folder of run folders, continued if it exists; default runs/repeat_<date-time>
+    out: str|None = None # folder of run folders, continued if it exists; None: runs/repeat_<date-time>
 
     def _removed(self) -> dict: # the baseline's values of what is named in `without`
         without = self.without if isinstance(self.without, tuple) else () # other types are refused later

@@ -355,6 +355,38 @@ def test_answers_that_nobody_reads_are_bounded(launched, picture):
     assert join('y') == 200 and send(server.address, 'GET', '/gradio_api/queue/data?session_hash=x')[0] == 200
     assert join('x') == 200
 
+def test_an_example_that_was_clicked_is_classified(launched, examples, classify):
+    server = launched()
+    def post(path, **body): return send(server.address, 'POST', f'/gradio_api/{path}', json.dumps(body | dict(session_hash='clicked')).encode(), as_json)
+    status, _, loaded = post('run/predict', data=[3], fn_index=0)
+    assert status == 200
+    path = json.loads(loaded)['data'][0]['value']['path']
+    assert post('queue/join', data=[dict(path=path)], fn_index=1)[0] == 200
+    answer = send(server.address, 'GET', '/gradio_api/queue/data?session_hash=clicked')[2].decode()
+    [done] = [message for message in map(json.loads, re.findall('^data: (.*)$', answer, re.MULTILINE)) if message['msg'] == 'process_completed']
+    expected = cifar10_classes[classify(np.asarray(Image.open(examples[3]).convert('RGB'))[None])[0].argmax()]
+    assert done['success'] and done['output']['data'][1]['label'] == expected
+
+def test_a_session_that_ends_while_it_is_read_is_not_in_the_log(guarded):
+    address, process = guarded
+    logged, where = process.log.read_text(), urlsplit(address)
+    body = json.dumps(dict(data=[None], fn_index=1, session_hash='shared')).encode()
+    assert send(address, 'POST', '/gradio_api/queue/join', body, as_json)[0] == 200
+    assert send(address, 'GET', '/gradio_api/queue/data?session_hash=shared')[0] == 200 # the answer
+    readers = [socket.create_connection((where.hostname, where.port)) for _ in range(3)]
+    try:
+        for reader in readers:
+            reader.sendall(f'GET /gradio_api/queue/data?session_hash=shared HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n'.encode())
+            assert reader.recv(15) == b'HTTP/1.1 200 OK'
+        for reader in readers[:2]: reader.close() # Gradio deletes the session
+        while send(address, 'GET', '/gradio_api/queue/data?session_hash=shared')[0] != 404: time.sleep(.1)
+        readers[2].settimeout(60)
+        received = b''
+        while not received.endswith(b'0\r\n\r\n'): received += readers[2].recv(10_000)
+    finally:
+        for reader in readers: reader.close()
+    assert process.log.read_text() == logged
+
 # ---- connections
 
 unfinished = [b'', b'G', b'GET / HTTP/1.1\r\nHost: x\r\n', b'GET /config HTTP/1.1\r\nHost: {host}\r\n\r\nGET /', b'GET /config HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n',
@@ -470,7 +502,7 @@ def test_in_a_browser_an_upload_gets_the_class_that_cifar_predict_gives(browser,
     page.on('pageerror', lambda e: errors.append(str(e)))
     page.on('request', lambda r: hosts.add(r.url.split('/')[2]) if r.url.startswith(('http', 'ws')) else None)
     page.goto(address)
-    page.get_by_text('or click on one of these').wait_for()
+    page.get_by_text('Example images').wait_for()
     page.set_input_files('input[type=file]', str(picture))
     expected = command('predict', picture).stdout.split(': ')[1].split()[0]
     page.locator('h2[data-testid=label-output-value]', has_text=expected).wait_for(timeout=10_000)
@@ -486,13 +518,13 @@ def test_in_a_browser_an_example_can_be_clicked_and_a_bad_file_gets_a_sentence(b
     (tmp_path/'bad.png').write_bytes(b'no picture')
     page.reload()
     page.set_input_files('input[type=file]', str(tmp_path/'bad.png'))
-    page.get_by_text('bad.png is no image that can be read').wait_for(timeout=10_000)
+    page.get_by_text('bad.png cannot be read as an image').wait_for(timeout=10_000)
     page.close()
 
 def test_on_a_phone_nothing_sticks_out(browser, address):
     page = browser.new_page(viewport=dict(width=390, height=844))
     page.goto(address)
-    page.get_by_text('or click on one of these').wait_for()
+    page.get_by_text('Example images').wait_for()
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
     page.close()
 
@@ -506,5 +538,5 @@ def test_class_names_are_text_in_the_page(browser, serve, finished, picture, tmp
     page.set_input_files('input[type=file]', str(picture))
     page.locator('h2[data-testid=label-output-value]').wait_for(timeout=10_000)
     page.get_by_text('<script>document.title').first.wait_for()
-    assert page.title() == 'What is it?'
+    assert page.title() == 'Image classifier'
     page.close()

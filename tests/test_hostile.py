@@ -228,8 +228,11 @@ def many(part): return part*(most//len(part))
 
 def segment(marker, content): return bytes([0xff, marker]) + struct.pack('>H', len(content) + 2) + content
 
-def tiff(entries, n_bytes): # (tag, type, count, value)
-    return b'II*\0' + struct.pack('<IH', 8, len(entries)) + b''.join(struct.pack('<HHII', *e) for e in entries) + bytes(n_bytes)
+def tiff(entries, n_bytes, head=b'II*\0'): # entries of (tag, type, count, value)
+    order = '>' if head.startswith(b'MM') else '<'
+    def packed(kind, count, value): return struct.pack(order + 'I', value) if kind == 4 or count > 1 else struct.pack(order + 'HH', value, 0)
+    directory = b''.join(struct.pack(order + 'HHI', tag, *of) + packed(*of, value) for tag, *of, value in entries)
+    return head + struct.pack(order + 'IH', 8, len(entries)) + directory + bytes(n_bytes)
 
 def exif(n): # entries that share their values
     return b'MM\0\x2a\0\0\0\x08' + struct.pack('>HHHII', n + 1, 0x112, 3, 1, 6 << 16) + b''.join(struct.pack('>HHII', 1000 + i, 7, 30_000, 8) for i in range(n))
@@ -254,6 +257,8 @@ costly = {
     'GIF, extensions': lambda jpg, gif: gif[:-1] + many(b'\x21\x01\0') + b';',
     'GIF, blocks of a byte': lambda jpg, gif: gif[:-1] + b'\x21\xfe' + many(b'\1a') + b'\0;',
     'TIFF, strips': lambda jpg, gif: tiff(strips, most),
+    **{f'TIFF, strips behind the header {head}': lambda jpg, gif, head=head: tiff(strips, most, head)
+       for head in (b'MM\0*', b'MM*\0', b'II\0*', b'MM\0+')},
     'TIFF, values that are shared': lambda jpg, gif: tiff(strips[:5] + [(1000 + i, 7, most - 2_000_000, 1_000_000) for i in range(60_000)], most),
     'BMP, runs of nothing': lambda jpg, gif: b'BM' + struct.pack('<IHHIIiiHHIIiiII', most, 0, 0, 1078, 40, 5000, 5000, 1, 8, 1, most, 0, 0, 256, 256) + bytes(1024) + b'\1\0'*(most//2)}
 
