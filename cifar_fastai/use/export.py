@@ -217,7 +217,7 @@ class OnnxClassifier:
 
     def _probabilities(self, images):
         probs = np.frombuffer(self._worker.ask(images.tobytes()), np.float32)
-        if len(probs) != len(images)*len(self.vocab): raise ValueError('its output is not one probability per class')
+        if len(probs) != len(images)*len(self.vocab): raise ValueError('its output is not (N, classes) probabilities')
         probs = probs.reshape(len(images), len(self.vocab))
         sums_to_one = np.allclose(probs.sum(axis=1), 1, atol=1e-3)
         if not (sums_to_one and (probs >= 0).all()): raise ValueError('its output is not probabilities')
