@@ -100,7 +100,7 @@ def test_every_image_is_seen_once_and_all_have_the_same_parameters_after_each_ep
     assert _numbers(both[0]['history']) == _numbers(both[1]['history'])
     assert both[0]['after'] == [pytest.approx(both[1]['after'][0]), 'CustomResNet', 16] # behind it, each has whole batches and the plain model
     assert both[0]['after'][0] == pytest.approx(both[0]['history'][-1]['accuracy'], abs=1e-6) # exactly the test images
-    assert 'batch statistics are of a share of each batch, 8 images or so: processors cannot share them' in launched.said
+    assert 'batch statistics' in launched.said and '8 images' in launched.said
 
 @needs_accelerate
 def test_a_function_of_a_notebook_is_launched_as_well(launched):
@@ -178,8 +178,8 @@ def test_processes_with_other_images_are_refused(launched):
 
 @needs_accelerate
 def test_a_metric_that_cannot_be_summed_is_refused_before_an_epoch(launched):
-    with pytest.raises(AssertionError, match='the metric f1_score is no mean over images, and 2 processes see a share each: leave it away'): launched(2, 'fit', f1=True)
+    with pytest.raises(AssertionError, match='f1_score.*2 processes'): launched(2, 'fit', f1=True)
 
 @needs_accelerate
 def test_batch_norm_that_is_shared_needs_gpus(launched):
-    with pytest.raises(AssertionError, match='sync_bn is True, which needs GPUs: leave it away'): launched(2, 'fit', sync_bn=True)
+    with pytest.raises(AssertionError, match='sync_bn is True'): launched(2, 'fit', sync_bn=True)

@@ -14,7 +14,7 @@ import numpy as np
 common = ['--data', 'digits', '--width', '16', '--epochs', '2', '--bs', '64', '--device', 'cpu']
 rates = ['--lr_min', '1e-4', '--lr_max', '2e-3', '--precision', 'fp32']
 short = ['--epochs', '1', '--peak_epoch', '0.3']
-baseline = 'seed'
+baseline = 'baseline'
 
 runs = dict(
     best=rates,

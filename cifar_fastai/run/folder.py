@@ -28,7 +28,7 @@ from ..data.augment import CropFlipCutout
 from ..data.block import cifar_dls
 from ..models import CustomResNet
 from ..callback.checkpoint import load_weights
-from ..learner import no_bar_without_tty, cifar_learner
+from ..learner import cifar_learner, no_bar_without_tty
 
 # %% ../../nbs/40_run.folder.ipynb #e724fb71
 class _Bounds(TypedDict):
