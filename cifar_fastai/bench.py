@@ -148,18 +148,18 @@ def _bare_parts(data, settings, device): # -> (`DataLoaders`, optimizer, `step(x
     recipe = recipes[settings.recipe]
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
     precision = resolve_precision(settings.precision, device)
-    model = CustomResNet(dls.c, ghost=recipe['ghost'], logit_scale=recipe['logit_scale'])
+    model = CustomResNet(dls.c, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
     model = model.to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
     if device.type == 'cpu': keep_memory()
-    optimizer = FusedAdam(model.parameters(), wd=recipe['wd']).opt
+    optimizer = FusedAdam(model.parameters(), wd=recipe.wd).opt
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     autocast = _autocast(precision, device)
 
     def step(x, y):
         with autocast():
             pred = model(x).float()
-            loss = F.cross_entropy(pred, y, label_smoothing=recipe['label_smoothing'])
+            loss = F.cross_entropy(pred, y, label_smoothing=recipe.label_smoothing)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -491,7 +491,7 @@ def test_examples_are_the_first_of_each_class_and_are_not_downloaded(tmp_path, e
     assert find_examples() == [] and len(find_examples('digits', tmp_path/'others')) == 10
 
 def test_it_says_when_there_is_nothing_to_click_on(serve):
-    assert serve()[1].first_line.endswith('; no pictures to click on: give --data\n')
+    assert serve()[1].first_line.endswith(' give --data\n')
 
 # ---- in a browser
 

@@ -44,7 +44,7 @@ def help_of():
     "What `--help` prints, unfolded, and the modules it imports, by name of the command"
     def run(command):
         done = subprocess.run([sys.executable, '-X', 'importtime', scripts/command, '--help'], capture_output=True, text=True,
-                              env={**os.environ, 'COLUMNS': '200'}, check=True)
+                              env={**os.environ, 'COLUMNS': '120'}, check=True)
         return ' '.join(done.stdout.replace('│', ' ').split()), set(re.findall(r'\| +([\w.]+)$', done.stderr, re.MULTILINE))
     return {command: run(command) for command in commands}
 

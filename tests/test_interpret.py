@@ -278,8 +278,8 @@ def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe)
     train(settings(recipe=recipe, ghost=None, epochs=1, wd=.1, betas=(.8, .9), out=str(tmp_path/'run')))
     learn = learner_from_run(tmp_path/'run')
     learn.create_opt()
-    assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [dict(seed='random', best='alternate')[recipe]]
-    assert (learn.opt.hypers[0]['wd'], learn.opt.hypers[0]['mom'], learn.loss_func.func.label_smoothing) == (.1, .8, dict(seed=0, best=.2)[recipe])
+    assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [dict(baseline='random', best='alternate')[recipe]]
+    assert (learn.opt.hypers[0]['wd'], learn.opt.hypers[0]['mom'], learn.loss_func.func.label_smoothing) == (.1, .8, dict(baseline=0, best=.2)[recipe])
 
 def test_a_run_keeps_the_scale_of_its_logits(settings, tmp_path):
     from cifar_fastai.run.train import train

@@ -198,7 +198,7 @@ def test_a_checkpoint_with_one_bit_changed_is_noticed(kept, figures):
 def test_what_says_nothing_of_the_file_is_no_damage(kept, monkeypatch):
     "No permission, no memory: the checkpoint stays where it is"
     def refuse(*args, **kwargs): raise PermissionError('not today')
-    monkeypatch.setattr('cifar_fastai.learner.safe_open', refuse)
+    monkeypatch.setattr('cifar_fastai.callback.checkpoint.safe_open', refuse)
     with pytest.raises(PermissionError): newest_checkpoint(kept)
     assert len(checkpoints_in(kept)) == 2
 

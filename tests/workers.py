@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import forked
-from cifar_fastai import data
+from cifar_fastai.data import source as source_module
 from cifar_fastai.data.augment import item_pipeline
 from cifar_fastai.data.images import load_digits
 from cifar_fastai.data.block import cifar_dls
@@ -49,14 +49,14 @@ def from_files(folder, num_workers): # as `get_preds` takes them
     return [x.sum(dim=(1, 2, 3)).tolist() for x, in dl]
 
 def fill_cache(source, hangs=''): # prints how often it decoded, and how many images it has
-    decoded, original = [], data.read_images
+    decoded, original = [], source_module.read_images
     def read(path):
         decoded.append(path)
         print('decoding', flush=True)
         if hangs: time.sleep(60)
         return original(path)
-    data.read_images = read
-    n = len(data.load_cifar10(source).train_y)
+    source_module.read_images = read
+    n = len(source_module.load_cifar10(source).train_y)
     print(len(decoded), n)
 
 def command_that_dies(write, *args):

@@ -170,10 +170,9 @@ class BatchDL(SeededDL):
         resident:Resident=None, # images and labels of all items of `dataset`, in their order
         **kwargs, # of `SeededDL`
     ):
-        self.resident = resident
+        self.resident, self._of_dataset = resident, _type_tfms(dataset)
         super().__init__(dataset, **kwargs)
         if self.resident is None: return
-        self._of_dataset = _type_tfms(dataset)
         self._refuse_item_tfms()
         self.resident.to(torch.device(self.device or 'cpu')) # now, and not in the first epoch
 
