@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'recipes', 'named_source', 'source_defaults',
-           'default_peak_epoch', 'Recipe', 'get_recipe', 'check_lr_order', 'TrainSettings', 'BenchSettings',
+           'default_peak_epoch', 'check_lr_order', 'Recipe', 'get_recipe', 'TrainSettings', 'BenchSettings',
            'RepeatSettings', 'printable', 'settings_from', 'environment', 'peak_memory', 'require_extra']
 
 # %% ../nbs/00_core.ipynb #c9e5aa96
@@ -47,34 +47,6 @@ def default_peak_epoch(
     "Return the epoch at whose end the learning rate peaks: 5 of 24, as in the assignment, and in proportion for other numbers"
     return epochs*5/24
 
-# %% ../nbs/00_core.ipynb #555235dd
-@dataclass(frozen=True)
-class Recipe:
-    "Values that the assignment leaves open"
-    lr_min: Literal['find']|float # learning rate of the first and of the last step; 'find': by a range test
-    wd: float # decoupled weight decay of the weights
-    label_smoothing: float # share of each label that is spread over all classes
-    flip: Literal['random', 'alternate'] # flip images at random, or in every other epoch
-    ghost: int # images that share batch-norm statistics; 0: the whole batch
-    logit_scale: float # fixed factor of the logits
-    whiten: bool # initialise the first convolution to whiten image patches
-
-recipes = dict(
-    baseline=Recipe('find', wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
-    best=Recipe(2.5e-5, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True))
-
-def get_recipe(
-    recipe:str|Recipe, # 'best', 'baseline', or a recipe of your own
-) -> Recipe:
-    "Return the recipe of that name, or `recipe` itself; raise `ValueError` for other names"
-    if isinstance(recipe, Recipe): return recipe
-    if recipe not in tuple(recipes): _check(False, 'recipe', recipe, _one_of_the_recipes(recipe))
-    return recipes[recipe]
-
-def _one_of_the_recipes(name):
-    renamed = " ('seed' is now called 'baseline')" if name == 'seed' else ''
-    return f'must be one of {", ".join(recipes)}{renamed}'
-
 # %% ../nbs/00_core.ipynb #2463b0ee
 def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
 def _is_positive(x): return _is_number(x) and 0 < x < math.inf
@@ -112,6 +84,34 @@ def check_lr_order(lr_min, lr_max):
     "Raise `ValueError` unless both are positive and finite and `lr_min` is less than `lr_max`"
     for name, lr in dict(lr_min=lr_min, lr_max=lr_max).items(): _check(_is_positive(lr), name, lr, 'must be a positive number')
     _check(lr_min < lr_max, 'lr_min', lr_min, f'must be less than lr_max ({lr_max})')
+
+# %% ../nbs/00_core.ipynb #555235dd
+@dataclass(frozen=True)
+class Recipe:
+    "Values that the assignment leaves open"
+    lr_min: Literal['find']|float # learning rate of the first and of the last step; 'find': by a range test
+    wd: float # decoupled weight decay of the weights
+    label_smoothing: float # share of each label that is spread over all classes
+    flip: Literal['random', 'alternate'] # flip images at random, or in every other epoch
+    ghost: int # images that share batch-norm statistics; 0: the whole batch
+    logit_scale: float # fixed factor of the logits
+    whiten: bool # initialise the first convolution to whiten image patches
+
+recipes = dict(
+    baseline=Recipe('find', wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
+    best=Recipe(2.5e-5, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True))
+
+def get_recipe(
+    recipe:str|Recipe, # 'best', 'baseline', or a recipe of your own
+) -> Recipe:
+    "Return the recipe of that name, or `recipe` itself; raise `ValueError` for other names"
+    if isinstance(recipe, Recipe): return recipe
+    if recipe not in tuple(recipes): _check(False, 'recipe', recipe, _one_of_the_recipes(recipe))
+    return recipes[recipe]
+
+def _one_of_the_recipes(name):
+    renamed = " ('seed' is now called 'baseline')" if name == 'seed' else ''
+    return f'must be one of {", ".join(recipes)}{renamed}'
 
 # %% ../nbs/00_core.ipynb #cd4e1202
 class _Settings:

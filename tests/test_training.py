@@ -21,7 +21,7 @@ from cifar_fastai.data.inspect import first_images
 from cifar_fastai.callback.checkpoint import load_weights
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet, whitening_filters
-from cifar_fastai.callback.schedule import LRBounds, bounds_from, one_cycle_lr, range_test, resolve_bounds
+from cifar_fastai.callback.schedule import LRBounds, OneCycle, bounds_from, lr_bounds, one_cycle_lr, range_test, resolve_bounds
 from cifar_fastai.run.train import (SaveRun, differences, finish_run, new_run_folder, resume, run_config,
                                     settings_learner, train, write_range_test)
 
@@ -300,3 +300,16 @@ def test_whitening_changes_no_random_draw(settings):
     plain, whitened = (settings_learner(settings(whiten=whiten))[0] for whiten in (False, True))
     assert torch.equal(plain.model.prep[0].weight[54:], whitened.model.prep[0].weight[54:]) and torch.equal(plain.model.fc.weight, whitened.model.fc.weight)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain.dls.train, whitened.dls.train))
+
+# ---- from Python as from the command line
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_train_what_the_command_trains(digits, tmp_path):
+    few = digits.first(80, 20)
+    set_seed(0, reproducible=True)
+    dls = cifar_dls(few, bs=8, seed=0)
+    learn = cifar_learner(dls)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=OneCycle(*lr_bounds(learn, show_plot=False)))
+    train(TrainSettings('digits', epochs=2, bs=8, out=str(tmp_path/'run')), few)
+    trained = load_weights(CustomResNet(ghost=32, logit_scale=.125), tmp_path/'run'/'model.safetensors').state_dict()
+    assert all(torch.equal(trained[name], t) for name, t in learn.model.state_dict().items())

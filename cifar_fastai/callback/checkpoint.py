@@ -141,7 +141,7 @@ def check_finite(
                              f'at a learning rate of {recorder.lrs[step]:.2e}: {_remedy(learn)}')
 
 def _remedy(learn):
-    kept = any(isinstance(cb, Checkpoints) and checkpoints_in(cb.folder) for cb in learn.cbs)
+    kept = any(cb.name == 'checkpoints' and checkpoints_in(cb.folder) for cb in learn.cbs)
     return 'give a lower learning rate or another seed' + ('; the last checkpoint is from before' if kept else '')
 
 class FiniteLoss(Callback):
