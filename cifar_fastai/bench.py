@@ -135,6 +135,7 @@ def package_way(data:CIFAR10Data, settings:BenchSettings, device:torch.device, t
     "Train with this package: `cifar_dls`, `cifar_learner` and `OneCycle`"
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
     learn = cifar_learner(dls, None, settings.precision, compile=settings.compile, recipe=settings.recipe)
+    if device.type == 'cpu': keep_memory() # as `cifar_train` does
     learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns)])
 
 # %% ../nbs/70_bench.ipynb #da8595d2

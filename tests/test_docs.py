@@ -296,6 +296,7 @@ def test_what_a_tutorial_uses_of_the_package_it_imports():
         imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
         if '*' in imported: imported |= everything
         made = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        made |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
         used = {node.id for node in nodes if isinstance(node, ast.Name)} & of_package
         assert used <= imported | made, (notebook.name, used - imported - made)
 

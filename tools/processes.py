@@ -13,6 +13,7 @@ def measure(out, turn, steps, exchange):
     from fastai.vision.all import CancelFitException, Callback
     from cifar_fastai.core import TrainSettings, environment
     from cifar_fastai.run.distributed import launched_processes
+    from cifar_fastai.callback.precision import keep_memory
     from cifar_fastai.run.train import settings_learner
 
     class Clock(Callback):
@@ -26,6 +27,7 @@ def measure(out, turn, steps, exchange):
 
     times, processes = [], launched_processes('cpu')
     settings = TrainSettings(device='cpu', epochs=2, lr_min=1e-4, lr_max=1e-3).resolved()
+    keep_memory() # as `cifar_train` does
     learn, data = settings_learner(settings, None, processes)
     with processes.train(learn), learn.no_logging(): learn.fit(1, cbs=Clock())
     seconds = [b - a for a, b in zip(times[2:], times[3:])]

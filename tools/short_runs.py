@@ -27,7 +27,9 @@ def value(text):
 
 def main(folder, *runs):
     from cifar_fastai.core import TrainSettings
+    from cifar_fastai.callback.precision import keep_memory
     from cifar_fastai.run.train import train
+    keep_memory() # as `cifar_train` does
     folder, data = Path(folder), choosing_data()
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
