@@ -6,7 +6,7 @@
 `record` trains short runs with many settings and writes the SHA-256 of their weights and predictions, their summaries,
 the outputs of an exported ONNX file and the text of reports. `compare` does the same again and names what differs.
 Only commands are used, so that it works whatever modules are called. On two cores it takes about four minutes."""
-import hashlib, html, json, os, re, signal, subprocess, sys, tempfile, time
+import difflib, hashlib, html, json, os, re, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,12 @@ def measure(names):
     return result
 
 
+def difference(name, before, now): # -> lines; none if they are the same
+    if before == now: return []
+    if not isinstance(now, list): return [f'{name}: {before} → {now}']
+    return [name, *list(difflib.unified_diff(list(map(str, before)), list(map(str, now)), n=0, lineterm=''))[2:]]
+
+
 def main(what, file, *names):
     file = Path(file)
     if what == 'record':
@@ -118,8 +124,10 @@ def main(what, file, *names):
         return
     recorded = json.loads(file.read_text())
     now = measure(names)
-    different = [f'{case}.{name}: {recorded[case][name]} → {value}' for case, values in now.items() for name, value in values.items() if recorded[case][name] != value]
+    different = [line for case, values in now.items() for name, value in values.items()
+                 for line in difference(f'{case}.{name}', recorded[case][name], value)]
     sys.exit('\n'.join(different) or 0)
+
 
 
 if __name__ == '__main__': main(*sys.argv[1:])
