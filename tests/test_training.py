@@ -264,6 +264,11 @@ def test_bounds_that_are_not_given_are_found(findable, given, kept):
 def test_bounds_that_do_not_fit_those_found_are_refused(findable, given):
     with pytest.raises(ValueError, match=r'lr_min.*lr_max.*range test'): resolve_bounds(findable, **given)
 
+def test_the_lower_bound_is_that_of_the_recipe_unless_it_is_to_be_found(findable):
+    found = bounds_from(*range_test(findable))
+    assert lr_bounds(findable, show_plot=False) == (recipes['best'].lr_min, found.lr_max)
+    assert lr_bounds(findable, show_plot=False, lr_min='find') == found
+
 def test_bounds_that_are_given_need_no_range_test(tiny_learner):
     assert resolve_bounds(tiny_learner(), 1e-3, 1e-2) == (LRBounds(1e-3, 1e-2), None)
 
