@@ -226,7 +226,7 @@ class MirrorBatch(Callback):
 def flip_averaged(self:CifarInterpretation) -> CifarInterpretation:
     """Return the interpretation with test-time augmentation (horizontal flip); runs the model once more.
 
-    The logits of each image and of its mirror image are averaged. Raises `ValueError` if there is no network, or if
+    The logits of each image and of its horizontal flip are averaged. Raises `ValueError` if there is no network, or if
     `act` returns probabilities that do not sum to one per image."""
     if self.learn is None:
         raise ValueError('learn is None: a file of predictions has no network, so use from_learner or from_run')
