@@ -21,8 +21,8 @@ from typing import Literal
 import tyro
 from tyro.constructors import ConstructorRegistry, StructFieldSpec, StructTypeInfo
 
-from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, printable, require_extra,
-                               settings_from)
+from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, printable, printed_log,
+                               require_extra, settings_from)
 
 # %% ../nbs/80_cli.ipynb #bda7cb3a
 class _Data: "Images and how they are fed"
@@ -77,7 +77,7 @@ def _command(f):
         args=None, # list of arguments; `None` is those of the process
     ):
         rank, n = _launched()
-        with warnings.catch_warnings(), _silence() if rank else nullcontext():
+        with warnings.catch_warnings(), _silence() if rank else nullcontext(), printed_log():
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # of fastai's import
             warnings.showwarning = partial(_print_warning, f.__name__)
             try:

@@ -54,6 +54,12 @@ def folder_of_its_own(tmp_path, monkeypatch):
     assert not torch.is_autocast_enabled('cpu')
 
 @pytest.fixture
+def messages(caplog):
+    "A function that returns what the package has logged in this test"
+    caplog.set_level('INFO', 'cifar_fastai')
+    return lambda: '\n'.join(caplog.messages)
+
+@pytest.fixture
 def empty_home(tmp_path_factory):
     "A `data` and an `archive` folder of fastai's for this test alone"
     home, cfg = tmp_path_factory.mktemp('home'), fastai_cfg()

@@ -539,16 +539,16 @@ def test_the_bar_reads_a_few_times_a_second_at_most(tiny_net, small_dls):
 
 # ---- devices
 
-def test_images_that_do_not_fit_stay_on_the_host_and_it_says_so_once(dls, capsys, monkeypatch):
+def test_images_that_do_not_fit_stay_on_the_host_and_it_says_so_once(dls, messages, monkeypatch):
     monkeypatch.setattr('cifar_fastai.data.loader.free_memory', lambda device: 1000)
     dls.train.device = torch.device('meta')
     for _ in range(2): assert {x.device.type for x, _ in dls.train} == {'meta'} # made on the host, then sent
     assert dls.train.resident.pixels.device == cpu
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(messages().splitlines()) == 1
 
-def test_images_that_fit_are_brought_to_the_device(dls, capsys, monkeypatch):
+def test_images_that_fit_are_brought_to_the_device(dls, messages, monkeypatch):
     monkeypatch.setattr('cifar_fastai.data.loader.free_memory', lambda device: 10**9)
-    assert dls.train.resident.to(torch.device('meta')).pixels.device.type == 'meta' and capsys.readouterr().out == ''
+    assert dls.train.resident.to(torch.device('meta')).pixels.device.type == 'meta' and messages() == ''
 
 @pytest.mark.parametrize('name', ['cuda:99', 'tpu', 'meta', ''])
 def test_a_device_that_is_not_there_is_refused(small, name):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from typing_extensions import NotRequired, TypedDict
 
+from ..core import logger
 from ..files import Count, Text, check_tensors, checked, own_folder, write_whole
 from ..data.loader import SeededDL
 from .recorder import EpochRecorder, _read
@@ -187,7 +188,7 @@ class Checkpoints(Callback):
         with self._refused(): self.state = self._of_this_process(*newest[1:])
         self._load()
         self.position = tuple(self.state[1][k] for k in ('epoch', 'batches'))
-        if self.processes.rank == 0: print(self._resumed_at(), flush=True)
+        if self.processes.rank == 0: logger.info(self._resumed_at())
 
     def before_epoch(self):
         if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # was finished before

@@ -16,6 +16,7 @@ from fastai.vision.all import (IntToFloatTensor, Normalize, TensorCategory, Tens
                                compose_tfms, default_device, to_cpu, to_detach)
 from fastcore.basics import chunked, patch
 
+from ..core import logger
 from .augment import (ItemAugment, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels,
                                        sent, unpack_pixels)
 
@@ -152,7 +153,7 @@ class Resident:
         if self.stays or self.pixels.device == device: return self
         size, free = self.pixels.nbytes, free_memory(device)
         if free is not None and size > 0.8*free: # the rest is for the network
-            print(f'the images take {size/2**30:.2f} GiB and {device} has {free/2**30:.2f} GiB free: batches are made on the host')
+            logger.info(f'the images take {size/2**30:.2f} GiB and {device} has {free/2**30:.2f} GiB free: batches are made on the host')
             self.stays = True
         else: self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
         return self

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import distributed as dist
 from torch import nn
 
-from ..core import require_extra
+from ..core import logger, require_extra
 from ..data.loader import SeededDL
 from ..learner import CifarLearner, Processes
 
@@ -310,7 +310,7 @@ def _check_metrics(learn, n):
                              'leave it out')
 
 def _use_sync_bn(learn, processes, sync_bn): # `None`: where the network has batch norm, on GPUs -> bool
-    "Decide whether batch norm uses the statistics of all processes; print a note if it uses those of each share"
+    "Decide whether batch norm uses the statistics of all processes; log a note if it uses those of each share"
     has_batch_norm = bool([m for m in learn.model.modules() if type(m) is nn.BatchNorm2d]) # groups are not affected
     on_cpu = processes.device.type == 'cpu'
     if sync_bn is None: sync_bn = has_batch_norm and processes.device.type == 'cuda'
@@ -318,7 +318,7 @@ def _use_sync_bn(learn, processes, sync_bn): # `None`: where the network has bat
     if has_batch_norm and not sync_bn and processes.rank == 0:
         images = learn.dls.train.bs//processes.n
         reason = ': SyncBatchNorm needs GPUs' if on_cpu else ''
-        print(f"batch statistics are those of each process's share, about {images} images{reason}", flush=True)
+        logger.info(f"batch statistics are those of each process's share, about {images} images{reason}")
     return sync_bn
 
 @contextmanager

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from ..core import RepeatSettings, recipes
+from ..core import RepeatSettings, logger, recipes
 from ..files import write_json
 from ..data.images import CIFAR10Data
 from ..data.source import load_cifar10
@@ -72,7 +72,7 @@ def repeat_runs(
     folder.mkdir(parents=True, exist_ok=True)
     runs = [settings.run(seed, folder) for seed in range(settings.seed, settings.seed + settings.n)]
     for k, run in enumerate(runs, 1):
-        print(f'run {k} of {len(runs)}, seed {run.seed}', flush=True)
+        logger.info(f'run {k} of {len(runs)}, seed {run.seed}')
         if (Path(run.out)/'config.json').exists():
             _check_same_run(run, fingerprint)
             resume(run.out, data=data)
@@ -134,7 +134,7 @@ def ablate_recipe(
     removed = {'best': ()} | {f'without {name}': (name,) for name in recipe_ingredients()}
     unset = dict.fromkeys(asdict(recipes['best'])) # `None`: each run takes the value of its recipe
     for name, without in removed.items():
-        print(f'== {name}', flush=True)
+        logger.info(f'== {name}')
         out = str(folder/name.replace(' ', '-'))
         runs = replace(settings, recipe='best', **unset, without=without, ablate=False, out=out)
         results[name] = repeat_runs(runs, data)

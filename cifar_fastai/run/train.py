@@ -25,7 +25,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, Learner, set_seed
 from typing_extensions import TypedDict
 
-from ..core import TrainSettings, environment, peak_memory, printable, require_extra, settings_from
+from ..core import TrainSettings, environment, logger, peak_memory, printable, require_extra, settings_from
 from ..files import Count, checked, own_folder, remove_parts, write_json, write_whole
 from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.source import load_cifar10
@@ -282,7 +282,7 @@ def train(
     run = processes.from_first(lambda: new_run_folder(settings.out))
     learn, data = settings_learner(settings, data, processes)
     if processes.n > 1: _check_images(processes, data)
-    print(printable(f'{data}, {data.origin}'))
+    logger.info(printable(f'{data}, {data.origin}'))
     return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
 
 def _check_images(processes, data, fingerprint=None): # `None`: that of the first process
@@ -321,11 +321,11 @@ def _bounds(settings, learn, saved): # -> (`LRBounds`, (learning rates, losses, 
         first(partial(_write_bounds, saved, tested))
     found = [name for name in ('lr_min', 'lr_max') if getattr(settings, name) == 'find']
     how = f', {" and ".join(found)} found by a range test' if tested else ''
-    print(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}{how}', flush=True)
+    logger.info(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}{how}')
     return bounds, tested
 
 def _find_bounds(settings, learn):
-    if 'find' in (settings.lr_min, settings.lr_max): print('finding the learning rates with a range test …', flush=True)
+    if 'find' in (settings.lr_min, settings.lr_max): logger.info('finding the learning rates with a range test …')
     bounds, curve = resolve_bounds(learn, settings.lr_min, settings.lr_max)
     return bounds, curve and (*curve, bounds)
 
@@ -357,15 +357,15 @@ def _save_interrupted(learn, saved, checkpoints, logs):
         saved.save_last()
         first(lambda: write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True)))
     path = printable(saved.path)
-    print(f'\ninterrupted: checkpoint, history and last weights are in {path}; cifar_train --resume {path} continues', flush=True)
+    logger.info(f'\ninterrupted: checkpoint, history and last weights are in {path}; cifar_train --resume {path} continues')
 
 def _finish(settings, learn, data, tested, saved, logs):
     summary, interp = finish_run(learn, saved, tested, data)
     for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
-    print(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; "
-          f"with test-time augmentation (horizontal flip) {summary['flip_averaged_accuracy']:.2%}; "
-          f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {printable(saved.path)}")
+    logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; "
+                f"with test-time augmentation (horizontal flip) {summary['flip_averaged_accuracy']:.2%}; "
+                f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {printable(saved.path)}")
     return summary
 
 # %% ../../nbs/43_run.train.ipynb #73f04657
@@ -453,7 +453,7 @@ def _resume(run, changes, data, force, processes):
         machine = processes.in_turn(lambda: _check_versions(config, learn, force))
         if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an uninterrupted run', stacklevel=2)
         if not processes.from_first(lambda: checkpoints_in(run/'checkpoint')):
-            print('no checkpoint yet: starting over with the recorded settings', flush=True)
+            logger.info('no checkpoint yet: starting over with the recorded settings')
         return _run(settings, learn, data, saved)
     finally: saved.end()
 
@@ -473,5 +473,5 @@ def _finished(run): # -> summary of a finished run, or `None`
     try: summary = read_summary(run)
     except (FileNotFoundError, ValueError): return # not written yet, or only in part
     if summary.get('interrupted'): return
-    print(f"{printable(run)} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
+    logger.info(f"{printable(run)} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
     return summary
