@@ -37,6 +37,7 @@ class SetEpoch(Callback):
     def before_fit(self): self.new_fit = True
 
     def before_train(self):
+        "Set the epoch, which determines the order and the augmentation of the images"
         if hasattr(self.learn, 'lr_finder'): epoch = self.trained + self.epoch # a range test leaves no trace
         else:
             if self.new_fit and self.epoch == 0: self.trained_before = self.trained
@@ -113,6 +114,7 @@ class CifarLearner(Learner):
         return next((cb.context() for cb in self.cbs if isinstance(cb, Autocast)), nullcontext())
 
     def add_cb(self, cb):
+        "Add a callback; raise `ValueError` for fastai's callbacks of mixed precision, which `precision` replaces"
         kind = cb if isinstance(cb, type) else type(cb)
         if issubclass(kind, (MixedPrecision, NonNativeMixedPrecision, ModelToHalf)):
             remedy = 'give cifar_learner a precision, or call to_fp16, to_bf16 or to_fp32'

@@ -30,7 +30,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features)
         self.group = group
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        "Normalise (N, C, H, W): in training each group of images by its own statistics"
         n_groups = round(len(x)/self.group) if self.training else 1
         if n_groups < 2: return super().forward(x)
         self.num_batches_tracked.add_(1)
@@ -112,7 +113,8 @@ class CustomResNet(nn.Module):
         self.pool = nn.MaxPool2d(4)
         self.fc = nn.Linear(n3, n_out)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        "Return logits (N, n_out) of normalised images (N, c_in, 32, 32)"
         x = self.res1(self.layer1(self.prep(x)))
         x = self.res2(self.layer3(self.layer2(x)))
         return self.logit_scale*self.fc(self.pool(x).flatten(1))

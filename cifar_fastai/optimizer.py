@@ -79,10 +79,13 @@ class FusedAdam(OptimWrapper):
     def _groups(self, positions): return [self.opt.param_groups[i] for i in positions]
 
     @property
-    def param_lists(self): return [[p for group in self._groups(part) for p in group['params']] for part in self.parts]
+    def param_lists(self) -> list:
+        "The parameters of each layer group of the splitter"
+        return [[p for group in self._groups(part) for p in group['params']] for part in self.parts]
 
     @property
-    def hypers(self):
+    def hypers(self) -> list:
+        "The hyper-parameters of each layer group, as in fastai's optimizers; assignments change the optimizer"
         undecayed = self._groups(self.undecayed)
         return [_Hypers(self._groups(part), self._names, undecayed) for part in self.parts]
 

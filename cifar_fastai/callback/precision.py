@@ -44,6 +44,7 @@ class Autocast(Callback):
         return torch.autocast(_device_of(self.dls).type, dtype)
 
     def before_fit(self):
+        "Create the gradient scaler, for fp16"
         if not hasattr(type(self.learn), 'precision_context'):
             raise ValueError('Autocast needs a learner made by cifar_learner')
         is_scaled = self.precision == 'fp16'

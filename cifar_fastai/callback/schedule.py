@@ -65,6 +65,7 @@ class OneCycle(ParamScheduler):
         self.lr_min, self.lr_max, self.peak_epoch, self.anneal = float(lr_min), float(lr_max), peak_epoch, anneal
 
     def before_fit(self):
+        "Compute the number of steps and the step of the peak"
         n_batch = len(self.dls.train)
         self.n_steps, self.peak_step = self.n_epoch*n_batch, peak_step_of(self.peak_epoch, self.n_epoch, n_batch)
         super().before_fit()

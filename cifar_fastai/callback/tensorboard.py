@@ -43,6 +43,7 @@ class TensorBoardLog(Callback):
         self.saved, self.log_dir, self.writer, self.written = saved, saved.path/'tensorboard', None, 0
 
     def before_fit(self):
+        "Run in the first process only, and not in a range test or a prediction"
         trains = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         self.run = trains and rank_distrib() == 0
 

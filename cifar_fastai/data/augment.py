@@ -164,6 +164,7 @@ class ItemAugment(Transform):
         return self.flipped_first[seed][idx]
 
     def encodes(self, x:PILImage):
+        "Return the augmented image"
         if self.aug.flip == 'alternate' and self.flip_next is None:
             raise ValueError("flip is 'alternate': needs the epoch and the index of the image, so call `reseed` first, "
                              "take the DataLoaders of `cifar_dls`, or use flip='random'")

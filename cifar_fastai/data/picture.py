@@ -96,6 +96,7 @@ class MeteredFile(io.BytesIO):
         self.reads_left, self.bytes_left = 300_000, 2*len(self.getbuffer()) + 2**20
 
     def read(self, size=-1):
+        "Read as a file does; raise `RuntimeError` beyond the limits"
         block = super().read(size)
         self.reads_left -= 1
         self.bytes_left -= len(block)

@@ -117,10 +117,14 @@ class CifarInterpretation(ClassificationInterpretation):
         return cls.from_learner(learner_from_run(run, data, weights))
 
     @property
-    def accuracy(self) -> float: return (self.decoded == self.targs).float().mean().item()
+    def accuracy(self) -> float:
+        "The share of images that are classified correctly, 0 to 1"
+        return (self.decoded == self.targs).float().mean().item()
 
     @property
-    def n_wrong(self) -> int: return int((self.decoded != self.targs).sum())
+    def n_wrong(self) -> int:
+        "The number of misclassified images"
+        return int((self.decoded != self.targs).sum())
 
 # %% ../../nbs/42_look.interpret.ipynb #0d170152
 @patch

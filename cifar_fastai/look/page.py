@@ -47,7 +47,9 @@ class RunRecord(NamedTuple):
     history: pd.DataFrame
 
     @property
-    def name(self) -> str: return self.path.resolve().name or str(self.path)
+    def name(self) -> str:
+        "The name of the run folder"
+        return self.path.resolve().name or str(self.path)
 
 # %% ../../nbs/50_look.page.ipynb #7f12a003
 _other_run = 'they belong to different runs'

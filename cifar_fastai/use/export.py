@@ -36,6 +36,7 @@ class ImagesToProbabilities(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images:torch.Tensor) -> torch.Tensor:
+        "Return probabilities (N, classes) of `uint8` images (N, 32, 32, 3)"
         x = images.permute(0, 3, 1, 2).float()/255
         return self.model((x - self.mean)/self.std).softmax(dim=1)
 
