@@ -91,7 +91,7 @@ def check_lr_order(lr_min, lr_max):
 class Recipe:
     "Values that the assignment leaves open"
     lr_min: Literal['find']|float # learning rate of the first and of the last step; 'find': by a range test
-    wd: float # decoupled weight decay of the weights
+    wd: float # decoupled weight decay: a step multiplies the weights by 1 - lr*wd
     label_smoothing: float # share of each label that is spread over all classes
     flip: Literal['random', 'alternate'] # flip images at random, or in every other epoch
     ghost: int # images that share batch-norm statistics; 0: the whole batch
@@ -178,12 +178,14 @@ class TrainSettings(_Settings):
     def network(self) -> dict: # keyword arguments of `CustomResNet`
         "Return the settings of the network"
         names = 'norm', 'n_groups', 'ghost', 'dropout', 'conv_bias', 'logit_scale', 'width'
-        return {name: getattr(self.resolved(), name) for name in names}
+        settings = self.resolved()
+        return {name: getattr(settings, name) for name in names}
 
     @property
     def optimization(self) -> dict: # keyword arguments of `cifar_learner`
         "Return the settings of the optimizer and the loss"
-        return {name: getattr(self.resolved(), name) for name in ('wd', 'betas', 'eps', 'label_smoothing')}
+        settings = self.resolved()
+        return {name: getattr(settings, name) for name in ('wd', 'betas', 'eps', 'label_smoothing')}
 
 # %% ../nbs/00_core.ipynb #cc5e05db
 def check_train_settings(s): # resolved values

@@ -118,8 +118,11 @@ def range_test(
     start_lr:float=1e-7, # of the first step
     end_lr:float=10, # of the last step
     num_it:int=100, # steps
-) -> tuple[np.ndarray, np.ndarray]: # learning rates and losses (n,), until the loss is no longer finite; n ≤ `num_it`
-    "Train while the learning rate grows exponentially, and return the loss of each step. `learn` and all random states stay as they were"
+) -> tuple[np.ndarray, np.ndarray]: # learning rates and losses (n,), n ≤ `num_it`
+    """Train while the learning rate grows exponentially, and return the loss of each step.
+
+    The test ends early, as fastai's does, when the smoothed loss exceeds four times its minimum, or when the loss is not
+    finite. `learn` and all random states stay as they were."""
     finder = _RangeTest(start_lr, end_lr, num_it)
     with _restored(learn), learn.no_logging(): learn.fit(num_it//len(learn.dls.train) + 1, cbs=finder)
     losses = torch.stack(finder.losses).cpu().numpy()

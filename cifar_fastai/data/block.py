@@ -77,7 +77,8 @@ def cifar_dls(
     block = cifar_block(stats or data.stats, data.vocab, aug or CropFlipCutout(flip=recipe.flip), valid)
     kwargs = dict(bs=bs, drop_last=False, seed=seed, num_workers=num_workers, device=resolve_device(device))
     if pipeline == 'item': dls = block.dataloaders(data, dl_type=SeededDL, **kwargs)
-    else: dls = block.dataloaders(data, dl_type=BatchDL, dl_kwargs=resident_images(data, valid), **kwargs)
+    else: # the first element of `dl_kwargs` goes to the training loader, the second to the validation loader
+        dls = block.dataloaders(data, dl_type=BatchDL, dl_kwargs=resident_images(data, valid), **kwargs)
     dls.recipe = recipe
     return dls
 

@@ -103,7 +103,7 @@ class CifarInterpretation(ClassificationInterpretation):
     ) -> 'CifarInterpretation':
         "Run the model once; raise `ValueError` unless each image has one class and the model one output per class"
         if dl is None: dl = _ordered_dl(learn.dls, ds_idx)
-        elif not isinstance(dl, DataLoader): dl = in_order(dl) # fastai's own loaders are ordered by `get_preds`
+        elif not isinstance(dl, DataLoader): dl = in_order(dl) # `self.dl` must have the order of the predictions
         _, probs, targs, losses = _predict(learn, dl, act)
         return cls(learn, dl, probs, targs, losses, act)
 
