@@ -25,11 +25,11 @@ from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, pri
                                require_extra, settings_from)
 
 # %% ../nbs/80_cli.ipynb #bda7cb3a
-class _Data: "Images and how they are fed"
-class _Recipe: "Values that the assignment leaves open; None is the value of the recipe"
-class _Schedule: "Length of the training and learning rate"
+class _Data: "Images and data loading"
+class _Recipe: "Values that the assignment leaves open; None: the value of the recipe"
+class _Schedule: "Epochs, batch size, learning rate and optimizer"
 class _Network: "Layers of CustomResNet"
-class _Run: "Machine, checkpoints and output"
+class _Run: "Device, checkpoints and output"
 
 option_groups = {
     _Data: ('data', 'valid', 'pipeline', 'num_workers'),
@@ -38,7 +38,7 @@ option_groups = {
     _Network: ('norm', 'n_groups', 'width', 'dropout', 'conv_bias'),
     _Run: ('precision', 'device', 'compile', 'checkpoint_minutes', 'log', 'seed', 'out')}
 
-def _registry(settings, default): # -> rules that have tyro return a dict of values, and show the options of a run in groups
+def _registry(settings, default): # -> rules by which tyro returns a dict of values and groups the options
     info = StructTypeInfo.make(settings, default, in_union_context=False)
     flat, registry = replace(ConstructorRegistry.get_struct_spec(info), instantiate=dict), ConstructorRegistry()
     field = {f.name: f for f in flat.fields}
@@ -46,7 +46,7 @@ def _registry(settings, default): # -> rules that have tyro return a dict of val
     grouped = {name for names in groups.values() for name in names}
     nested = [StructFieldSpec(group.__name__[1:].lower(), group, tyro.MISSING_NONPROP) for group in groups]
 
-    def merge(**values): # of groups and of options that are in none
+    def merge(**values): # of the groups, and of the options outside of groups
         merged = {}
         for name, value in values.items(): merged |= value if isinstance(value, dict) else {name: value}
         return merged
@@ -65,31 +65,33 @@ def _parse(
     default=tyro.MISSING_NONPROP, # instance with the defaults of the options
     **options, # of `tyro.cli`
 ) -> dict:
-    "Return the values of the command line, not yet validated: tyro would draw a box around an error of the dataclass"
+    """Return the unvalidated values of the command line.
+
+    The dataclass is created later, because tyro would print its errors in a box."""
     registry = _registry(settings, default)
     return tyro.cli(settings, default=default, registry=registry, config=(tyro.conf.OmitArgPrefixes,), **options)
 
 # %% ../nbs/80_cli.ipynb #c2313397
 def _command(f):
-    "Make a command of a function whose argument `settings` is annotated with a dataclass"
+    "Turn a function into a command, with the fields of the dataclass that annotates `settings` as options"
     @wraps(f)
     def command(
-        args=None, # list of arguments; `None` is those of the process
+        args=None, # list of arguments; `None`: those of the process
     ):
         rank, n = _launched()
         with warnings.catch_warnings(), _silence() if rank else nullcontext(), printed_log():
-            warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # of fastai's import
+            warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # from fastai
             warnings.showwarning = partial(_print_warning, f.__name__)
             try:
                 _check_surroundings()
                 f(_settings(f, args, rank, n))
             except KeyboardInterrupt: sys.exit(130)
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is still buffered has no reader either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # discard what is still buffered
                 sys.exit(141)
             except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as e:
                 said = printable(f'{f.__name__}: {" ".join(str(e).split())}')
-                if rank and isinstance(e, ConnectionError): print(said, file=sys.__stderr__) # the first process may be the lost one
+                if rank and isinstance(e, ConnectionError): print(said, file=sys.__stderr__) # the first may have ended
                 sys.exit(1 if rank else said)
             except Exception as e: sys.exit(f'{f.__name__}: {_unexpected(e)}')
     return command
@@ -118,7 +120,7 @@ def _launched(): # -> (number of this process, number of processes of the launch
     sys.exit(printable(f'{found}: unset both, or start the processes with a launcher, which sets them'))
 
 def _check_surroundings():
-    "Raise `OSError` without a working folder or an output; write characters that the terminal lacks as escapes"
+    "Raise `OSError` without working directory or standard output; escape characters that the terminal lacks"
     if sys.stdout is None: raise OSError('standard output is closed: redirect it, for example to /dev/null')
     try: os.getcwd()
     except FileNotFoundError: raise FileNotFoundError('the working folder was deleted: change to another one') from None
@@ -127,7 +129,7 @@ def _check_surroundings():
     if shutil.get_terminal_size().columns < 20: os.environ['COLUMNS'] = '20' # tyro does not return with fewer columns
 
 def _unexpected(e) -> str:
-    "Return a sentence about an exception that should not occur, with the name of a file that has its traceback"
+    "Return a message about an unexpected exception, with the path of a file that holds its traceback"
     said = printable(f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:200]}; this is a bug')
     try:
         with tempfile.NamedTemporaryFile('w', prefix='cifar_fastai_', suffix='.log', delete=False, errors='backslashreplace') as log:
@@ -158,7 +160,7 @@ class RunSettings(TrainSettings):
         return TrainSettings(**{f.name: getattr(self, f.name) for f in fields(TrainSettings)})
 
     def agree_with(self, given:dict):
-        "Raise `ValueError` with the name of an option that would change the result"
+        "Raise `ValueError`, with their names, for options that would change the result"
         from cifar_fastai.run.train import differences
         if changed := '; '.join(differences(asdict(self.run), given)): raise ValueError(f'{changed}: that would be another run')
 
@@ -191,7 +193,7 @@ def _train(settings, run, processes): # -> run folder
     return folder
 
 def _tune_allocator(settings):
-    "On a processor, have the allocator keep freed memory: a training step then has no page faults"
+    "On a CPU, make the allocator keep freed memory, which avoids page faults in each training step"
     from cifar_fastai.callback.precision import keep_memory
     from cifar_fastai.data.loader import resolve_device
     if resolve_device(settings.device).type == 'cpu': keep_memory()
@@ -199,8 +201,8 @@ def _tune_allocator(settings):
 # %% ../nbs/80_cli.ipynb #7ad7e67e
 @dataclass(frozen=True)
 class LRFindSettings(TrainSettings):
-    "Settings of a run, of which the range test uses data, network, optimizer and precision."
-    plot: str = 'lr_find.png' # file of the plot
+    "Settings of a run; the range test uses those of data, network, optimizer and precision."
+    plot: str = 'lr_find.png' # image file to write
 
 @_command
 def cifar_lr_find(settings:LRFindSettings):
@@ -228,7 +230,7 @@ class InterpretSettings:
     run: tyro.conf.Positional[str] # run folder
     data: str|None = None # source of the images; None: the run's
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
-    flip_average: bool = False # also the accuracy with test-time augmentation: logits averaged over each image and its horizontal flip
+    flip_average: bool = False # also print the accuracy with TTA: logits averaged over image and horizontal flip
     k: int = 10 # most confused pairs to print
 
 @_command
@@ -256,7 +258,7 @@ def cifar_interpret(settings:InterpretSettings):
 @dataclass(frozen=True)
 class PredictSettings:
     "Images to classify, and the model."
-    images: tyro.conf.Positional[tuple[str, ...]] # image files of any size; the shorter side is scaled to 32 pixels, then cropped
+    images: tyro.conf.Positional[tuple[str, ...]] # image files; shorter side scaled to 32 pixels, centre crop
     model: str|None = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
 
@@ -268,7 +270,7 @@ def cifar_predict(settings:PredictSettings):
     classify, vocab = load_classifier(settings.model, settings.weights)
     n_refused = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter('ignore') # filters set in several threads would undo each other
+        warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
         for start in range(0, len(settings.images), 256):
             n_refused += _predict(settings.images[start:start + 256], pool, classify, vocab)
     if n_refused: sys.exit(1)
@@ -317,7 +319,7 @@ def _print_rates(result, key, label):
 # %% ../nbs/80_cli.ipynb #a11dea02
 @_command
 def cifar_repeat(settings:RepeatSettings):
-    "Train several times with different seeds and print the spread of the accuracy; with --ablate, also without each ingredient of the recipe."
+    "Train with several seeds and print accuracy statistics; with --ablate, also without each ingredient of the recipe."
     from cifar_fastai.run.repeat import ablate_recipe, ablation_effects, repeat_runs, repeat_table
     settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
     values = asdict(settings.resolved())
@@ -331,14 +333,14 @@ def cifar_repeat(settings:RepeatSettings):
 # %% ../nbs/80_cli.ipynb #8c20e0a2
 @dataclass(frozen=True)
 class ReportSettings:
-    "Run to report, or runs to compare."
+    "Run to report on, or runs to compare."
     runs: tyro.conf.Positional[tuple[str, ...]] # run folders: one for its report, several for a comparison
     data: str|None = None # source of the images; None: the run's
-    out: str|None = None # file of a comparison; None: compare.html
+    out: str|None = None # output file of a comparison; None: compare.html
 
 @_command
 def cifar_report(settings:ReportSettings):
-    "Write a page about a run, report.html in its folder, or a page that compares several."
+    "Write the report of a run to report.html in its folder, or a page that compares several runs."
     if not settings.runs: raise ValueError('no run: give one run folder, or several to compare')
     if len(settings.runs) == 1:
         from cifar_fastai.look.report import write_report
@@ -356,14 +358,14 @@ class AppSettings:
     model: tyro.conf.Positional[str|None] = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
     data: str|None = None # source of the example images; None: the run's, if it is there
-    host: str = '127.0.0.1' # address to listen at; 0.0.0.0: every network of this machine
-    port: int = 7860 # port to listen at
-    max_mb: float = 10. # largest upload in megabytes
-    hosts: tuple[str, ...] = () # further host names in the browser's address bar, e.g. of a proxy: demo.example.org localhost:8080
+    host: str = '127.0.0.1' # address to listen on; 0.0.0.0: all network interfaces
+    port: int = 7860 # port to listen on
+    max_mb: float = 10. # maximum upload size in megabytes
+    hosts: tuple[str, ...] = () # other host names of the demo, e.g. of a proxy: demo.example.org localhost:8080
 
 @_command
 def cifar_app(settings:AppSettings):
-    "Serve a demo in the browser that classifies uploaded pictures. Ctrl-C ends it."
+    "Serve a browser demo that classifies uploaded images. Ctrl-C stops it."
     require_extra('app', 'gradio')
     from cifar_fastai.use.app import build_app, check_serving, exit_on_signals, launch_app
     from cifar_fastai.use.predict import load_classifier
@@ -377,7 +379,7 @@ def cifar_app(settings:AppSettings):
             print(f'{server.address} (Ctrl-C ends it){hint}', flush=True)
             server.block_thread()
 
-def _examples(settings): # -> example images; none if the data of the run are not here
+def _examples(settings): # -> example images; none if the images of the run are not available
     from cifar_fastai.run.folder import read_config
     from cifar_fastai.use.app import find_examples
     is_run = settings.model and Path(settings.model).is_dir()
@@ -408,9 +410,9 @@ _commands = dict(train=cifar_train, lr_find=cifar_lr_find, interpret=cifar_inter
                  repeat=cifar_repeat, report=cifar_report, app=cifar_app, export=cifar_export)
 
 def main(
-    args=None, # list of arguments, the name of the command first; `None` is those of the process
+    args=None, # list of arguments, starting with the name of the command; `None`: those of the process
 ):
-    "Run the command that the first argument names"
+    "Run the command named by the first argument"
     args = sys.argv[1:] if args is None else args
     if args and args[0] in _commands: return _commands[args[0]](args[1:])
     usage = f'usage: python -m cifar_fastai.cli {{{",".join(_commands)}}} ...' # in ASCII, for any terminal

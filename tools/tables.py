@@ -43,9 +43,10 @@ def runs(root=root):
         summary, clock = (json.loads((root/'benchmarks/runs'/run/'summary.json').read_text(encoding='utf-8')) for run in (folder, timed))
         accuracy, flipped = f"**{summary['accuracy']:.2%}**", summary.get('flip_averaged_accuracy')
         if flipped: accuracy += f'; {flipped:.2%} with flip TTA'
+        note = ' (timed in another run with the same number of steps)' if timed != folder else ''
         rows.append([name, shows, f"{summary['n_params']:,}", summary['epochs'], accuracy.replace('%', ' %'),
                      stays_over(curve(root/'benchmarks/runs'/folder/'history.csv', scale=100)),
-                     f"{clock['seconds']:,.0f} s including validation{' (another run with the same number of steps)' if timed != folder else ''}; {machine(clock)}, {clock['precision']}"])
+                     f"{clock['seconds']:,.0f} s including validation{note}; {machine(clock)}, {clock['precision']}"])
     return table(['project', 'features', 'parameters', 'epochs', 'final test accuracy', 'above 90 % from epoch', 'time and hardware'], rows)
 
 

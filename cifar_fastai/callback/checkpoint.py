@@ -36,11 +36,11 @@ def save_weights(
     model:torch.nn.Module,
     path, # file to write
 ) -> Path:
-    "Write the parameters and buffers of `model` as safetensors, whole or not at all"
+    "Write the parameters and buffers of `model` as safetensors, atomically"
     return write_whole(path, to_bytes({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
 
 def _check_dtypes(tensors, wanted):
-    "Raise `TypeError` for tensors of another kind of number, which torch would convert silently"
+    "Raise `TypeError` for tensors whose kind of dtype differs (such as integer and float): torch converts silently"
     kind = lambda t: (t.is_floating_point(), t.is_complex(), t.dtype == torch.bool)
     for name in tensors.keys() & wanted.keys():
         if kind(tensors[name]) == kind(wanted[name]): continue
@@ -48,9 +48,9 @@ def _check_dtypes(tensors, wanted):
 
 def load_weights(
     model:torch.nn.Module,
-    path, # file of `save_weights`
-) -> torch.nn.Module: # the same object
-    "Load weights into `model`; raise `ValueError` if the file is damaged or is of another network"
+    path, # file written by `save_weights`
+) -> torch.nn.Module: # `model`
+    "Load weights into `model`; raise `ValueError` if the file is damaged or belongs to another network"
     try:
         tensors = load_file(check_tensors(path))
         _check_dtypes(tensors, model.state_dict())
@@ -61,13 +61,13 @@ def load_weights(
 
 # %% ../../nbs/23_callback.checkpoint.ipynb #452484cc
 class _Facts(TypedDict):
-    "JSON of a checkpoint, as far as it is the same for every fit"
+    "Schema of the JSON in a checkpoint; `Any` where the content depends on the fit"
     run: NotRequired[Text|None] # `id` of the run
     epoch: Count
     batches: Count
-    fit: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)]] # epochs, and batches of each
+    fit: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)]] # number of epochs, batches per epoch
     train_iter: NotRequired[Count]
-    pct_train: NotRequired[Annotated[float, Field(ge=0, le=1.001)]] # a sum of fractions is not exact
+    pct_train: NotRequired[Annotated[float, Field(ge=0, le=1.001)]] # a sum of rounded fractions may exceed 1
     param_groups: NotRequired[list[dict[str, Any]]]
     scaler: NotRequired[dict[str, float]|None]
     random: NotRequired[dict[str, Any]]
@@ -86,18 +86,18 @@ def _checksum(tensors, text):
 def checkpoints_in(
     folder,
 ) -> list[Path]: # the newest first
-    "Return the checkpoints of a folder; raise `ValueError` if the folder is a link, which could lead anywhere"
+    "Return the checkpoints of a folder; raise `ValueError` if the folder is a symbolic link"
     if Path(folder).is_symlink(): raise ValueError(f'{folder} is a link: give a folder')
-    position = lambda path: [n.zfill(20) for n in path.stem.split('-')] # numbers may differ in their digits
+    position = lambda path: [n.zfill(20) for n in path.stem.split('-')] # numbers of any number of digits
     return sorted(Path(folder).glob('[0-9]*-[0-9]*.safetensors'), key=position, reverse=True)
 
 # %% ../../nbs/23_callback.checkpoint.ipynb #c29d742e
 def write_checkpoint(
-    folder, # made if needed
+    folder, # created if needed
     tensors:dict, # name → tensor
-    facts:dict, # JSON-ready; its `epoch` and `batches` make the file name
+    facts:dict, # JSON-ready; `epoch` and `batches` determine the file name
 ) -> Path:
-    "Write and verify a checkpoint, whole or not at all. Keep the previous one and remove older ones"
+    "Write a checkpoint atomically and verify it. Keep the previous one and remove older ones"
     folder = own_folder(folder)
     tensors, text = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, json.dumps(facts)
     content = to_bytes(tensors, metadata=dict(facts=text, sha256=_checksum(tensors, text)))
@@ -108,7 +108,7 @@ def write_checkpoint(
 def read_checkpoint(
     path,
 ) -> tuple[dict, dict]: # tensors, facts
-    "Return the arguments of `write_checkpoint`; raise `ValueError` if a single bit differs"
+    "Return what `write_checkpoint` was given; raise `ValueError` if the file is damaged, even in a single bit"
     try:
         with safe_open(check_tensors(path, 2**28), 'pt') as f:
             header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
@@ -132,7 +132,7 @@ def newest_checkpoint(
 def check_finite(
     learn:Learner, # in a fit with `EpochRecorder`
 ):
-    "Raise `FloatingPointError` with epoch, step, learning rate and loss if a loss was not finite"
+    "Raise `FloatingPointError` with epoch, step, learning rate and loss if a recorded loss is not finite"
     recorder = learn.recorder
     if not recorder.losses or math.isfinite(float(recorder.losses[-1])): return
     losses = _read(recorder.losses)
@@ -149,7 +149,7 @@ class FiniteLoss(Callback):
     "Stop a fit whose loss is no longer finite"
     order = TrackerCallback.order + 1 # before a checkpoint is saved
     def __init__(self,
-        every:float=1., # seconds between two checks
+        every:float=1., # minimum seconds between two checks
     ): self.every, self.last = every, 0
 
     def after_batch(self):
@@ -163,11 +163,11 @@ class FiniteLoss(Callback):
 class Checkpoints(Callback):
     """Save checkpoints of one fit, and resume from the newest.
 
-    Callbacks that have `state_dict` and `load_state_dict` (JSON-ready) are saved, too; others start over."""
+    Callbacks that have `state_dict` (JSON-ready) and `load_state_dict` are saved, too; others start afresh."""
     order = TrackerCallback.order + 2 # after the callbacks that save weights and history
     def __init__(self,
-        folder, # of the checkpoints; without `resume` it must hold none
-        minutes:float=5., # longest time between two checkpoints within an epoch
+        folder, # of the checkpoints; must not contain any unless `resume` is set
+        minutes:float=5., # maximum time between two checkpoints within an epoch
         resume:bool=False, # continue from the newest checkpoint if there is one
         run=None, # `RunFolder` that the checkpoints belong to; those of other runs are refused
     ):
@@ -191,14 +191,14 @@ class Checkpoints(Callback):
         if self.processes.rank == 0: logger.info(self._resumed_at())
 
     def before_epoch(self):
-        if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # was finished before
+        if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # already finished
 
     def before_train(self):
         self.position = self.epoch, 0
         if not self.state: return
         tensors, facts = self.state
         self.learn.train_iter = facts['train_iter']
-        if facts['batches']: # in the middle of the epoch: restore what its beginning has changed
+        if facts['batches']: # in the middle of the epoch: restore what the start of the epoch has reset
             self._load()
             self.learn.pct_train, self.dls.train.start = facts['pct_train'], facts['batches']
             self.position = self.epoch, facts['batches']
@@ -216,7 +216,7 @@ def after_batch(self:Checkpoints):
     if due and batches + 1 < len(self.dls.train): self.save()
 
 @patch(as_prop=True)
-def _can_save_within_epoch(self:Checkpoints): # the order must be known, and the sums of the metrics must be numbers
+def _can_save_within_epoch(self:Checkpoints): # needs a reproducible order, and metrics that are sums
     return isinstance(self.dls.train, SeededDL) and None not in self.recorder._sums()
 
 @patch
@@ -227,7 +227,7 @@ def after_epoch(self:Checkpoints):
 
 @patch
 def save(self:Checkpoints) -> Path:
-    "Save a checkpoint; call it between steps only, and in each process"
+    "Save a checkpoint; must be called between steps, and in every process"
     check_finite(self.learn)
     facts, tensors = _random_states()
     own = dict(random=facts, callbacks={name: cb.state_dict() for name, cb in self._others().items()})
@@ -251,7 +251,7 @@ def _set_random_states(facts, tensors):
                                    torch_state=tensors['random.torch'], torch_cuda_state=cuda))
 
 @patch
-def _others(self:Checkpoints): # the class is asked, because a callback passes unknown attributes on to the learner and the model
+def _others(self:Checkpoints): # the class is tested: callbacks delegate unknown attributes
     return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
 
 @patch
@@ -278,7 +278,7 @@ def _newest(self:Checkpoints):
     if not checkpoints_in(self.folder): return
     raise FileExistsError(f'{self.folder} holds checkpoints: give resume=True to continue from them, or another folder')
 
-def _sum_up(recorders, rank): # of all processes -> the sums of the recorder of this one
+def _sum_up(recorders, rank): # of all processes -> metric sums: the totals in the first process, zeros in the others
     add = lambda numbers: sum(numbers) if rank == 0 else 0*numbers[0] # a float stays a float
     def add_up(of_processes):
         totals, counts, (is_tensor, *_) = zip(*of_processes)
@@ -313,7 +313,7 @@ def _kind_of(value): # of a hyper-parameter: flags may be `None`
     if value is None or isinstance(value, bool): return 'flag'
     return 'number' if isinstance(value, (int, float)) else type(value)
 
-def _check_optimizer(opt, moments, groups): # torch accepts anything that has the right names
+def _check_optimizer(opt, moments, groups): # torch checks neither shapes nor dtypes
     params = [p for group in opt.param_groups for p in group['params']]
     for i, p in enumerate(params):
         for name, t in moments.get(i, {}).items():

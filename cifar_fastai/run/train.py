@@ -59,7 +59,7 @@ def _device_name(learn):
 def run_environment(
     learn:Learner,
 ) -> dict: # JSON-ready
-    "Return `environment()` and how `learn` trains: everything that the last bits of the weights depend on"
+    "Return `environment()`, device, precision, threads and processes, on which the last bits of the weights depend"
     return environment() | dict(device=_device_name(learn), precision=precision_of(learn), threads=torch.get_num_threads(),
                                 processes=learn.processes.n)
 
@@ -81,7 +81,7 @@ class _SaveRunState(TypedDict):
     best_epoch: Count|None
 
 class SaveRun(TrackerCallback):
-    "Make the run folder when a fit begins, and write history, last and best weights after each epoch"
+    "Create the run folder when a fit begins, and write the history, the last and the best weights after each epoch"
     order = TrackerCallback.order + 1
     def __init__(self,
         run, # run folder; must not exist yet, unless the run is resumed
@@ -103,12 +103,14 @@ class SaveRun(TrackerCallback):
         self.trained = True
 
     def begin(self):
-        "Make the folder, or open that of a resumed run, and lock it until `end`; raise `FileExistsError` or `BlockingIOError`"
+        """Create the folder, or open that of a resumed run, and lock it until `end`.
+
+        Raises `FileExistsError` if a new folder exists already, `BlockingIOError` if another process has locked it."""
         if not self.begun: self.together.from_first(self.folder.open)
         self.begun = True
 
     def end(self):
-        "Release the folder"
+        "Release the lock on the folder"
         if self.begun and self.together.rank == 0: self.folder.close()
         self.begun = False
 
@@ -121,7 +123,7 @@ class SaveRun(TrackerCallback):
             self.best_epoch = self.epoch + 1
 
     def save_last(self):
-        "Write history and weights as they are now"
+        "Write the current history and weights"
         self.together.from_first(self._save)
 
     def _save(self):
@@ -185,7 +187,7 @@ def save_plots(
     tested:tuple=None, # (learning rates, losses, bounds) of the range test
     data:CIFAR10Data=None, # for samples of the images
 ) -> list[Path]:
-    "Write the pictures of a run as PNG files"
+    "Write the plots of a run as PNG files"
     folder = own_folder(folder)
     figures = dict(history=plot_history(history), confusion_matrix=interp.plot_confusion_matrix(),
                    confusion_matrix_normalized=interp.plot_confusion_matrix(normalize=True),
@@ -202,9 +204,10 @@ def save_plots(
 
 # %% ../../nbs/43_run.train.ipynb #0aa057f6
 class StopAfterStep(Callback):
-    """Context and callback that delay Ctrl-C and SIGTERM until the end of the step, when weights and optimizer agree.
+    """Delay Ctrl-C and SIGTERM until the end of the step, when weights and optimizer state are consistent.
 
-    Then they raise `KeyboardInterrupt` and `SystemExit` (143). A second signal raises at once."""
+    A context manager and a callback. At the end of the step, Ctrl-C raises `KeyboardInterrupt` and SIGTERM raises
+    `SystemExit(143)`. A second signal raises immediately."""
     order = 1000 # after all other callbacks
     def __enter__(self):
         self.pressed, self.between_steps, self.former = None, False, {}
@@ -227,7 +230,7 @@ class StopAfterStep(Callback):
         self._stop(self.pressed or signal.SIGTERM) # all processes at the same step
 
     def after_batch(self):
-        if self.training or self.processes.n == 1: self._stop_when_pressed() # several may not have as many validation batches
+        if self.training or self.processes.n == 1: self._stop_when_pressed() # numbers of validation batches may differ
 
     def after_fit(self): self._stop_when_pressed(wait=True) # a signal after the last step
 
@@ -277,7 +280,7 @@ def train(
     data:CIFAR10Data=None, # used in place of the images that `settings` name
     processes:Processes=Processes(), # that train together
 ) -> dict: # content of `summary.json`, in each process
-    "Train one run. Ctrl-C and SIGTERM save a checkpoint, the history and the weights, and are raised again"
+    "Train one run. On Ctrl-C or SIGTERM, save a checkpoint, the history and the weights before raising"
     settings = settings.resolved()
     run = processes.from_first(lambda: new_run_folder(settings.out))
     learn, data = settings_learner(settings, data, processes)
@@ -295,7 +298,7 @@ def _check_images(processes, data, fingerprint=None): # `None`: that of the firs
 # %% ../../nbs/43_run.train.ipynb #b823c9fb
 @lost_worker_in_words()
 def _run(settings, learn, data, saved):
-    "Find the bounds, fit, and finish the run; of a resumed run only what is still to be done"
+    "Find the bounds, fit, and finish the run; a resumed run skips what is already done"
     saved.begin()
     first, explain = learn.processes.from_first, partial(_explain_errors, settings, learn, saved)
     logs = [TensorBoardLog(saved)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
@@ -314,7 +317,7 @@ def _bounds(settings, learn, saved): # -> (`LRBounds`, (learning rates, losses, 
     if saved.config['bounds'] is not None: bounds, tested = first(partial(_read_bounds, saved))
     else:
         try: bounds, tested = _find_bounds(settings, learn)
-        except BaseException: # a run that is refused or stopped before its first step leaves no folder
+        except BaseException: # a run that fails or is stopped before its first step leaves no folder
             if not saved.resume and learn.processes.rank == 0 and saved.folder.is_own: saved.folder.remove()
             raise
         saved.config['bounds'] = bounds._asdict()
@@ -413,7 +416,7 @@ def differences(
         changed = [name for name in given if name not in may_change and now[name] != run[name]]
         return [f'{name} is {run[name]!r} in the run and {now[name]!r} now' for name in changed]
     explicit = {name: value for name, value in given.items() if value is not None}
-    if changed := changes(run | explicit): return changed # before values are checked together, so that the option is named
+    if changed := changes(run | explicit): return changed # first without validation, so that the error names the option
     return changes(asdict(replace(settings, **given).resolved()))
 
 # %% ../../nbs/43_run.train.ipynb #0e067c12
@@ -437,9 +440,9 @@ def resume(
     force:bool=False, # continue although versions of libraries differ
     processes:Processes=Processes(), # that train together; their number may have changed
 ) -> dict: # content of `summary.json`
-    """Continue a run that was stopped.
+    """Resume a run that was stopped, or return the summary of a finished one.
 
-    Raises `FileNotFoundError`, `BlockingIOError` or `ValueError` if that is not possible, and warns of another machine."""
+    Raises `FileNotFoundError`, `BlockingIOError` or `ValueError` if it cannot, and warns if the machine differs."""
     with _without_fastai_prefix(): return _resume(Path(run), changes or {}, data, force, processes)
 
 def _resume(run, changes, data, force, processes):
@@ -471,7 +474,7 @@ def _recorded(run, changes): # -> (config, `TrainSettings`, fingerprint of the i
 def _finished(run): # -> summary of a finished run, or `None`
     remove_parts(run) # files that were being written when the run was killed
     try: summary = read_summary(run)
-    except (FileNotFoundError, ValueError): return # not written yet, or only in part
+    except (FileNotFoundError, ValueError): return # missing or incomplete
     if summary.get('interrupted'): return
     logger.info(f"{printable(run)} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
     return summary
