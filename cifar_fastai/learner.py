@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
 
+import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.progress import ProgressCallback
@@ -78,6 +79,10 @@ class Processes:
     def train(self, learn:Learner):
         "Return a context in which `learn.fit` trains together with the other processes"
         return nullcontext(learn)
+
+    def seed_apart(self):
+        "Make torch's random numbers differ between the processes, so that dropout draws a different mask in each"
+        if self.rank: torch.manual_seed(int(torch.randint(2**31, ())) + self.rank)
 
     def end(self):
         "Disconnect from the other processes"

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import SubsetRandomSampler, TensorDataset
 
+from cifar_fastai.core import recipes
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.run.folder import learner_from_run, load_run
 from cifar_fastai.look.plots import plot_classes, plot_history, plot_images, plot_lrs
@@ -278,6 +279,7 @@ def test_the_learner_of_a_run_is_as_its_settings_say(settings, tmp_path, recipe)
     train(settings(recipe=recipe, ghost=None, epochs=1, wd=.1, betas=(.8, .9), out=str(tmp_path/'run')))
     learn = learner_from_run(tmp_path/'run')
     learn.create_opt()
+    assert learn.recipe == recipes[recipe]
     assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [dict(baseline='random', best='alternate')[recipe]]
     assert (learn.opt.hypers[0]['wd'], learn.opt.hypers[0]['mom'], learn.loss_func.func.label_smoothing) == (.1, .8, dict(baseline=0, best=.2)[recipe])
 

@@ -15,7 +15,7 @@ from forked import wait_until
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.callback.checkpoint import (Checkpoints, FiniteLoss, checkpoints_in, newest_checkpoint,
                                               read_checkpoint, write_checkpoint)
-from cifar_fastai.learner import cifar_learner
+from cifar_fastai.learner import Processes, cifar_learner
 from cifar_fastai.callback.schedule import OneCycle
 from cifar_fastai.run.folder import read_history
 from cifar_fastai.run.train import resume, train
@@ -80,6 +80,23 @@ def test_dropout_goes_on_with_the_same_draws(small_dls, tmp_path, stop_at, pipel
     torch.manual_seed(999)
     again = fit(make(), tmp_path/'stopped', again=True)
     assert same(weights(again), weights(whole))
+
+@pytest.mark.parametrize('stop_at', [7, ('after_epoch', 1)], ids=str)
+def test_as_two_processes_dropout_goes_on_with_draws_of_its_own_in_each(tiny_learner, tmp_path, stop_at):
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=stop_at)
+    class Draw(Callback):
+        order = 100 # after all others
+        def before_batch(self):
+            self.drawn = torch.rand(3)
+            raise Stop('drawn')
+    drawn = []
+    for rank, n in (0, 1), (0, 2), (1, 2):
+        learn, draw = tiny_learner(), Draw()
+        learn.processes = Processes()
+        learn.processes.rank, learn.processes.n = rank, n
+        with learn.no_logging(), pytest.raises(Stop): learn.fit(3, cbs=[OneCycle(1e-3, 2e-2), Checkpoints(tmp_path, resume=True), draw])
+        drawn.append(draw.drawn)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 def test_it_can_be_stopped_again_and_again(tiny_learner, tmp_path):
     whole = fit(tiny_learner(), tmp_path/'whole')

@@ -203,6 +203,7 @@ class Checkpoints(Callback):
             self.learn.pct_train, self.dls.train.start = facts['pct_train'], facts['batches']
             self.position = self.epoch, facts['batches']
         _set_random_states(facts['random'], tensors)
+        if self.written_by != self.processes.n: self.processes.seed_apart() # all have the states of the first process
         self.state = None
 
 # %% ../../nbs/23_callback.checkpoint.ipynb #4e706310

@@ -167,6 +167,7 @@ class BatchDL(SeededDL):
     """A `SeededDL` that makes whole batches of the images in `resident`.
 
     Without `resident`, for example in a `test_dl` of other images, it collates single items as any `DataLoader` does.
+    With it, no item transform runs: the settings of `ItemAugment` are applied to whole batches by `__iter__` (patched below).
     Raises `ValueError` for item transforms other than `ItemAugment` and `ToTensor`."""
     _item_methods = 'create_item', 'create_batch', 'create_batches', 'do_batch', 'retain', 'sample'
 
@@ -204,7 +205,8 @@ class BatchDL(SeededDL):
 
 # %% ../../nbs/07_data.loader.ipynb #0a37fb58
 @patch
-def _epoch_draws(self:BatchDL, pixels, idxs): # -> (`CropFlipCutout`, draws, fill colour) of an epoch, or `None` without augmentation
+def _epoch_draws(self:BatchDL, pixels, idxs): # -> (`CropFlipCutout`, draws, fill colour), or `None` without augmentation
+    "Draw the augmentation of an epoch, with the settings of the `ItemAugment` in `after_item`, which itself does not run"
     of_this_set = None, self.dataset.split_idx
     tfm = next((f for f in self.after_item.fs if type(f) is ItemAugment and f.split_idx in of_this_set), None)
     if tfm is None: return None
@@ -235,7 +237,8 @@ def __iter__(self:BatchDL):
             batch = augment_batch(pixels, order[part], draws.of(part), aug, fill)
         y = labels.index_select(0, order[part])
         if self.device is not None and batch.device.type != self.device.type: batch, y = sent(batch, self.device), sent(y, self.device)
-        yield self._transformed(TensorImage(unpack_pixels(batch).permute(0, 3, 1, 2)), TensorCategory(y))
+        x = unpack_pixels(batch).permute(0, 3, 1, 2) # a view: channels last in memory, and so is the float batch
+        yield self._transformed(TensorImage(x), TensorCategory(y))
     self.after_iter()
 
 @patch

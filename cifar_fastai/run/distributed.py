@@ -238,8 +238,7 @@ class ShareBatches(DistributedTrainer):
         self.ddp = self.accelerator.prepare_model(_with_sync_bn(self.plain) if self.sync_bn else self.plain)
         self.ddp.train()
         self.averaged = [] if self.sync_bn else [b for b in self.plain.buffers() if b.is_floating_point()]
-        # Dropout must draw a different mask in each process.
-        if self.launched.rank: torch.manual_seed(int(torch.randint(2**31, ())) + self.launched.rank)
+        self.launched.seed_apart()
 
     def before_batch(self):
         if self.training: self.learn.model = self.ddp

@@ -272,6 +272,7 @@ def learner_from_run(
     if data.vocab != facts['vocab']:
         raise ValueError(f"the classes of the run are {', '.join(facts['vocab'])}, and those of the data "
                          f"{', '.join(data.vocab)}: give the data of the run")
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip),
-                    stats=facts['stats'], num_workers=settings.num_workers, recipe=settings.recipe)
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
+                    aug=CropFlipCutout(flip=settings.flip), stats=facts['stats'], num_workers=settings.num_workers,
+                    recipe=settings.recipe)
     return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **settings.optimization))

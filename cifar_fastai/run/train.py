@@ -32,13 +32,11 @@ from ..data.source import load_cifar10
 from ..data.augment import CropFlipCutout, plot_augmented
 from ..data.loader import lost_worker_in_words, resolve_device
 from ..data.block import cifar_dls
-from ..data.inspect import first_images
-from ..models import CustomResNet, whiten_first_layer
 from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bounds
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
 from ..callback.tensorboard import TensorBoardLog
-from ..learner import Processes, cifar_learner, no_bar_without_tty
+from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
 from .folder import RunFolder, history_columns, read_config, read_range_test, read_summary
 from ..look.plots import plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
@@ -176,7 +174,8 @@ def run_summary(
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=settings['seed'],
         weights_sha256=hashlib.sha256((saved.path/'model.safetensors').read_bytes()).hexdigest(),
-        device=_device_name(learn), precision=precision_of(learn), **{**config, 'environment': environment()})
+        device=_device_name(learn), precision=precision_of(learn),
+        **config | dict(environment=environment())) # of the process that has finished the run
 
 # %% ../../nbs/43_run.train.ipynb #70f077d6
 def save_plots(
@@ -250,8 +249,7 @@ def settings_learner(
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip),
                     num_workers=settings.num_workers, device=device, recipe=settings.recipe)
     processes.check(dls)
-    model = CustomResNet(dls.c, **settings.network)
-    if settings.whiten: whiten_first_layer(model, first_images(dls).cpu())
+    model = new_model(dls, settings.whiten, **settings.network)
     learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
     learn.processes = processes
     return no_bar_without_tty(learn), data
@@ -267,7 +265,7 @@ def finish_run(
     interp = CifarInterpretation.from_learner(learn)
     saved.folder.check()
     interp.save_predictions(saved.path/'predictions.safetensors')
-    if tested is not None: write_range_test(saved.path, *tested[:2])
+    if tested is not None: write_range_test(saved.path, *tested[:2]) # `train` has written it; a fit of your own has not
     save_plots(saved.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data)
     summary = run_summary(learn, saved, interp.n_wrong, interp.flip_averaged().accuracy)
     saved.folder.check()
