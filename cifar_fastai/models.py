@@ -9,13 +9,15 @@ __all__ = ['GhostBatchNorm2d', 'Residual', 'CustomResNet', 'layer_table', 'model
 # %% ../nbs/10_models.ipynb #2012fc6f
 from functools import partial
 from importlib.resources import files
-from typing import Literal
+from typing import get_args
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import nn
+
+from .core import Norm
 
 # %% ../nbs/10_models.ipynb #34cb4e33
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -50,7 +52,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 def _norm_layer(norm, n, n_groups, ghost):
     "Return the norm layer of kind `norm` for `n` channels"
     if norm == 'batch': return GhostBatchNorm2d(n, ghost) if ghost else nn.BatchNorm2d(n)
-    return nn.GroupNorm(n_groups if norm == 'group' else 1, n)
+    if norm == 'group': return nn.GroupNorm(n_groups, n)
+    if norm == 'layer': return nn.GroupNorm(1, n)
+    raise ValueError(f'norm is {norm!r}: add its layer to _norm_layer')
 
 def _conv_block(n_in, n_out, norm_layer, bias, dropout, pool=False):
     "Return a list of layers: 3×3 conv → max pool 2 (if `pool`) → norm → ReLU → dropout (if `dropout` > 0)"
@@ -68,8 +72,7 @@ class Residual(nn.Sequential):
 # %% ../nbs/10_models.ipynb #1c9fd678
 def _check_options(norm, dropout, n_groups, ghost, logit_scale, width):
     "Raise `ValueError` for an invalid option of `CustomResNet`"
-    if norm not in ('batch', 'group', 'layer'):
-        raise ValueError(f"norm is {norm!r}: must be 'batch', 'group' or 'layer'")
+    if norm not in get_args(Norm): raise ValueError(f'norm is {norm!r}: must be one of {", ".join(get_args(Norm))}')
     if not 0 <= dropout < 1: raise ValueError(f'dropout is {dropout}: must be at least 0 and less than 1')
     if not 2 <= width <= 1024 or width % 2:
         raise ValueError(f'width is {width}: must be an even number between 2 and 1024')
@@ -90,7 +93,7 @@ class CustomResNet(nn.Module):
     def __init__(self,
         n_out:int=10, # number of classes
         c_in:int=3, # number of channels of an image
-        norm:Literal['batch', 'group', 'layer']='batch', # 'layer' is group norm with one group over all channels
+        norm:Norm='batch', # 'batch', 'group' or 'layer'; 'layer' is group norm with one group over all channels
         conv_bias:bool=False, # biases in the convolutions; the norm after each makes them redundant
         dropout:float=0., # probability of dropout after each ReLU, in [0, 1); 0 for no dropout layers
         n_groups:int=2, # number of groups with norm 'group'; must divide `width`

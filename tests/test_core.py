@@ -121,7 +121,7 @@ def test_network_and_optimizer_get_values_and_never_none():
 refused = [
     ('epochs', 0), ('epochs', -1), ('bs', 1), ('bs', 0), ('bs', -64), ('peak_epoch', 0), ('peak_epoch', 24), ('peak_epoch', 30.), ('peak_epoch', math.nan),
     ('lr_max', 0), ('lr_max', -.1), ('lr_max', math.inf), ('lr_max', math.nan), ('lr_max', 'high'), ('lr_min', 0.), ('lr_min', math.nan), ('lr_min', 'low'),
-    ('anneal', 'steps'), ('norm', 'instance'), ('n_groups', 0), ('n_groups', 3), ('width', 0), ('width', 15), ('width', 2048), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
+    ('anneal', 'steps'), ('norm', 'nosuch'), ('n_groups', 0), ('n_groups', 3), ('width', 0), ('width', 15), ('width', 2048), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
     ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
     ('recipe', 'worst'), ('recipe', {}), ('label_smoothing', -.1), ('label_smoothing', 1), ('flip', 'never'), ('ghost', 1), ('ghost', -32), ('ghost', 2.5),
     ('logit_scale', 0), ('logit_scale', -.1), ('logit_scale', math.inf), ('logit_scale', math.nan), ('whiten', 1), ('whiten', 'yes'),

@@ -2,6 +2,7 @@
 import hashlib, json, os, pickle, re, resource, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper
 
 import cifar_fastai, forked, workers
 from cifar_fastai.cli import cifar_export, cifar_predict
-from cifar_fastai.core import cifar10_classes, cifar10_stats, settings_from
+from cifar_fastai.core import Norm, cifar10_classes, cifar10_stats, settings_from
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.use.export import ImagesToProbabilities, export_model, load_onnx
 from cifar_fastai.run.folder import load_run
@@ -102,7 +103,9 @@ def test_a_classifier_takes_no_image_and_a_list_and_more_than_fit_into_a_batch(f
 
 networks = dict(batch=dict(ghost=4, conv_bias=True, dropout=.2, logit_scale=.125), group=dict(norm='group', n_groups=4), layer=dict(norm='layer', conv_bias=True, logit_scale=3.))
 
-@pytest.mark.parametrize('name', ['batch', 'group', pytest.param('layer', marks=pytest.mark.slow)])
+def test_there_is_a_network_to_export_for_each_norm(): assert set(networks) == set(get_args(Norm)), 'add one to `networks`'
+
+@pytest.mark.parametrize('name', ['batch', 'group', *(pytest.param(name, marks=pytest.mark.slow) for name in get_args(Norm)[2:])])
 def test_every_network_is_exported_in_silence(run, pictures, name, capfd):
     folder = run(**networks[name])
     paths = [export_model(folder, format) for format in ('onnx', 'torch')]

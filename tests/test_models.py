@@ -143,7 +143,7 @@ def test_dropout_drops_in_training_only():
         assert not torch.equal(net.train()(x), net(x))
         assert torch.equal(net.eval()(x), net(x))
 
-@pytest.mark.parametrize('name, value', [('norm', 'instance'), ('norm', None), ('dropout', -.1), ('dropout', 1), ('dropout', float('nan'))])
+@pytest.mark.parametrize('name, value', [('norm', 'nosuch'), ('norm', None), ('dropout', -.1), ('dropout', 1), ('dropout', float('nan'))])
 def test_what_makes_no_sense_is_refused(name, value):
     with pytest.raises(ValueError, match=f'{name}.*{re.escape(repr(value))}'): CustomResNet(**{name: value})
 
