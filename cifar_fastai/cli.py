@@ -367,8 +367,9 @@ class AppSettings:
 def cifar_app(settings:AppSettings):
     "Serve a browser demo that classifies uploaded images. Ctrl-C stops it."
     require_extra('app', 'gradio')
-    from cifar_fastai.use.app import build_app, check_serving, exit_on_signals, launch_app
+    from cifar_fastai.use.app import build_app
     from cifar_fastai.use.predict import load_classifier
+    from cifar_fastai.use.serve import check_serving, exit_on_signals, launch_app
     check_serving(settings.host, settings.port, settings.max_mb)
     classify, vocab = load_classifier(settings.model, settings.weights)
     with exit_on_signals():

@@ -137,7 +137,7 @@ class TrainSettings(_Settings):
 
     Raises `ValueError` for invalid values."""
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
-    recipe: Literal['best', 'baseline'] = 'best' # values that the assignment leaves open; baseline: the assignment with nothing added
+    recipe: Literal['best', 'baseline'] = 'best' # best: for accuracy; baseline: the assignment with nothing added
     epochs: int|None = None # passes over the training images; None: 24, or 10 for digits
     bs: int|None = None # batch size; None: 512, or 64 for digits
     peak_epoch: float|None = None # epoch whose last step runs at lr_max; None: epochs*5/24, which is 5 of 24
@@ -145,7 +145,7 @@ class TrainSettings(_Settings):
     lr_min: Literal['find']|float|None = None # learning rate of the first and of the last step; find: by a range test; None: the recipe's
     anneal: Literal['linear', 'cos'] = 'linear' # shape of the cycle between lr_min and lr_max
     norm: Norm = 'batch' # normalisation layers
-    n_groups: int = 2 # groups of norm group
+    n_groups: int = 2 # groups of channels, with norm group
     ghost: int|None = None # images that share statistics in training, with norm batch; 0: the whole batch; None: the recipe's
     logit_scale: float|None = None # fixed factor of the logits; None: the recipe's
     width: int = 64 # channels of the first convolution; later layers have 2, 4 and 8 times as many
@@ -154,7 +154,7 @@ class TrainSettings(_Settings):
     conv_bias: bool = False # biases in the convolutions
     betas: tuple[float, float] = (0.9, 0.99) # Adam's decay rates of the running mean of the gradient and of its square
     eps: float = 1e-8 # Adam's numerical-stability term
-    wd: float|None = None # decoupled weight decay of weights, not of norms and biases; None: the recipe's
+    wd: float|None = None # decoupled weight decay of weights, not of norms and biases: a step multiplies by 1 - lr*wd; None: the recipe's
     label_smoothing: float|None = None # share of each label spread over all classes, in the loss of both sets; None: the recipe's
     flip: Literal['random', 'alternate']|None = None # horizontal flip at random, or in every other epoch; None: the recipe's
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the fastest that the device supports
@@ -163,7 +163,7 @@ class TrainSettings(_Settings):
     valid: Literal['test', 'holdout'] = 'test' # validate on the test images, or on 5,000 held-out training images
     pipeline: Literal['batch', 'item'] = 'batch' # augment whole batches on the device, or one image at a time
     num_workers: int|None = None # data-loading processes; None: fastai's default, one per core
-    checkpoint_minutes: float = 5. # longest time between two checkpoints within an epoch; each epoch ends with one
+    checkpoint_minutes: float = 5. # longest time between two checkpoints within an epoch, in minutes; each epoch ends with one
     log: Literal['none', 'tensorboard'] = 'none' # tensorboard: also write curves and pictures to the run folder's tensorboard
     seed: int = 0 # of weights, order and augmentation
     out: str|None = None # run folder, must not exist yet; None: runs/<date-time>

@@ -1,12 +1,13 @@
 """What several processes do in test_distributed.py: `launched.py WHAT FOLDER SOURCE OPTIONS`. Each leaves `rank<r>.json` in FOLDER."""
 import hashlib, json, os, signal, sys, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from fastai.vision.all import Callback, F1Score, accuracy, set_seed
 
 from cifar_fastai.data.augment import CropFlipCutout
-from cifar_fastai.core import TrainSettings
+from cifar_fastai.core import TrainSettings, printed_log
 from cifar_fastai.data.source import load_cifar10
 from cifar_fastai.data.block import cifar_dls
 from cifar_fastai.run.distributed import launched_processes
@@ -87,7 +88,7 @@ def main(what, folder, source, options):
     global rank
     rank, folder, options = int(os.environ.get('RANK', 0)), Path(folder), json.loads(options)
     torch.set_num_threads(1)
-    result = globals()[what](folder, source, **options)
+    with printed_log() if rank == 0 else nullcontext(): result = globals()[what](folder, source, **options)
     (folder/f'rank{rank}.json').write_text(json.dumps(result))
     launched_processes('cpu').end()
 

@@ -15,7 +15,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import forked
-from cifar_fastai.use.app import AppServer, build_app, check_serving, find_examples, launch_app, save_examples
+from cifar_fastai.use.app import build_app, find_examples, save_examples
+from cifar_fastai.use.serve import AppServer, check_serving, launch_app
 from cifar_fastai.cli import cifar_app
 from cifar_fastai.core import cifar10_classes, cifar10_stats
 from cifar_fastai.files import read_json, write_json
@@ -447,7 +448,8 @@ def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
 @pytest.mark.slow
 def test_closing_and_leaving_delete_the_temporary_files(tmp_path):
     code = """
-from cifar_fastai.use.app import build_app, find_examples, launch_app
+from cifar_fastai.use.app import build_app, find_examples
+from cifar_fastai.use.serve import launch_app
 import numpy as np, socket, sys
 with socket.socket() as s:
     s.bind(('127.0.0.1', 0))

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, Learner, set_seed
+from fastcore.basics import patch
 from typing_extensions import TypedDict
 
 from ..core import TrainSettings, environment, logger, peak_memory, printable, require_extra, settings_from
@@ -74,10 +75,6 @@ def run_config(
                 environment=run_environment(learn) if learn else environment())
 
 # %% ../../nbs/43_run.train.ipynb #8966680c
-class _SaveRunState(TypedDict):
-    best: float # minus infinity before the first epoch
-    best_epoch: Count|None
-
 class SaveRun(TrackerCallback):
     "Create the run folder when a fit begins, and write the history, the last and the best weights after each epoch"
     order = TrackerCallback.order + 1
@@ -120,23 +117,32 @@ class SaveRun(TrackerCallback):
             self.together.from_first(lambda: save_weights(self.model, self.path/'best.safetensors'))
             self.best_epoch = self.epoch + 1
 
-    def save_last(self):
-        "Write the current history and weights"
-        self.together.from_first(self._save)
+# %% ../../nbs/43_run.train.ipynb #c7dde4b7
+class _SaveRunState(TypedDict):
+    best: float # minus infinity before the first epoch
+    best_epoch: Count|None
 
-    def _save(self):
-        self.folder.check()
-        write_whole(self.path/'history.csv', pd.DataFrame(self.recorder.history, columns=history_columns).to_csv(index=False).encode())
-        save_weights(self.model, self.path/'model.safetensors')
+@patch
+def save_last(self:SaveRun):
+    "Write the current history and weights"
+    self.together.from_first(self._save)
 
-    def state_dict(self) -> dict:
-        "Return the state for a checkpoint"
-        return dict(best=float(self.best), best_epoch=self.best_epoch)
+@patch
+def _save(self:SaveRun):
+    self.folder.check()
+    write_whole(self.path/'history.csv', pd.DataFrame(self.recorder.history, columns=history_columns).to_csv(index=False).encode())
+    save_weights(self.model, self.path/'model.safetensors')
 
-    def load_state_dict(self, state:dict):
-        "Restore the state of a checkpoint"
-        checked(state, _SaveRunState, 'the state of SaveRun')
-        self.best, self.best_epoch = state['best'], state['best_epoch']
+@patch
+def state_dict(self:SaveRun) -> dict:
+    "Return the state for a checkpoint"
+    return dict(best=float(self.best), best_epoch=self.best_epoch)
+
+@patch
+def load_state_dict(self:SaveRun, state:dict):
+    "Restore the state of a checkpoint"
+    checked(state, _SaveRunState, 'the state of SaveRun')
+    self.best, self.best_epoch = state['best'], state['best_epoch']
 
 # %% ../../nbs/43_run.train.ipynb #e53d0744
 def write_range_test(
