@@ -428,7 +428,8 @@ def test_connections_are_bounded(launched, monkeypatch):
     finally:
         for each in first: each.close()
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))])
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_temporary_files_are_gone_however_it_ends(serve, picture, number):
     address, process = serve('--data', 'digits', fork=False)
     where = urlsplit(address)

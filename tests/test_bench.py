@@ -46,6 +46,7 @@ def test_a_batch_size_that_is_left_out_is_that_of_the_data():
     result = bench(settings)
     assert result['settings']['bs'] == 64 and len(result['cases']['limit']['images_per_second']) == 1
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):
     import multiprocessing
     with pytest.raises(ChildProcessError, match=rf'broken.*{re.escape(str(tmp_path/"nothing"))}'):

@@ -78,7 +78,7 @@ def test_the_network_that_is_given_stays_as_it_is(pictures):
 
 # ---- it says what PyTorch says
 
-@pytest.mark.parametrize('n', [1, 7, 501])
+@pytest.mark.parametrize('n', [1, 7, pytest.param(501, marks=pytest.mark.slow)])
 def test_both_agree_on_any_number_of_images(files, pictures, expected, n): # in one batch, as others would use them
     [by_onnx] = ort.InferenceSession(files['onnx']).run(['probabilities'], {'images': pictures[:n]})
     probs = dict(onnx=by_onnx, torch=of_torch(files['torch'])(torch.from_numpy(pictures[:n])).numpy())

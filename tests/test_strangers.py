@@ -508,7 +508,7 @@ def test_a_run_needs_no_output(settings, tmp_path, monkeypatch):
     monkeypatch.setattr('sys.stdout', None)
     assert train(settings(out=str(tmp_path/'run'), epochs=1))['epochs'] == 1
 
-@pytest.mark.parametrize('args', [['--help'], ['report', '--help'], ['report', '/no/such/é…']], ids=' '.join)
+@pytest.mark.parametrize('args', [['report', '/no/such/é…'], *(pytest.param(a, marks=pytest.mark.slow) for a in (['--help'], ['report', '--help']))], ids=' '.join)
 def test_a_terminal_without_the_letters_is_no_error(command, args):
     done = command(*args, env=os.environ | dict(PYTHONIOENCODING='ascii:strict'))
     assert done.returncode == (0 if '--help' in args else 1) and 'Traceback' not in done.stderr and 'codec' not in done.stderr
