@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session', autouse=True)
 def fastai_home(tmp_path_factory):
-    "fastai's folders are empty at the start, no data set is named, and whoever asks the network is refused at once"
+    "fastai's folders are empty at the start, no data set is named, and every access to the network is refused at once"
     home = tmp_path_factory.mktemp('fastai_home')
     (home/'config.ini').write_text('[DEFAULT]\ndata = data\narchive = archive\nstorage = tmp\nmodel = models\n') # else fastcore writes it, and leaves it open
     with pytest.MonkeyPatch.context() as m:

@@ -208,7 +208,7 @@ cycle = dict(lr_min=1e-4, lr_max=1e-2, peak_epoch=1)
 
 @pytest.mark.parametrize('start', [1, 2, 3])
 @pytest.mark.parametrize('anneal', ['linear', 'cos'])
-def test_start_epoch_goes_on_with_the_cycle(tiny_learner, start, anneal):
+def test_start_epoch_continues_with_the_cycle(tiny_learner, start, anneal):
     seen = Seen()
     tiny_learner().fit(4, cbs=[OneCycle(**cycle, anneal=anneal), seen], start_epoch=start)
     assert seen.lrs == pytest.approx([one_cycle_lr(step, 20, 4, 1e-4, 1e-2, anneal) for step in range(5*start, 20)])

@@ -78,7 +78,7 @@ def test_there_is_always_one_hole_of_8_by_8_and_all_625_places_are_equally_likel
     assert max(top for top, _ in places) == max(left for _, left in places) == 24
     assert uniform(places, 625) > .001
 
-def test_the_hole_is_nought_after_normalisation():
+def test_the_hole_is_zero_after_normalisation():
     mean, std = map(np.array, cifar10_stats)
     for x in draws(only_hole, white, 20):
         top, bottom, left, right = hole_of(x)
@@ -190,7 +190,7 @@ def test_processes_of_another_start_method_draw_afresh(method, tmp_path):
     assert few_repeat(sum(epochs, [])) and few_repeat(elsewhere)
 
 @pytest.mark.parametrize('again', [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy], ids=['pickle', 'deepcopy'])
-def test_a_copy_in_the_same_process_goes_on_where_the_pipeline_stands(again, img):
+def test_a_copy_in_the_same_process_continues_where_the_pipeline_stands(again, img):
     pipeline = item_pipeline()
     twin = again(pipeline)
     assert isinstance(twin, albumentations.Compose)
@@ -210,7 +210,7 @@ def test_a_pipeline_is_described_as_albumentations_own():
 # ---- refusals and picture
 
 @pytest.mark.parametrize('name, value', [('pad', -1), ('size', 0), ('flip_p', 1.5), ('flip_p', -.1), ('cutout', -1), ('cutout', 33), ('pad_mode', 'mirror')])
-def test_what_makes_no_sense_is_refused(name, value):
+def test_invalid_values_are_refused(name, value):
     with pytest.raises(ValueError, match=f'{name}.*{re.escape(repr(value))}'): CropFlipCutout(**{name: value})
 
 def test_the_picture_shows_the_image_and_its_versions(img):

@@ -474,12 +474,12 @@ def reads(counts): return sum(n for name, n in counts.items() if '_local_scalar_
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_no_step_asks_for_a_number(tiny_learner, precision, monkeypatch):
-    "On a GPU whoever asks waits until the queue is empty"
+    "On a GPU, a read on the host waits until the queue is empty"
     learn = tiny_learner(precision=precision, metrics=[accuracy, error_rate])
     with watched(monkeypatch, learn) as (counts, copies), learn.no_logging(): learn.fit(2, cbs=OneCycle(1e-4, 1e-2))
     assert reads(counts) == 0 and copies == [] and sum(counts.values()) > 100
 
-def test_whoever_reads_at_every_step_is_seen(tiny_learner, monkeypatch):
+def test_a_reader_at_every_step_is_seen(tiny_learner, monkeypatch):
     class Reads(Callback):
         def after_batch(self): self.loss.tolist()
     learn = tiny_learner()

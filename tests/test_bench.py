@@ -69,7 +69,7 @@ def test_a_process_that_is_killed_is_reported_and_the_others_end():
 @pytest.mark.parametrize('change, words', [(dict(steps=0), 'steps is 0'), (dict(repeats=0), 'repeats is 0'), (dict(warmup=0), 'warmup is 0'), (dict(bs=1), 'bs is 1'),
                                            (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'), (dict(recipe='worst'), 'recipe is'),
                                            (dict(out='no/such/folder/x.json'), 'out is'), (dict(out='.'), 'out is')])
-def test_settings_that_make_no_sense_are_refused(change, words):
+def test_settings_that_are_invalid_are_refused(change, words):
     with pytest.raises(ValueError, match=words): BenchSettings(**quick | change)
 
 @pytest.mark.parametrize('args, words', [(['--steps', '0'], 'steps is 0'), (['--device', 'cuda:99'], "device is 'cuda:99'"), (['--precision', 'fp16', '--device', 'cpu'], 'fp16')])

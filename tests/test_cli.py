@@ -113,7 +113,7 @@ def test_options_have_both_spellings(option): assert 'peak_epoch is 99.0' in ref
     (['--lr_min', 0], 'lr_min is 0.0'), (['--lr_max', 'nan'], 'lr_max is nan'), (['--lr_max', 'inf'], 'lr_max is inf'),
     (['--lr_min', .2, '--lr_max', .1], r'lr_min is 0\.2\b.*lr_max.*0\.1'), (['--peak_epoch', 24], r'peak_epoch is 24\.0\b.*epochs.*24'),
     (['--dropout', 1], 'dropout is 1.0'), (['--seed', -1], 'seed is -1'), (['--data', '/no/such'], '/no/such')])
-def test_what_makes_no_sense_is_refused_in_one_sentence_and_leaves_no_folder(args, message, folder_of_its_own):
+def test_invalid_values_are_refused_in_one_sentence_and_leaves_no_folder(args, message, folder_of_its_own):
     assert re.search(message, refused(cifar_train, '--out', 'run', *args))
     assert list(folder_of_its_own.iterdir()) == []
 
@@ -282,7 +282,7 @@ def test_interpret_calls_the_best_on_test_images_optimistic(finished, capsys, tm
     cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run')), '--weights', weights])
     assert ('optimistic' in capsys.readouterr().out) == optimistic
 
-def test_interpret_asks_mirror_images_too_when_told(finished, capsys, tmp_path):
+def test_interpret_averages_over_flips_when_told(finished, capsys, tmp_path):
     cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run')), '--flip_average'])
     assert re.search(rf'^.*(mirror|flip).*{finished[1]["flip_averaged_accuracy"]:.2%}$', capsys.readouterr().out, re.MULTILINE)
 
@@ -340,7 +340,7 @@ def test_lr_find_checks_the_settings_of_a_run(): assert 'epochs is 0' in refused
 # ---- repeat
 
 @pytest.mark.slow
-def test_repeat_prints_a_table_and_goes_on_where_it_was(small_archive, capsys):
+def test_repeat_prints_a_table_and_continues_where_it_was(small_archive, capsys):
     args = ['--data', str(small_archive), '--epochs', '1', *small_run, '--num_workers', '0', '--out', 'two', '--n']
     cifar_repeat([*args, '1'])
     first = read_json('two/repeat.json')['runs']
@@ -354,6 +354,6 @@ def test_repeat_prints_a_table_and_goes_on_where_it_was(small_archive, capsys):
     assert re.search(r'\bwd\b.*\b0\.25\b.*\b0\.9\b', refused(cifar_repeat, *args, '2', '--wd', .9))
 
 @pytest.mark.parametrize('args, message', [(['--n', 0], 'n is 0'), (['--ablate'], "valid is 'test'"), (['--data', '/no/such'], '/no/such')])
-def test_repeat_refuses_what_makes_no_sense(args, message, folder_of_its_own):
+def test_repeat_refuses_invalid_values(args, message, folder_of_its_own):
     assert message in refused(cifar_repeat, '--out', 'runs', *args)
     assert list(folder_of_its_own.iterdir()) == []

@@ -128,7 +128,7 @@ refused = [
     ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('checkpoint_minutes', -1), ('checkpoint_minutes', math.nan), ('log', 'wandb'), ('seed', -1), ('seed', 2**32)]
 
 @pytest.mark.parametrize('name, value', refused)
-def test_what_makes_no_sense_is_refused_by_name_value_and_remedy(name, value):
+def test_invalid_values_are_refused_by_name_value_and_remedy(name, value):
     with pytest.raises(ValueError) as e: TrainSettings(**{name: value})
     message = str(e.value)
     assert re.fullmatch(rf'{name} is {re.escape(repr(value))}: .+', message) # and not a line break

@@ -423,7 +423,7 @@ def test_other_stats_can_be_given(small, small_dls):
     x, _ = small_dls(bs=40, stats=cifar10_stats).valid.one_batch()
     assert np.allclose(x, ((small.test_x/255 - cifar10_stats[0])/cifar10_stats[1]).transpose(0, 3, 1, 2), atol=1e-5)
 
-def test_the_hole_in_a_training_image_is_nought_after_normalisation(small_dls):
+def test_the_hole_in_a_training_image_is_zero_after_normalisation(small_dls):
     for x in small_dls(bs=80).train.one_batch()[0]:
         near = (x.abs().amax(dim=0) < .01).float()[None] # half a grey level
         assert torch.nn.functional.avg_pool2d(near, 8, stride=1).max() == 1
@@ -496,7 +496,7 @@ def test_show_batch_does_not_change_what_training_sees(small_dls, tiny_learner):
     assert labels_seen(False) == labels_seen(True)
 
 @pytest.mark.parametrize('change', [dict(pipeline='none'), dict(valid='train'), dict(bs=0), dict(bs=-4)])
-def test_what_makes_no_sense_is_refused(small, change):
+def test_invalid_values_are_refused(small, change):
     [(name, value)] = change.items()
     with pytest.raises(ValueError, match=rf'\b{name}\b.*{re.escape(repr(value))}'): cifar_dls(small, **change)
 

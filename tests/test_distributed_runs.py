@@ -50,7 +50,7 @@ def undisturbed(small_archive, tmp_path_factory): # the run of two that nothing 
 @needs_accelerate
 @pytest.mark.skipif(not Path('/proc').exists(), reason='processes are found in /proc')
 @pytest.mark.slow
-def test_a_run_of_two_that_loses_one_ends_and_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
+def test_a_run_of_two_that_loses_one_ends_and_continues_to_the_same_weights(start_run, options, tmp_path, undisturbed):
     "With two; with one, nearly"
     process = start_run(2, *options, '--out', tmp_path/'killed')
     wait_for_epoch(tmp_path/'killed', process)
@@ -81,7 +81,7 @@ def test_a_process_that_hears_from_no_other_says_why_it_stops(start_processes, s
 
 @needs_accelerate
 @pytest.mark.slow
-def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weights(start_run, options, tmp_path, undisturbed):
+def test_a_run_of_two_that_is_stopped_within_an_epoch_continues_to_the_same_weights(start_run, options, tmp_path, undisturbed):
     process = start_run(2, *options, '--checkpoint_minutes', 0, '--out', tmp_path/'stopped')
     wait_for_epoch(tmp_path/'stopped', process, 2)
     process.send_signal(signal.SIGTERM)
@@ -93,7 +93,7 @@ def test_a_run_of_two_that_is_stopped_within_an_epoch_goes_on_to_the_same_weight
 
 @needs_accelerate
 @pytest.mark.slow
-def test_a_run_of_one_goes_on_with_two(start_run, options, tmp_path):
+def test_a_run_of_one_continues_with_two(start_run, options, tmp_path):
     "Stopped in the middle of an epoch, whose sums the first one takes"
     process = start_run(1, *options, '--checkpoint_minutes', 0, '--out', tmp_path/'run')
     wait_for_epoch(tmp_path/'run', process)

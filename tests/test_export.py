@@ -214,7 +214,7 @@ def test_what_is_there_stays(how):
     (dict(out='network', format='torch'), ValueError, r'out\b.*\bnetwork\b.*\.pt2\b'),
     (dict(out='nowhere/network.onnx'), ValueError, r'out\b.*\bnowhere/network\.onnx\b.*folder'),
     (dict(run='nothing'), FileNotFoundError, 'nothing')])
-def test_what_makes_no_sense_is_refused(arguments, error, says):
+def test_invalid_values_are_refused(arguments, error, says):
     with pytest.raises(error, match=f'^{says}'): export_model(**arguments)
     assert not list(Path().iterdir())
 

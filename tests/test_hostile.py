@@ -409,7 +409,7 @@ def with_checksums(tar):
         except ValueError: break
     return tar
 
-edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(['byte', 'bit', 'cut', 'double', 'drop', 'noughts', 'ones']), st.integers(0, 255), st.integers(1, 64)), min_size=1, max_size=6)
+edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(['byte', 'bit', 'cut', 'double', 'drop', 'zeros', 'ones']), st.integers(0, 255), st.integers(1, 64)), min_size=1, max_size=6)
 
 def mutated(content, edits):
     for where, kind, value, n in edits:
@@ -419,7 +419,7 @@ def mutated(content, edits):
         elif kind == 'cut': content = content[:i]
         elif kind == 'double': content = content[:i + n] + content[i:]
         elif kind == 'drop': content = content[:i] + content[i + n:]
-        else: content = content[:i] + (b'\0' if kind == 'noughts' else b'\xff')*n + content[i + n:]
+        else: content = content[:i] + (b'\0' if kind == 'zeros' else b'\xff')*n + content[i + n:]
     return content
 
 @pytest.fixture(scope='module')

@@ -133,7 +133,7 @@ def test_the_most_confused_are_the_largest_off_the_diagonal(interp, predicted, s
     assert [n for *_, n in found] == sorted(pairs.values(), reverse=True)
     assert all(n >= 2 for *_, n in interp.most_confused(2))
 
-def test_the_misclassified_begin_with_the_surest(interp, predicted, small):
+def test_the_misclassified_begin_with_the_most_confident(interp, predicted, small):
     targs, decoded, probs = predicted
     wrong = [(i, small.vocab[targs[i]], small.vocab[decoded[i]], probs[i].max()) for i in np.flatnonzero(targs != decoded)]
     found = interp.misclassified()

@@ -135,7 +135,7 @@ def test_dropout_follows_each_activation():
     assert [type(m) for m in layers] == [nn.ReLU, nn.Dropout]*8
     assert {m.p for m in layers[1::2]} == {.25}
 
-def test_a_dropout_of_nought_has_no_layer(nets): assert not [m for m in nets[False].modules() if isinstance(m, nn.Dropout)]
+def test_a_dropout_of_zero_has_no_layer(nets): assert not [m for m in nets[False].modules() if isinstance(m, nn.Dropout)]
 
 def test_dropout_drops_in_training_only():
     net, x = CustomResNet(norm='group', dropout=.5), torch.randn(2, 3, 32, 32)
@@ -144,7 +144,7 @@ def test_dropout_drops_in_training_only():
         assert torch.equal(net.eval()(x), net(x))
 
 @pytest.mark.parametrize('name, value', [('norm', 'nosuch'), ('norm', None), ('dropout', -.1), ('dropout', 1), ('dropout', float('nan'))])
-def test_what_makes_no_sense_is_refused(name, value):
+def test_invalid_values_are_refused(name, value):
     with pytest.raises(ValueError, match=f'{name}.*{re.escape(repr(value))}'): CustomResNet(**{name: value})
 
 @pytest.mark.parametrize('n_groups', [0, -2, 3, 128])

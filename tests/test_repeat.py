@@ -33,7 +33,7 @@ def test_more_runs_leave_those_that_are_done(repeated, tmp_path):
     three = repeat_runs(replace(settings, n=3, out=str(folder)))
     assert three[:2] == runs and three[2]['seed'] == 2 and read_json(folder/'repeat.json')['runs'] == three
 
-def test_a_run_that_was_stopped_is_gone_on_with(repeated, tmp_path):
+def test_a_run_that_was_stopped_is_continued(repeated, tmp_path):
     settings, runs = repeated
     folder = shutil.copytree(settings.out, tmp_path/'stopped')
     (folder/'seed-1/summary.json').unlink()
@@ -79,7 +79,7 @@ def test_an_ingredient_that_is_none_is_refused(without):
 @pytest.mark.parametrize('changes, message', [(dict(n=0), 'n is 0'), (dict(ablate=True), "valid is 'test'"), (dict(without=('luck',)), 'without is'),
                                               (dict(ablate=True, valid='holdout', without=('flip',)), "flip is 'random'"),
                                               (dict(ablate=True, valid='holdout', recipe='baseline'), "recipe is 'baseline'"), (dict(without=('wd',), wd=.5), 'wd is 0.5')])
-def test_what_makes_no_sense_is_refused(changes, message):
+def test_invalid_values_are_refused(changes, message):
     with pytest.raises(ValueError, match=message): RepeatSettings(**changes)
 
 @pytest.mark.slow # a narrow network finds no bounds on so few images

@@ -114,7 +114,7 @@ def test_the_matrix_the_pairs_and_the_gallery_count_the_same_mistakes(reported, 
     diagonal = re.findall(r'<span class="right"[^>]*>(\d+)</span>', page.source)
     assert list(map(int, diagonal)) == [sum(t == d == label for t, d in zip(targs, decoded)) for label in range(10)]
 
-def test_the_gallery_shows_the_images_themselves_the_surest_mistakes_first(reported, finished):
+def test_the_gallery_shows_the_images_themselves_the_most_confident_mistakes_first(reported, finished):
     page, record = Page(reported), read_run(finished[0])
     interp = run_predictions(record, run_images(record))
     names = '|'.join(interp.vocab)

@@ -58,7 +58,7 @@ def whole_fit(tiny_learner, small_dls, tmp_path_factory): # -> function that mak
 
 @pytest.mark.parametrize('pipeline, num_workers, precision, stop_at', [(*how, moment) for how, some in ((('batch', 0, 'bf16'), moments[::2]), (('item', 0, 'fp32'), moments[1::2])) for moment in some]
                          + [pytest.param(*how, moment, marks=pytest.mark.slow) for how, some in ((('batch', 0, 'bf16'), moments[1::2]), (('item', 0, 'fp32'), moments[::2]), (('item', 2, 'bf16'), moments[2:12:3])) for moment in some], ids=str)
-def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(whole_fit, tmp_path, pipeline, num_workers, precision, stop_at):
+def test_a_fit_that_continues_ends_with_the_same_weights_and_history(whole_fit, tmp_path, pipeline, num_workers, precision, stop_at):
     make, whole = whole_fit(pipeline, num_workers, precision)
     with pytest.raises(Stop): fit(make(), tmp_path/'stopped', stop_at=stop_at)
     torch.manual_seed(999); np.random.seed(999); random.seed(999) # whatever happened meanwhile
@@ -70,7 +70,7 @@ def test_a_fit_that_goes_on_ends_with_the_same_weights_and_history(whole_fit, tm
 
 @pytest.mark.parametrize('stop_at', [5, 7, ('after_epoch', 1), ('after_batch', 2, False)], ids=str)
 @pytest.mark.parametrize('pipeline, num_workers', [('batch', 0), pytest.param('item', 0, marks=pytest.mark.slow), pytest.param('item', 1, marks=pytest.mark.slow)])
-def test_dropout_goes_on_with_the_same_draws(small_dls, tmp_path, stop_at, pipeline, num_workers):
+def test_dropout_continues_with_the_same_draws(small_dls, tmp_path, stop_at, pipeline, num_workers):
     def make():
         set_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.Dropout(.3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(.3), nn.Linear(32, 10))
@@ -82,7 +82,7 @@ def test_dropout_goes_on_with_the_same_draws(small_dls, tmp_path, stop_at, pipel
     assert same(weights(again), weights(whole))
 
 @pytest.mark.parametrize('stop_at', [7, ('after_epoch', 1)], ids=str)
-def test_as_two_processes_dropout_goes_on_with_draws_of_its_own_in_each(tiny_learner, tmp_path, stop_at):
+def test_as_two_processes_dropout_continues_with_draws_of_its_own_in_each(tiny_learner, tmp_path, stop_at):
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=stop_at)
     class Draw(Callback):
         order = 100 # after all others
@@ -105,13 +105,13 @@ def test_it_can_be_stopped_again_and_again(tiny_learner, tmp_path):
     again = fit(tiny_learner(), tmp_path/'stopped', again=True)
     assert same(weights(again), weights(whole))
 
-def test_a_finished_fit_that_goes_on_does_nothing_more(tiny_learner, tmp_path, messages):
+def test_a_finished_fit_that_continues_does_nothing_more(tiny_learner, tmp_path, messages):
     whole = fit(tiny_learner(), tmp_path/'whole')
     again = fit(tiny_learner(), tmp_path/'whole', again=True)
     assert same(weights(again), weights(whole)) and again.recorder.history == whole.recorder.history
     assert len(messages().splitlines()) == 1
 
-def test_it_says_where_it_goes_on(tiny_learner, tmp_path, messages):
+def test_it_says_where_it_continues(tiny_learner, tmp_path, messages):
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=7)
     fit(tiny_learner(), tmp_path, again=True)
     assert messages().endswith('epoch 2, step 3')
@@ -149,7 +149,7 @@ def test_checkpoints_of_a_longer_fit_are_refused(tiny_learner, tmp_path):
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=2, epochs=5)
     with pytest.raises(ValueError, match=r'\b5 epochs.*\b5 batches'): fit(tiny_learner(), tmp_path, again=True)
 
-def test_a_fit_that_goes_on_in_the_same_learner_is_the_same(tiny_learner, tmp_path):
+def test_a_fit_that_continues_in_the_same_learner_is_the_same(tiny_learner, tmp_path):
     "As in a notebook after Ctrl-C"
     whole, learn = fit(tiny_learner(), tmp_path/'whole'), tiny_learner()
     with pytest.raises(Stop): fit(learn, tmp_path/'stopped', stop_at=7)
@@ -245,7 +245,7 @@ def checksum(tensors, text): # of a checkpoint, as anybody can make it
 
 @pytest.mark.parametrize('name, value', [('param_groups', [3]), ('epoch', None), ('epoch', '1'), ('epoch', 99), ('batches', -1), ('batches', 6), ('train_iter', 1.5), ('random', {}), ('random', []), ('callbacks', 3),
                                          ('fit', 3), ('fit', [3, 'x']), ('scaler', 3)], ids=str)
-def test_facts_that_make_no_sense_are_refused_with_the_right_checksum_too(kept, tiny_learner, name, value):
+def test_facts_that_are_invalid_are_refused_with_the_right_checksum_too(kept, tiny_learner, name, value):
     _, tensors, facts = newest_checkpoint(kept)
     place = dict(epoch=facts['epoch'], batches=facts['batches'])
     write_checkpoint(kept, tensors, {**facts, **place, 'x': 0})
@@ -335,7 +335,7 @@ def train_and_press(settings, press, monkeypatch):
 
 @pytest.mark.parametrize('press, status', [(('after_batch', 8, signal.SIGINT, True), None), pytest.param(('after_batch', 1, signal.SIGTERM, True), 143, marks=pytest.mark.slow), (('before_validate', 1, signal.SIGTERM), 143),
                                            (('after_batch', 2, signal.SIGINT, False), None), pytest.param(('before_epoch', 2, signal.SIGTERM), 143, marks=pytest.mark.slow), pytest.param(('after_step', 10, signal.SIGINT), None, marks=pytest.mark.slow)], ids=str)
-def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(settings, finished, monkeypatch, tmp_path, press, status):
+def test_a_run_that_continues_is_the_run_that_was_not_stopped(settings, finished, monkeypatch, tmp_path, press, status):
     "Stopped by a signal in a step, before and in a validation, between epochs"
     run = Path('run')
     with pytest.raises(SystemExit if status else KeyboardInterrupt) as e: train_and_press(settings(out=str(run)), Press(*press), monkeypatch)
@@ -495,7 +495,7 @@ def test_killed_at_any_moment_and_continued_it_ends_the_same(few, undisturbed, t
     figures(f'kills, {on}', kills=kills, equal=kills, resumed=where)
 
 @pytest.mark.parametrize('write', [pytest.param(n, marks=() if n == 5 else pytest.mark.slow) for n in (1, 2, 3, 5, 8, 13, 21)])
-def test_killed_in_the_middle_of_a_write_it_goes_on_or_starts_over(few, undisturbed, tmp_path, write):
+def test_killed_in_the_middle_of_a_write_it_continues_or_starts_over(few, undisturbed, tmp_path, write):
     "The content is written, and has neither reached the disk nor taken its name"
     run = tmp_path/'run'
     with forked.Forked(workers.command_that_dies, write, 'train', *few, '--checkpoint_minutes', 0, '--out', run) as process: out, err = process.communicate()
@@ -518,7 +518,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_status_that_shells_expect
     go_on(run)
     assert same_end(run, undisturbed[0])
 
-def test_a_run_that_fills_the_disk_ends_with_one_sentence_and_goes_on_when_there_is_room(few, undisturbed, disk):
+def test_a_run_that_fills_the_disk_ends_with_one_sentence_and_continues_when_there_is_room(few, undisturbed, disk):
     "A checkpoint has 5 MB, last and best weights 1.7 MB each"
     run = disk(12)/'run'
     with start(*few, '--out', run) as process: out, err = process.communicate(timeout=300)
@@ -554,7 +554,7 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
         with start(*args) as process: out, err = process.communicate(timeout=120)
         assert process.returncode == 1 and words in err and len(err.strip().splitlines()) == 1
 
-def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(few, undisturbed, tmp_path):
+def test_a_run_with_a_damaged_newest_checkpoint_continues_from_the_one_before(few, undisturbed, tmp_path):
     run = tmp_path/'run'
     with start(*few, '--checkpoint_minutes', 0, '--out', run) as process:
         wait_until(lambda: len(checkpoints_in(run/'checkpoint')) >= 2, process)

@@ -130,7 +130,7 @@ def test_the_recorder_plots_the_schedule():
 @pytest.mark.parametrize('args, message', [
     ((0, .1), 'lr_min is 0'), ((-.1, .1), 'lr_min is -0.1'), ((math.nan, .1), 'lr_min is nan'), ((.01, math.inf), 'lr_max is inf'), ((.01, 0), 'lr_max is 0'),
     ((.01, math.nan), 'lr_max is nan'), ((.1, .1), r'lr_min is 0\.1\b.*lr_max'), ((.2, .1), r'lr_min is 0\.2\b.*lr_max'), ((.01, .1, 1, 'step'), "anneal is 'step'")])
-def test_rates_and_shapes_that_make_no_sense_are_refused_when_it_is_made(args, message):
+def test_rates_and_shapes_that_are_invalid_are_refused_when_it_is_made(args, message):
     with pytest.raises(ValueError, match=message): OneCycle(*args)
 
 @pytest.mark.parametrize('peak_epoch', [0, -1, 2, 2.5, math.nan, math.inf])

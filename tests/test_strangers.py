@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_run_is_refused(run, settings, tmp_path):
     (run/'summary.json').unlink()
     with pytest.raises(ValueError, match=rf'{re.escape(str(run))}\b.*another run'): resume(run)
 
-def test_a_run_of_an_earlier_version_has_no_identity_and_goes_on(run, finished):
+def test_a_run_of_an_earlier_version_has_no_identity_and_continues(run, finished):
     for path in checkpoints_in(run/'checkpoint'):
         tensors, facts = read_checkpoint(path)
         write_checkpoint(run/'checkpoint', tensors, {k: v for k, v in facts.items() if k != 'run'})
@@ -328,7 +328,7 @@ parts = [('epoch',), ('batches',), ('fit',), ('train_iter',), ('pct_train',), ('
 
 @pytest.mark.parametrize('part', parts, ids=lambda p: '.'.join(map(str, p)))
 def test_wrong_values_in_a_checkpoint_end_in_one_sentence(settings, tiny_learner, small, tmp_path, part):
-    "Its checksum is right: whoever wrote it meant it so"
+    "Its checksum is right, so the content was written on purpose"
     config = run_config(settings(epochs=2), small, LRBounds(1e-3, 1e-2))
     def fit(resume):
         saved, learn = SaveRun(tmp_path/'trained', config, resume=resume), tiny_learner()
@@ -381,7 +381,7 @@ def test_names_reach_the_terminal_as_text(run, capsys):
 def test_text_is_printable_and_stays_readable():
     assert printable('é 图 a b') == 'é 图 a b' and printable('\x1b[31m\u202e\n\udcff') == '\\x1b[31m\\u202e\\n\\udcff'
 
-def test_a_full_disk_names_the_file_and_how_to_go_on(settings, tmp_path, monkeypatch):
+def test_a_full_disk_names_the_file_and_how_to_continue(settings, tmp_path, monkeypatch):
     def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     real, s = os.fsync, settings(out=str(tmp_path/'run'))
     class Full(Callback):

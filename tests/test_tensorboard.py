@@ -102,7 +102,7 @@ def test_a_run_of_before_the_setting_has_none(finished):
 
 # ---- runs that stop and go on
 
-def test_a_run_that_goes_on_has_the_curves_of_one_that_was_not_stopped(settings, logged, monkeypatch):
+def test_a_run_that_continues_has_the_curves_of_one_that_was_not_stopped(settings, logged, monkeypatch):
     run = stopped(settings, monkeypatch, out='run', log='tensorboard')
     assert writers() == [] and steps(run)['loss/train'] == [1] # epoch 1 is there, and the file is closed
     summary = resume(run)

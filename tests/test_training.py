@@ -124,7 +124,7 @@ def test_what_is_no_range_test_is_refused_by_name(text, tmp_path):
 
 # ---- settings that were left out
 
-def test_whoever_takes_settings_takes_them_with_values_left_out(settings, small, tiny_learner):
+def test_every_user_of_settings_takes_them_with_values_left_out(settings, small, tiny_learner):
     left_out = settings(ghost=None, lr_min=None)
     learn, _ = settings_learner(left_out)
     assert learn.dls.train.bs == 16 and learn.loss_func.func.label_smoothing == recipes['best'].label_smoothing
@@ -155,7 +155,7 @@ def test_what_an_old_run_did_not_name_is_compared_too():
 @pytest.mark.parametrize('changes, message', [
     (dict(ghost=None), r'ghost\b.*\b4\b.*\b32\b'), (dict(epochs=1), r'epochs\b.*\b2\b.*\b1\b'),
     (dict(recipe='baseline'), r"recipe\b.*'best'.*'baseline'")])
-def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, changes, message):
+def test_a_run_continues_with_its_own_settings_alone(finished, tmp_path, changes, message):
     run = shutil.copytree(finished[0], tmp_path/'run')
     with pytest.raises(ValueError, match=message): resume(run, changes)
     assert resume(run, dict(wd=None, bs=16)) == read_json(run/'summary.json')
