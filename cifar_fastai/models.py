@@ -117,10 +117,12 @@ class CustomResNet(nn.Module):
         self.fc = nn.Linear(n3, n_out)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Return logits (N, n_out) of normalised images (N, c_in, 32, 32)"
+        "Return logits (N, n_out) of normalised images (N, c_in, 32, 32), or of another size of at least 8×8"
         x = self.res1(self.layer1(self.prep(x)))
         x = self.res2(self.layer3(self.layer2(x)))
-        return self.logit_scale*self.fc(self.pool(x).flatten(1))
+        # `pool` covers all 4×4 positions of an image of 32×32. Images of other sizes need the maximum over all of theirs.
+        x = self.pool(x) if x.shape[-2:] == (4, 4) else F.adaptive_max_pool2d(x, 1)
+        return self.logit_scale*self.fc(x.flatten(1))
 
 # %% ../nbs/10_models.ipynb #2da092c3
 def _output_shapes(model, modules, size):
