@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ways', 'Turns', 'plain_way', 'fastai_way', 'package_way', 'bare_way', 'limit_way', 'take_turns', 'batches_alone',
-           'import_seconds', 'bench', 'ratio', 'bench_table', 'plot_bench', 'StepClock', 'profile_step', 'plot_growth']
+           'import_seconds', 'matrix_products', 'step_rate', 'bench', 'ratio', 'bench_table', 'plot_bench', 'StepClock',
+           'profile_step', 'plot_growth']
 
 # %% ../nbs/70_bench.ipynb #36229991
 import multiprocessing as mp
-import os, subprocess, sys, time, traceback
+import os, subprocess, sys, time, timeit, traceback
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
@@ -30,6 +31,7 @@ from .data.source import load_cifar10
 from .data.loader import resolve_device
 from .data.block import cifar_block, cifar_dls
 from .optimizer import FusedAdam
+from .callback.cost import training_cost
 from .callback.precision import keep_memory, precision_of, resolve_precision
 from .learner import cifar_learner
 from .models import CustomResNet
@@ -361,6 +363,31 @@ def import_seconds(
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
+# %% ../nbs/70_bench.ipynb #f5b97d9a
+def matrix_products(
+    device:torch.device,
+    sizes=(1024, 2048), # numbers of rows of the square matrices
+) -> dict: # data type -> 10¹² floating-point operations a second, of the fastest size
+    "Measure the rate of matrix products in fp32 and bf16"
+    rates = {}
+    for name, dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items():
+        for n in sizes:
+            a, b = torch.rand(2, n, n, device=device).to(dtype)
+            def product():
+                torch.matmul(a, b)
+                _synchronize(device)
+            product() # the first one includes preparations
+            seconds = min(timeit.repeat(product, number=1, repeat=5))
+            rates[name] = max(rates.get(name, 0), 2e-12*n**3/seconds)
+    return rates
+
+def step_rate(
+    result:dict, # of `bench`
+    case:str='package',
+) -> float: # 10¹² floating-point operations a second
+    "Compute the rate of a training step, with the operations that the model needs"
+    return float(np.mean(result['cases'][case]['images_per_second']))*training_cost(CustomResNet())/1e12
+
 # %% ../nbs/70_bench.ipynb #38a23961
 def _with_steps(settings, device, n_images): # -> `BenchSettings` with `steps` and `warmup` that suit the device
     gpu = device.type == 'cuda'
@@ -391,8 +418,8 @@ def _growth_cases(settings, device): # -> dict: part of the result -> cases for 
 def bench(
     settings:BenchSettings=BenchSettings(), # what to measure
     say=lambda line: None, # called with each line of progress
-) -> dict: # JSON-ready: the conditions, `cases`, and with the settings `batches`, `sizes` and `batch_sizes`
-    """Measure the cases in turns and, as the settings ask, the making of batches and the cost of growth.
+) -> dict: # JSON-ready: the conditions, `cases`, `matrix_products`, and as the settings ask `batches`, `sizes` and `batch_sizes`
+    """Measure the cases in turns, the processor's limit, and, as the settings ask, the making of batches and the cost of growth.
 
     `cases`, `sizes` and `batch_sizes` are results of `take_turns`, `batches` is that of `batches_alone`. Raise
     `ValueError` for settings that this machine cannot fulfil, and `ChildProcessError` if a process fails."""
@@ -410,6 +437,7 @@ def bench(
 
     measure('cases', take_turns, {name: (name, settings, None) for name in settings.cases}, say)
     if settings.batches: measure('batches', batches_alone, settings)
+    measure('matrix_products', matrix_products, device)
     if settings.growth:
         for part, cases in _growth_cases(settings, device).items(): measure(part, take_turns, cases, say)
     return result

@@ -295,7 +295,7 @@ def _predict(paths, pool, classify, vocab): # -> number of files that were not i
 @_command
 def cifar_bench(settings:BenchSettings):
     "Measure the training throughput in turns: plain PyTorch, plain fastai, this package, a loop without a Learner, and the limit."
-    from cifar_fastai.bench import bench, bench_table
+    from cifar_fastai.bench import bench, bench_table, step_rate
     settings = replace(settings.resolved(), out=settings.out or f'bench_{datetime.now():%Y-%m-%d_%H-%M-%S}.json')
     result = bench(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     steps = result['settings']['steps']
@@ -303,6 +303,9 @@ def cifar_bench(settings:BenchSettings):
     print(bench_table(result).to_string())
     for key, label in dict(batches='making batches alone, one core', sizes='by training images', batch_sizes='by batch size').items():
         _print_rates(result, key, label)
+    products = ', '.join(f'{name} {rate:.3f}' for name, rate in result['matrix_products'].items())
+    reached = f"; a step of package reaches {step_rate(result):.3f}" if 'package' in result['cases'] else ''
+    print(f'matrix products, TFLOP/s: {products}{reached}')
     first = f", first step of package {result['cases']['package']['first_step']:.1f} s after its process began" if 'package' in result['cases'] else ''
     print(f"importing fastai {result['import_fastai']:.1f} s{first}")
     print(f'saved {printable(settings.out)}')

@@ -309,12 +309,19 @@ def environment() -> dict: # JSON-ready
         except PackageNotFoundError: return None
     packages = 'cifar_fastai', 'torch', 'torchvision', 'fastai', 'fastcore', 'albumentations', 'safetensors', 'numpy'
     return dict(python=platform.python_version(), platform=platform.platform(), processor=_processor(), cores=os.cpu_count(),
-                packages={name: installed(name) for name in packages})
+                cpu=_cpu(), packages={name: installed(name) for name in packages})
 
-def _processor():
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: return platform.processor()
-    return next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), platform.machine())
+def _cpuinfo() -> dict: # of the first core; empty where the system has no such file
+    try: lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
+    except OSError: return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in lines)}
+
+def _processor(): return _cpuinfo().get('model name') or platform.processor() or platform.machine()
+
+def _cpu(): # what the name does not tell: the generation, and the instructions on which the speed depends
+    info = _cpuinfo()
+    flags = {'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'asimd', 'bf16'} & set(info.get('flags', info.get('Features', '')).split())
+    return dict(family=info.get('cpu family'), model=info.get('model'), flags=sorted(flags))
 
 # %% ../nbs/00_core.ipynb #c5d890be
 def peak_memory() -> int|None: # bytes; `None` where the system does not tell

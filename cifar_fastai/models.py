@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GhostBatchNorm2d', 'Residual', 'CustomResNet', 'layer_table', 'model_summary', 'plot_model', 'whitening_filters',
-           'whiten_first_layer', 'half_precision', 'load_pretrained']
+           'whiten_first_layer', 'dirac_layers', 'half_precision', 'load_pretrained']
 
 # %% ../nbs/10_models.ipynb #2012fc6f
 from functools import partial
@@ -242,6 +242,18 @@ def whiten_first_layer(
     weight = model.prep[0].weight
     filters = whitening_filters(images)[:len(weight)//2]
     with torch.no_grad(): weight[:2*len(filters)] = torch.cat([filters, -filters])
+    return model
+
+# %% ../nbs/10_models.ipynb #39ccc789
+def dirac_layers(
+    model:CustomResNet, # changed in place
+) -> CustomResNet: # `model`
+    """Initialise the first filters of `layer1`, `layer2` and `layer3` as the identity of their input channels.
+
+    Source: Jordan, *94% on CIFAR-10 in 3.29 Seconds* (2024)."""
+    for layer in (model.layer1, model.layer2, model.layer3):
+        weight = layer[0].weight
+        nn.init.dirac_(weight.data[:weight.shape[1]])
     return model
 
 # %% ../nbs/10_models.ipynb #666908f2

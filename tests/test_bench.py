@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from cifar_fastai.bench import bench, bench_table, plot_bench, plot_growth, ratio, take_turns
+from cifar_fastai.bench import bench, bench_table, matrix_products, plot_bench, plot_growth, ratio, step_rate, take_turns
 from cifar_fastai.core import BenchSettings
 
 quick = dict(data='digits', bs=8, steps=1, warmup=1, repeats=2)
@@ -23,9 +24,21 @@ def test_every_case_is_measured_in_every_turn_and_written_with_settings_machine_
         assert case['memory'] > 2**27 and case['first_step'] > 0 # torch alone takes more than 128 MB
     assert {name: len(rates) for name, rates in result['batches'].items()} == dict(albumentations=2, fastai=2, package=2)
     assert all(min(rates) > 0 for rates in result['batches'].values())
+    assert set(result['matrix_products']) == {'fp32', 'bf16'} and step_rate(result) > 0
     written = json.loads((tmp_path/'bench.json').read_text(encoding='utf8'))
     assert written == json.loads(json.dumps(result))
     assert written['settings']['steps'] == 1 and written['environment']['packages']['torch'] and written['device'] and written['n_images'] == 1438
+
+def test_the_rate_of_matrix_products_is_a_limit_of_each_type():
+    by_size = [matrix_products(torch.device('cpu'), sizes=(n,)) for n in (32, 256)]
+    both = matrix_products(torch.device('cpu'), sizes=(32, 256))
+    assert set(both) == {'fp32', 'bf16'} and all(rate > 0 for rates in by_size for rate in rates.values())
+    assert both['fp32'] > by_size[0]['fp32'] # the larger product has the higher rate, by much
+
+def test_the_rate_of_a_step_follows_from_its_operations(recorded):
+    mean = np.mean(recorded['cases']['package']['images_per_second'])
+    assert step_rate(recorded) == pytest.approx(mean*2.27e9/1e12, rel=.01) # 2.27 billion operations an image
+    assert step_rate(recorded, 'plain') < step_rate(recorded)
 
 def test_the_table_has_rates_spread_epoch_memory_and_ratios(recorded):
     table, rates = bench_table(recorded), recorded['cases']['package']['images_per_second']
@@ -81,5 +94,5 @@ def test_the_command_refuses_in_one_sentence(command, args, words):
 def test_the_command_prints_the_table_and_writes_the_file(command, tmp_path):
     done = command('bench', '--data', 'digits', '--bs', '8', '--steps', '1', '--warmup', '1', '--repeats', '1', '--cases', 'package', 'limit', '--recipe', 'best', '--no-batches', '--out', tmp_path/'b.json')
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ('package', 'limit', 'images/s', '× limit', 'importing fastai'))
+    assert all(word in done.stdout for word in ('package', 'limit', 'images/s', '× limit', 'TFLOP/s', 'importing fastai'))
     assert list(json.loads((tmp_path/'b.json').read_text(encoding='utf8'))['cases']) == ['package', 'limit']

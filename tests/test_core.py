@@ -1,6 +1,7 @@
 """The facts, the settings and their refusals, and that importing them costs nothing."""
 import json, math, os, re, stat, subprocess, sys
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -196,6 +197,9 @@ def test_environment_says_what_ran_where():
     assert env['cores'] >= 1 and env['processor']
     assert {'torch', 'fastai', 'cifar_fastai'} <= set(env['packages'])
     assert all(env['packages'].values())
+    if not (cpuinfo := Path('/proc/cpuinfo')).exists(): return
+    for flag in 'avx2', 'avx512_bf16', 'amx_bf16':
+        assert (flag in env['cpu']['flags']) == bool(re.search(rf'^flags\b.*\b{flag}\b', cpuinfo.read_text(), re.MULTILINE))
 
 # ---- imports
 

@@ -9,7 +9,7 @@ from safetensors.torch import load
 from torch import nn
 
 from cifar_fastai.core import TrainSettings
-from cifar_fastai.models import CustomResNet, GhostBatchNorm2d, half_precision, layer_table, model_summary, plot_model, whiten_first_layer, whitening_filters
+from cifar_fastai.models import CustomResNet, GhostBatchNorm2d, dirac_layers, half_precision, layer_table, model_summary, plot_model, whiten_first_layer, whitening_filters
 
 # Seed 001, without its two rows of whole blocks
 seed_001 = '''
@@ -273,3 +273,26 @@ def test_a_narrow_first_layer_begins_with_the_largest_directions():
     filters = whitening_filters(images)
     weight = whiten_first_layer(CustomResNet(width=8), images).prep[0].weight
     assert torch.equal(weight, torch.cat([filters[:4], -filters[:4]]))
+
+# ---- where the later layers begin, and other sizes
+
+@pytest.mark.parametrize('kwargs', [{}, dict(conv_bias=True, norm='group', width=16)])
+def test_with_dirac_filters_the_first_half_of_a_layer_passes_its_input_on(kwargs):
+    torch.manual_seed(0)
+    net = CustomResNet(**kwargs)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    assert dirac_layers(net) is net
+    for name, n in ('layer1', 1), ('layer2', 2), ('layer3', 4):
+        convolution, n = getattr(net, name)[0], n*kwargs.get('width', 64)
+        x = torch.randn(2, n, 6, 6)
+        convolution.bias = None
+        assert torch.equal(convolution(x)[:, :n], x)
+        assert torch.equal(convolution.weight[n:], before[f'{name}.0.weight'][n:])
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items() if name not in ('layer1.0.weight', 'layer2.0.weight', 'layer3.0.weight'))
+
+@pytest.mark.parametrize('size', [8, 16, 20, 24, 28, 48])
+def test_other_sizes_are_pooled_over_all_positions(size):
+    net = CustomResNet(width=16).eval()
+    x = torch.randn(2, 3, size, size)
+    features = net.res2(net.layer3(net.layer2(net.res1(net.layer1(net.prep(x))))))
+    assert torch.allclose(net(x), net.fc(features.amax((2, 3))), atol=1e-6)

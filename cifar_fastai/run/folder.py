@@ -43,12 +43,18 @@ class _Data(TypedDict):
     n_train: Annotated[int, Field(ge=1, le=10**9)]
     n_test: Annotated[int, Field(ge=1, le=10**9)]
 
+class _CPU(TypedDict):
+    family: Text|None
+    model: Text|None
+    flags: list[Text]
+
 class _Environment(TypedDict):
     packages: dict[Text, Text|None]
     python: NotRequired[Text]
     platform: NotRequired[Text]
     processor: NotRequired[Text]
     cores: NotRequired[Count|None]
+    cpu: NotRequired[_CPU]
     device: NotRequired[Text]
     precision: NotRequired[Text]
     threads: NotRequired[Count]
