@@ -197,7 +197,9 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
     data, workers = ('digits', '2') if at_once else (small_archive, '0') # at once: just before the workers are forked
     args = ['--data', data, '--epochs', '200', *small_run, '--num_workers', workers, '--out', run]
     with forked.Forked(forked.command, 'train', *args) as process:
-        wait_until((run/'config.json' if at_once else run/'best.safetensors').exists, process)
+        # The bounds are recorded when signals are already handled, and the first step has not begun.
+        begun = (lambda: (run/'config.json').exists() and read_json(run/'config.json')['bounds']) if at_once else (run/'best.safetensors').exists
+        wait_until(begun, process)
         press_ctrl_c(process)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
