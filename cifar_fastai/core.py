@@ -359,4 +359,5 @@ def printed_log():
     try: yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        level, logger.propagate = before
+        logger.setLevel(level) # and not by assignment: loggers cache what is enabled
