@@ -22,8 +22,10 @@ from .core import Recipe, get_recipe, recipes
 from .files import Count, checked
 from .data.loader import SeededDL
 from .data.inspect import _check_data, _device_of, _n_classes, first_images
-from .models import CustomResNet, whiten_first_layer
+from .models import CustomResNet, dirac_layers, whiten_first_layer
 from .optimizer import FusedAdam
+from .callback.average import Lookahead
+from .callback.cost import FreezeFirst, ImageSizes
 from .callback.precision import Autocast, precision_callbacks, resolve_precision, scaled_optimizer
 from .callback.recorder import EpochProgress, EpochRecorder
 
@@ -186,12 +188,19 @@ def no_bar_without_tty(
 def new_model(
     dls:DataLoaders,
     whiten:bool, # initialise the first convolution from the first 5,000 training images
+    dirac:bool=False, # initialise three convolutions with `dirac_layers`
     **network, # further arguments of `CustomResNet`
 ) -> CustomResNet:
     "Return a new network for the classes of `dls`"
     model = CustomResNet(_n_classes(dls), **network)
     if whiten: whiten_first_layer(model, first_images(dls).cpu())
+    if dirac: dirac_layers(model)
     return model
+
+def _recipe_callbacks(recipe, **given): # -> callbacks; a value that is not given is the recipe's
+    kinds = dict(sizes=ImageSizes, freeze_first=FreezeFirst, lookahead=Lookahead)
+    values = {name: getattr(recipe, name) if given[name] is None else given[name] for name in kinds}
+    return [kinds[name](value) for name, value in values.items() if value]
 
 def _recipe_loss(recipe, label_smoothing, loss_func):
     if loss_func is None:
@@ -220,12 +229,15 @@ def cifar_learner(
     wd:float=None, # decoupled weight decay, of weights only; `None` is the recipe's
     compile:bool=False, # compile the model with `torch.compile`
     cbs=None, # further callbacks
-    recipe:str|Recipe=None, # 'best', 'baseline' or a `Recipe`; `None` is that of `dls`, or 'best'
+    recipe:str|Recipe=None, # the name of one of `recipes`, or a `Recipe`; `None` is that of `dls`, or 'best'
     label_smoothing:float=None, # of the loss of both sets; `None` is the recipe's
     loss_func=None, # `None` is cross-entropy with `label_smoothing`
     opt_func=None, # as fastai's `Learner` takes it; `None` is `FusedAdam` with `betas`, `eps` and `wd`
     metrics=accuracy, # of both sets
     wd_bn_bias:bool=False, # decay norms and biases, too
+    sizes=None, # of `ImageSizes`, () for images as they are; `None` is the recipe's
+    freeze_first:int=None, # epochs of `FreezeFirst`, 0 for none; `None` is the recipe's
+    lookahead:int=None, # steps of `Lookahead`, 0 for none; `None` is the recipe's
     **kwargs, # further arguments of fastai's `Learner`
 ) -> CifarLearner:
     """Return a fastai `Learner` with Adam, cross-entropy, and accuracy on both sets.
@@ -236,9 +248,10 @@ def cifar_learner(
     _check_data(dls, images=model is None, targets=loss_func is None)
     loss_func = _recipe_loss(recipe, label_smoothing, loss_func)
     opt_func, wd = _optimizer(recipe, opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
-    if model is None: model = new_model(dls, recipe.whiten, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
+    if model is None: model = new_model(dls, recipe.whiten, recipe.dirac, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
     if compile: model.compile()
-    cbs = [SetEpoch(), *precision_callbacks(precision, _device_of(dls)), *L(cbs)]
+    of_recipe = _recipe_callbacks(recipe, sizes=sizes, freeze_first=freeze_first, lookahead=lookahead)
+    cbs = [SetEpoch(), *precision_callbacks(precision, _device_of(dls)), *of_recipe, *L(cbs)]
     learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs, **kwargs)
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.add_cbs([EpochRecorder(), EpochProgress()])

@@ -466,6 +466,24 @@ def test_after_an_exception_another_learner_trains_as_if_nothing_had_been(tiny_l
     failing.fit(1, .01) # and the same learner goes on
     assert all(torch.isfinite(v).all() for v in weights(failing).values() if v.is_floating_point())
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+@pytest.mark.parametrize('error', [RuntimeError('out of memory'), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_on_a_gpu_after_an_exception_another_learner_trains_as_if_nothing_had_been(tiny_learner, small_dls, error, precision):
+    def learner(): return tiny_learner(small_dls(device='cuda'), precision=precision)
+    undisturbed = learner()
+    undisturbed.fit(2, .01)
+    failing = learner()
+    failing.model.append(Fails())
+    failing.fit(1, .01)
+    failing.model[-1].error = error
+    with pytest.raises(type(error)): failing.fit(1, .01)
+    assert not torch.is_autocast_enabled('cuda')
+    assert (torch.ones(4, 4, device='cuda')@torch.ones(4, 4, device='cuda')).dtype == torch.float32
+    after = learner()
+    after.fit(2, .01)
+    assert_same(weights(after), weights(undisturbed))
+
 def test_two_threads_that_predict_at_once_leave_no_autocast_on(tiny_learner):
     learners, problems = [tiny_learner(precision='bf16') for _ in range(2)], []
     expected = learners[0].get_preds()[0]

@@ -564,13 +564,13 @@ def test_batches_on_a_gpu_are_those_on_the_processor(small):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
-@pytest.mark.parametrize('recipe', ['baseline', 'best'])
+@pytest.mark.parametrize('recipe', ['baseline', 'best', 'quick'])
 def test_an_epoch_on_a_gpu_never_waits(small_dls, precision, recipe):
     class NoWaiting(Callback):
         order = -1000
         def before_epoch(self): torch.cuda.set_sync_debug_mode('error')
         def after_epoch(self): torch.cuda.set_sync_debug_mode('default') # here the recorder reads
-    model = CustomResNet(ghost=4 if recipe == 'best' else 0)
+    model = CustomResNet(ghost=0 if recipe == 'baseline' else 4)
     learn = cifar_learner(small_dls(device='cuda', recipe=recipe), model, precision, recipe=recipe).remove_cbs(ProgressCallback)
     try:
         with learn.no_logging(): learn.fit(2, cbs=[OneCycle(1e-4, 1e-2), NoWaiting()])

@@ -163,7 +163,8 @@ class FiniteLoss(Callback):
 class Checkpoints(Callback):
     """Save checkpoints of one fit, and resume from the newest.
 
-    Callbacks that have `state_dict` (JSON-ready) and `load_state_dict` are saved, too; others start afresh."""
+    Callbacks that have `state_dict` (of tensors and what is JSON-ready) and `load_state_dict` are saved, too; others
+    start afresh. Tensors must be the same in every process."""
     order = TrackerCallback.order + 2 # after the callbacks that save weights and history
     def __init__(self,
         folder, # of the checkpoints; must not contain any unless `resume` is set
@@ -231,9 +232,11 @@ def save(self:Checkpoints) -> Path:
     "Save a checkpoint; must be called between steps, and in every process"
     check_finite(self.learn)
     facts, tensors = _random_states()
-    own = dict(random=facts, callbacks={name: cb.state_dict() for name, cb in self._others().items()})
+    states = {name: cb.state_dict() for name, cb in self._others().items()}
+    own = dict(random=facts, callbacks={name: _split(state)[0] for name, state in states.items()})
+    shared = {f'callback.{name}.{k}': t for name, state in states.items() for k, t in _split(state)[1].items()}
     kept = self.processes.gather((own, tensors))
-    path = self.processes.from_first(lambda: self._write(kept))
+    path = self.processes.from_first(lambda: self._write(kept, shared))
     self.last = time.monotonic()
     return path
 
@@ -255,9 +258,14 @@ def _set_random_states(facts, tensors):
 def _others(self:Checkpoints): # the class is tested: callbacks delegate unknown attributes
     return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
 
+def _split(state): # -> (what is JSON-ready, tensors)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in state.items() if name not in tensors}, tensors
+
 @patch
-def _write(self:Checkpoints, kept): # state of each process
+def _write(self:Checkpoints, kept, shared): # state of each process; tensors of callbacks, which all have
     (own, tensors), *others = kept
+    tensors = tensors | shared
     state, scaler, (epoch, batches) = self.opt.opt.state_dict(), getattr(self.learn, 'scaler', None), self.position
     for i, (_, theirs) in enumerate(others, 1): tensors |= {f'other.{i}.{k}': v for k, v in theirs.items()}
     tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
@@ -356,6 +364,8 @@ def _load(self:Checkpoints):
         _check_optimizer(self.opt.opt, moments, groups)
         self.opt.opt.load_state_dict(dict(state=moments, param_groups=groups))
         for name, cb in self._others().items():
-            if name in facts['callbacks']: cb.load_state_dict(facts['callbacks'][name])
+            if name not in facts['callbacks']: continue
+            of_it = f'callback.{name}.'
+            cb.load_state_dict(facts['callbacks'][name] | {k.removeprefix(of_it): t for k, t in tensors.items() if k.startswith(of_it)})
         if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
         _set_random_states(facts['random'], tensors) # validates them; they are set again when training begins

@@ -28,30 +28,45 @@ def training_cost(
 
 # %% ../../nbs/25_callback.cost.ipynb #a732a935
 class ImageSizes(Callback):
-    """Downsample the training images of each epoch to a size of its own, with an antialiasing filter.
+    """Downsample the training images with an antialiasing filter, to each of `sizes` in an equal part of the epochs.
 
-    Raises `ValueError` unless there is one size for each epoch of the fit."""
+    The last epoch always has the last size. In a fit of fewer epochs than sizes, some sizes are skipped."""
     order = 5 # after the transforms of the batch, and before the precision of the forward pass
     def __init__(self,
-        sizes, # height and width of the images of each epoch, in pixels
+        sizes, # heights and widths of the images, in pixels
     ):
         self.sizes = tuple(sizes)
         if not self.sizes or not all(isinstance(size, int) and size >= 8 for size in self.sizes):
-            raise ValueError(f'sizes is {sizes}: must be integers of at least 8, one for each epoch')
+            raise ValueError(f'sizes is {sizes}: must be integers of at least 8')
 
     def before_fit(self):
-        "Compare the number of sizes with the number of epochs; do nothing in a range test"
+        "Do nothing in a range test"
         self.run = not hasattr(self.learn, 'lr_finder')
-        if self.run and len(self.sizes) != self.n_epoch:
-            raise ValueError(f'sizes has {len(self.sizes)} values: must have one for each of the {self.n_epoch} epochs')
+
+    def size_of(self,
+        epoch:int, # counted from 0
+        n_epoch:int, # epochs of the fit
+    ) -> int:
+        "Return the size of the images of an epoch"
+        return self.sizes[-(-(epoch + 1)*len(self.sizes)//n_epoch) - 1]
 
     def before_batch(self):
         "Resize a training batch"
-        size = self.sizes[self.epoch]
+        size = self.size_of(self.epoch, self.n_epoch)
         if not self.training or self.x.shape[-2:] == (size, size): return
         self.learn.xb = (F.interpolate(self.x, size=(size, size), mode='bilinear', antialias=True), *self.xb[1:])
 
 # %% ../../nbs/25_callback.cost.ipynb #157c47a1
+class _Detach:
+    "Forward hook that detaches the output while `callback` freezes the layer; a copy of the model does not freeze"
+    def __init__(self, callback=None): self.callback = callback
+    def __reduce__(self): return _Detach, ()
+
+    def __call__(self, module, inputs, output):
+        # A fit that ends in an exception leaves the hook behind, and fastai sets `learn` of its callbacks to `None`.
+        cb = self.callback
+        if cb is not None and cb.frozen and cb.learn is not None and cb.learn.training: return output.detach()
+
 class FreezeFirst(Callback):
     """Train the first layer of the model, its convolution and its norm, in the first `epochs` epochs of a fit only.
 
@@ -69,14 +84,10 @@ class FreezeFirst(Callback):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         if getattr(self.learn, 'processes', None) and self.learn.processes.n > 1:
-            raise ValueError(f'the first layer cannot be frozen when {self.learn.processes.n} processes train together')
+            raise ValueError(f'freeze_first: {self.learn.processes.n} processes train together, and the first layer is frozen in a single one only: give 0')
         self.first = next(m for m in self.model.children() if list(m.parameters()))
         if self.hook: self.hook.remove() # of a fit that ended in an exception
-        self.hook = self.first.register_forward_hook(self._detach)
-
-    def _detach(self, module, inputs, output):
-        # A fit that ends in an exception leaves the hook behind, and fastai sets `learn` of its callbacks to `None`.
-        if self.frozen and self.learn is not None and self.learn.training: return output.detach()
+        self.hook = self.first.register_forward_hook(_Detach(self))
 
     def before_train(self):
         "Freeze the layer from epoch `epochs` on"

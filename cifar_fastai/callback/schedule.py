@@ -26,15 +26,17 @@ def one_cycle_lr(
     step:int, # 0 … n_steps − 1
     n_steps:int, # steps of the whole fit
     peak_step:int, # the step that runs at `lr_max`
-    lr_min:float, # of step 0 and of the last step
+    lr_min:float, # of the last step
     lr_max:float,
     anneal:Literal['linear', 'cos']='linear', # straight lines, or half cosines
-) -> float: # in [`lr_min`, `lr_max`]
+    lr_start:float=None, # of step 0; `None` is `lr_min`
+) -> float: # in [`lr_min`, `lr_max`], or before the peak in [`lr_start`, `lr_max`]
     "Return the learning rate of one step. If the peak is step 0, that step runs at `lr_max`"
     if step == peak_step: return lr_max
     height = step/peak_step if step < peak_step else (n_steps - 1 - step)/(n_steps - 1 - peak_step)
     if anneal == 'cos': height = (1 - math.cos(math.pi*height))/2
-    return min(max(lr_min + (lr_max - lr_min)*height, lr_min), lr_max) # rounding must not leave the interval
+    low = lr_start if step < peak_step and lr_start is not None else lr_min
+    return min(max(low + (lr_max - low)*height, low), lr_max) # rounding must not leave the interval
 
 # %% ../../nbs/20_callback.schedule.ipynb #47cda59a
 def peak_step_of(
@@ -54,15 +56,19 @@ class OneCycle(ParamScheduler):
 
     Raises `ValueError` for learning rates that are not positive or not in order, and for a `peak_epoch` outside of the fit."""
     def __init__(self,
-        lr_min:float, # of the first and of the last step
+        lr_min:float, # of the last step, and of the first one without `lr_start`
         lr_max:float, # of the last step of epoch `peak_epoch`
         peak_epoch:float=None, # 0 < `peak_epoch` < n_epoch, may be a fraction; `None` is n_epoch·5/24
         anneal:Literal['linear', 'cos']='linear', # straight lines, or half cosines
+        lr_start:float=None, # of the first step, at most `lr_max`; `None` is `lr_min`
     ):
         check_lr_order(lr_min, lr_max)
+        if lr_start is not None and not 0 < lr_start <= lr_max:
+            raise ValueError(f'lr_start is {lr_start}: must be positive and at most lr_max ({lr_max})')
         if anneal not in ('linear', 'cos'): raise ValueError(f"anneal is {anneal!r}: must be 'linear' or 'cos'")
         super().__init__({'lr': self.lr_at})
         self.lr_min, self.lr_max, self.peak_epoch, self.anneal = float(lr_min), float(lr_max), peak_epoch, anneal
+        self.lr_start = lr_start
 
     def before_fit(self):
         "Compute the number of steps and the step of the peak"
@@ -74,7 +80,7 @@ class OneCycle(ParamScheduler):
 
     def lr_at(self, step:int) -> float:
         "Return the learning rate of a step of this fit"
-        return one_cycle_lr(step, self.n_steps, self.peak_step, self.lr_min, self.lr_max, self.anneal)
+        return one_cycle_lr(step, self.n_steps, self.peak_step, self.lr_min, self.lr_max, self.anneal, self.lr_start)
 
 # %% ../../nbs/20_callback.schedule.ipynb #b59bbbd5
 class _RangeTest(LRFinder):

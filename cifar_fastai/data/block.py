@@ -59,11 +59,11 @@ def cifar_dls(
     pipeline:Literal['batch', 'item']='batch', # augment whole batches on the device, or one image at a time
     valid:Literal['test', 'holdout']='test', # validate on the test images, or on a fixed tenth of the training images
     seed:int=None, # of order and augmentation; `None` draws one from torch's global generator
-    aug:CropFlipCutout=None, # augmentation of training images; `None` is the assignment's, with the flips of the recipe
+    aug:CropFlipCutout=None, # augmentation of training images; `None` is the assignment's, with the flips and the cutout of the recipe
     stats=None, # (means, standard deviations) to normalise with; `None` is those of the training images
     num_workers:int=None, # processes that prepare items in the item pipeline; fastai's default is one per core
     device='auto', # 'auto' is a GPU if there is one
-    recipe:str|Recipe='best', # 'best', 'baseline' or a `Recipe`; kept as `dls.recipe`
+    recipe:str|Recipe='best', # the name of one of `recipes`, or a `Recipe`; kept as `dls.recipe`
 ) -> DataLoaders: # with `train`, `valid`, `vocab`, `c` and `recipe`
     """Return CIFAR-10 as fastai `DataLoaders`, with batches of `TensorImage` (N, 3, 32, 32), normalised, and `TensorCategory` (N,).
 
@@ -74,7 +74,7 @@ def cifar_dls(
     if bs < 1: raise ValueError(f'bs is {bs}: must be 1 or more')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source)
-    block = cifar_block(stats or data.stats, data.vocab, aug or CropFlipCutout(flip=recipe.flip), valid)
+    block = cifar_block(stats or data.stats, data.vocab, aug or CropFlipCutout(flip=recipe.flip, cutout=recipe.cutout), valid)
     kwargs = dict(bs=bs, drop_last=False, seed=seed, num_workers=num_workers, device=resolve_device(device))
     if pipeline == 'item': dls = block.dataloaders(data, dl_type=SeededDL, **kwargs)
     else: # the first element of `dl_kwargs` goes to the training loader, the second to the validation loader

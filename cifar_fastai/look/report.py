@@ -67,7 +67,7 @@ def run_lrs(
     peak = peak_step_of(s.peak_epoch, s.epochs, n_batch)
     steps = range(n_steps)
     if n_steps > most: steps = sorted({*range(0, n_steps, -(-n_steps//most)), peak, n_steps - 1})
-    lrs = [one_cycle_lr(step, n_steps, peak, *record.bounds, s.anneal) for step in steps]
+    lrs = [one_cycle_lr(step, n_steps, peak, *record.bounds, s.anneal, s.lr_start or None) for step in steps]
     return list(steps), lrs, n_batch
 
 # %% ../../nbs/51_look.report.ipynb #7f12a00f
@@ -79,7 +79,7 @@ def _lr_text(record) -> str:
     elif len(given) == 1: source = f'{given[0]} was given; the other bound was found by a range test.'
     else: source = 'Both bounds were given, so there was no range test.'
     shape = dict(linear='linearly', cos='along half-cosine curves')[s.anneal]
-    rise = f'rises from {low:.3g} at the first step to {high:.3g} at the end of epoch {s.peak_epoch:g}'
+    rise = f'rises from {s.lr_start or low:.3g} at the first step to {high:.3g} at the end of epoch {s.peak_epoch:g}'
     return f'The learning rate {rise} and falls back to {low:.3g} at the last step, {shape}. {source}'
 
 # %% ../../nbs/51_look.report.ipynb #7f12a009

@@ -279,6 +279,6 @@ def learner_from_run(
         raise ValueError(f"the classes of the run are {', '.join(facts['vocab'])}, and those of the data "
                          f"{', '.join(data.vocab)}: give the data of the run")
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
-                    aug=CropFlipCutout(flip=settings.flip), stats=facts['stats'], num_workers=settings.num_workers,
+                    aug=CropFlipCutout(flip=settings.flip, cutout=settings.cutout), stats=facts['stats'], num_workers=settings.num_workers,
                     recipe=settings.recipe)
     return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **settings.optimization))

@@ -252,10 +252,11 @@ def settings_learner(
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
     data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data))
     set_seed(settings.seed, reproducible=True)
-    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed, aug=CropFlipCutout(flip=settings.flip),
+    dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
+                    aug=CropFlipCutout(flip=settings.flip, cutout=settings.cutout),
                     num_workers=settings.num_workers, device=device, recipe=settings.recipe)
     processes.check(dls)
-    model = new_model(dls, settings.whiten, **settings.network)
+    model = new_model(dls, settings.whiten, settings.dirac, **settings.network)
     learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
     learn.processes = processes
     return no_bar_without_tty(learn), data
@@ -350,7 +351,7 @@ def _read_bounds(saved):
 def _fit(settings, learn, bounds, saved, stop, logs):
     "Train from the first step, or from the newest checkpoint, to the last step"
     checkpoints = Checkpoints(saved.path/'checkpoint', settings.checkpoint_minutes, resume=saved.resume, run=saved.folder)
-    cycle = OneCycle(*bounds, settings.peak_epoch, settings.anneal)
+    cycle = OneCycle(*bounds, settings.peak_epoch, settings.anneal, settings.lr_start or None)
     try: learn.fit(settings.epochs, cbs=[cycle, FiniteLoss(), saved, checkpoints, *logs])
     except (KeyboardInterrupt, SystemExit):
         if stop.between_steps: _save_interrupted(learn, saved, checkpoints, logs)
