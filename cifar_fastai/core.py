@@ -39,9 +39,11 @@ def named_source(
 # %% ../nbs/00_core.ipynb #b5350cba
 def source_defaults(
     source=None, # as for `named_source`
+    epochs:int|None=24, # of the recipe; `None` is 24, as in the assignment
+    bs:int|None=512, # of the recipe; `None` is 512, as in the assignment
 ) -> dict: # with `epochs` and `bs`
-    "Return the default number of epochs and batch size: 24 and 512 as in the assignment, or 10 and 64 for the digits"
-    return dict(epochs=10, bs=64) if str(named_source(source)) == 'digits' else dict(epochs=24, bs=512)
+    "Return the default number of epochs and batch size: those of the recipe, or 10 and 64 for the digits"
+    return dict(epochs=10, bs=64) if str(named_source(source)) == 'digits' else dict(epochs=epochs or 24, bs=bs or 512)
 
 def default_peak_epoch(
     epochs:int,
@@ -105,17 +107,19 @@ class Recipe:
     cutout: int = 8 # side of the hole in a training image, in pixels; 0: no hole
     sizes: tuple[int, ...] = () # side of the training images in equal parts of the epochs, in pixels; (): as they are
     freeze_first: int = 0 # epochs after which the first layer is frozen; 0: never
-    epochs: int|None = None # `None`: those of the data set
+    epochs: int|None = None # `None`: 24, as in the assignment
+    bs: int|None = None # batch size; `None`: 512, as in the assignment
 
 recipes = dict(
     baseline=Recipe('find', wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
-    best=Recipe(2.5e-5, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True))
-recipes['fast'] = replace(recipes['best'], lr_min=8.4e-4, wd=0.5, lr_max=1.2e-2, lr_start=2.4e-3, dirac=True, lookahead=5, cutout=0,
-                          sizes=(24, 28, 32), freeze_first=3, epochs=9)
-recipes['quick'] = replace(recipes['fast'], lr_min=4.5e-4, lr_max=1.5e-2, lr_start=3e-3, sizes=(20, 20, 24, 32), freeze_first=2, epochs=4)
+    best=Recipe(6.5e-4, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True, lookahead=5))
+recipes['fast'] = replace(recipes['best'], epochs=11, bs=256, lr_min=3e-4, lr_max=8e-3, lr_start=1.6e-3, logit_scale=0.25, dirac=True,
+                          cutout=0, sizes=(20, 24, 28, 32, 32), freeze_first=3)
+recipes['quick'] = replace(recipes['fast'], epochs=4, bs=128, lr_min=7e-4, lr_max=7e-3, lr_start=1.4e-3, sizes=(20, 24, 28, 32),
+                           freeze_first=2)
 
-# values of a recipe that it can be trained without, which then has those of the baseline
-ingredients = tuple(f.name for f in fields(Recipe) if f.name != 'epochs')
+# What a recipe can be trained without, with the value of the baseline instead. The cost of a run is no ingredient.
+ingredients = tuple(f.name for f in fields(Recipe) if f.name not in ('epochs', 'bs'))
 
 def get_recipe(
     recipe:str|Recipe, # the name of one of `recipes`, or a recipe of your own
@@ -153,8 +157,8 @@ class TrainSettings(_Settings):
     Raises `ValueError` for invalid values."""
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
     recipe: Literal['best', 'baseline', 'fast', 'quick'] = 'best' # best: for accuracy; baseline: the assignment with nothing added; fast, quick: for less arithmetic
-    epochs: int|None = None # passes over the training images; None: the recipe's, or 24, or 10 for digits
-    bs: int|None = None # batch size; None: 512, or 64 for digits
+    epochs: int|None = None # passes over the training images; None: the recipe's, 24 for best and baseline, or 10 for digits
+    bs: int|None = None # batch size; None: the recipe's, 512 for best and baseline, or 64 for digits
     peak_epoch: float|None = None # epoch whose last step runs at lr_max; None: epochs*5/24, which is 5 of 24
     lr_max: Literal['find']|float|None = None # learning rate at the peak; find: by a range test; None: the recipe's
     lr_min: Literal['find']|float|None = None # learning rate of the last step; find: by a range test; None: the recipe's
@@ -190,8 +194,8 @@ class TrainSettings(_Settings):
     out: str|None = None # run folder, must not exist yet; None: runs/<date-time>
 
     def _defaults(self) -> dict:
-        recipe = {name: value for name, value in asdict(get_recipe(self.recipe)).items() if value is not None}
-        values = source_defaults(self.data) | recipe
+        recipe = get_recipe(self.recipe)
+        values = asdict(recipe) | source_defaults(self.data, recipe.epochs, recipe.bs)
         epochs = values['epochs'] if self.epochs is None else self.epochs
         if _has_type(epochs, int): values['peak_epoch'] = default_peak_epoch(epochs)
         return {name: value for name, value in values.items() if getattr(self, name) is None}
@@ -317,6 +321,8 @@ def printable(text) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 # %% ../nbs/00_core.ipynb #4e0edf67
+_before_they_were_recorded = dict(logit_scale=1., whiten=False, lr_start=0., dirac=False, cutout=8, sizes=(), freeze_first=0, lookahead=0)
+
 def settings_from(
     config:dict, # as `config.json` has it under 'settings'
 ) -> TrainSettings:
@@ -328,7 +334,7 @@ def settings_from(
         raise ValueError(f'unknown settings {names}: was this written by another version?')
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     if values.get('recipe', 'seed') == 'seed': values['recipe'] = 'baseline'
-    return TrainSettings(**dict(logit_scale=1., whiten=False) | values) # the first runs had these values without recording them
+    return TrainSettings(**_before_they_were_recorded | values)
 
 # %% ../nbs/00_core.ipynb #03ff63b5
 def environment() -> dict: # JSON-ready

@@ -1,5 +1,5 @@
 """Batches made at once, on the device: the same pixels, the same distribution, and a DataLoader as fastai's users know it."""
-import io, platform, shutil, subprocess, sys
+import io, platform, shutil, subprocess, sys, warnings
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 
@@ -25,7 +25,7 @@ from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.callback.recorder import EpochProgress
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.callback.schedule import OneCycle
+from cifar_fastai.callback.schedule import OneCycle, range_test
 
 fill = tuple(round(255*m) for m in cifar10_stats[0])
 cpu = torch.device('cpu')
@@ -568,7 +568,10 @@ def test_batches_on_a_gpu_are_those_on_the_processor(small):
 def test_an_epoch_on_a_gpu_never_waits(small_dls, precision, recipe):
     class NoWaiting(Callback):
         order = -1000
-        def before_epoch(self): torch.cuda.set_sync_debug_mode('error')
+        def before_epoch(self):
+            with warnings.catch_warnings(): # of a prototype
+                warnings.simplefilter('ignore')
+                torch.cuda.set_sync_debug_mode('error')
         def after_epoch(self): torch.cuda.set_sync_debug_mode('default') # here the recorder reads
     model = CustomResNet(ghost=0 if recipe == 'baseline' else 4)
     learn = cifar_learner(small_dls(device='cuda', recipe=recipe), model, precision, recipe=recipe).remove_cbs(ProgressCallback)
@@ -576,6 +579,11 @@ def test_an_epoch_on_a_gpu_never_waits(small_dls, precision, recipe):
         with learn.no_logging(): learn.fit(2, cbs=[OneCycle(1e-4, 1e-2), NoWaiting()])
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(learn.recorder.history) == 2
+
+@pytest.mark.gpu
+def test_a_range_test_of_more_than_an_epoch_works_on_a_gpu(tiny_learner, small_dls):
+    learn = tiny_learner(small_dls(device='cuda'))
+    assert len(range_test(learn, num_it=2*len(learn.dls.train) - 1)[0]) > len(learn.dls.train)
 
 @pytest.mark.gpu
 def test_interpretation_works_on_a_gpu(tiny_learner, small_dls):

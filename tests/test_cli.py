@@ -157,7 +157,7 @@ def test_a_process_that_is_refused_prints_one_line_and_exits_with_1(command):
     (cifar_repeat, ['--without', 'wd', '--wd', .5], 'wd is 0.5'),
     (cifar_train, ['--epochs', 2, '--peak_epoch', 3], 'peak_epoch is 3.0'),
     (cifar_train, ['--data', 'digits', '--peak_epoch', 12], 'peak_epoch is 12.0'),
-    (cifar_train, ['--recipe', 'best', '--lr_max', 1e-5], 'lr_min is 2.5e-05')])
+    (cifar_train, ['--recipe', 'best', '--lr_max', 1e-5], 'lr_min is 0.00065')])
 def test_every_command_refuses_a_value_in_one_sentence_without_a_box(command, args, said, capsys, folder_of_its_own):
     assert refused(command, *args).startswith(f'{command.__name__}: {said}') and capsys.readouterr() == ('', '')
     assert list(folder_of_its_own.iterdir()) == []

@@ -22,7 +22,7 @@ def test_stats_are_those_of_the_training_images():
 def test_defaults_are_the_assignment():
     s = TrainSettings().resolved()
     assert (s.data, s.epochs, s.bs, s.peak_epoch) == ('cifar10', 24, 512, 5)
-    assert (s.lr_min, s.lr_max, s.anneal) == (2.5e-5, 'find', 'linear')
+    assert (s.lr_min, s.lr_max, s.anneal) == (6.5e-4, 'find', 'linear')
     assert TrainSettings(recipe='baseline').resolved().lr_min == 'find'
     assert (s.norm, s.dropout, s.conv_bias, s.valid, s.precision) == ('batch', 0, False, 'test', 'auto')
 
@@ -30,6 +30,17 @@ def test_digits_have_defaults_of_their_own():
     s = TrainSettings(data='digits').resolved()
     assert (s.epochs, s.bs) == (10, 64)
     assert s.peak_epoch == pytest.approx(10*5/24)
+
+@pytest.mark.parametrize('recipe, epochs, bs, sizes', [('quick', 4, 128, (20, 24, 28, 32)), ('fast', 11, 256, (20, 24, 28, 32, 32)), ('best', 24, 512, ()), ('baseline', 24, 512, ())])
+def test_a_recipe_has_its_epochs_and_its_batch_size_but_for_the_digits(recipe, epochs, bs, sizes):
+    s, digits = TrainSettings(recipe=recipe).resolved(), TrainSettings('digits', recipe).resolved()
+    assert (s.epochs, s.bs, s.peak_epoch, s.sizes) == (epochs, bs, pytest.approx(epochs*5/24), sizes)
+    assert (digits.epochs, digits.bs, digits.sizes) == (10, 64, sizes)
+    assert TrainSettings(recipe=recipe, epochs=3, bs=32).resolved().bs == 32
+
+def test_the_first_learning_rate_is_at_most_the_one_at_the_peak():
+    with pytest.raises(ValueError, match='lr_start is 0.02: .*0.01'): TrainSettings(recipe='fast', lr_start=.02, lr_max=.01)
+    with pytest.raises(ValueError, match='lr_start is 0.0016: .*0.001'): TrainSettings(recipe='fast', lr_max=.001)
 
 def test_what_is_given_is_kept():
     s = TrainSettings(data='digits', epochs=3, bs=32, peak_epoch=0.5).resolved()
@@ -69,7 +80,7 @@ def test_replacing_the_recipe_replaces_its_values(cls):
     settings = replace(cls(wd=.1), recipe='baseline')
     resolved = settings.resolved()
     assert settings == cls(wd=.1, recipe='baseline')
-    assert {name: getattr(resolved, name) for name in asdict(recipes['baseline'])} == asdict(recipes['baseline']) | dict(wd=.1)
+    assert {name: getattr(resolved, name) for name in asdict(recipes['baseline'])} == asdict(recipes['baseline']) | dict(wd=.1, epochs=24, bs=512)
 
 @pytest.mark.parametrize('cls', every_settings[:-1])
 def test_replacing_the_epochs_moves_the_peak_along(cls):
@@ -79,8 +90,8 @@ def test_replacing_the_epochs_moves_the_peak_along(cls):
         assert (settings.epochs, settings.peak_epoch) == (epochs, pytest.approx(peak))
 
 other_values = dict(
-    data='digits', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, anneal='cos', norm='group',
-    n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
+    data='digits', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, lr_start=.1, anneal='cos', norm='group',
+    n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dirac=True, cutout=4, sizes=(16, 32), freeze_first=2, lookahead=3, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
     label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
     num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
     plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True)
@@ -100,7 +111,7 @@ def test_what_is_left_out_is_checked_as_it_resolves(monkeypatch):
     with pytest.raises(ValueError, match='peak_epoch is 3: .*2'): TrainSettings(epochs=2, peak_epoch=3)
     with pytest.raises(ValueError, match='peak_epoch is 12: .*10'): TrainSettings(data='digits', peak_epoch=12)
     with pytest.raises(ValueError, match='peak_epoch is 12: .*10'): replace(TrainSettings(peak_epoch=12), data='digits')
-    with pytest.raises(ValueError, match='lr_min is 2.5e-05: .*1e-05'): TrainSettings(lr_max=1e-5)
+    with pytest.raises(ValueError, match='lr_min is 0.00065: .*1e-05'): TrainSettings(lr_max=1e-5)
     assert replace(TrainSettings(recipe='baseline', lr_max=1e-5), lr_min=1e-6).resolved().lr_max == 1e-5
 
 def test_the_environment_is_read_when_settings_are_resolved(monkeypatch):
@@ -126,6 +137,8 @@ refused = [
     ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
     ('recipe', 'worst'), ('recipe', {}), ('label_smoothing', -.1), ('label_smoothing', 1), ('flip', 'never'), ('ghost', 1), ('ghost', -32), ('ghost', 2.5),
     ('logit_scale', 0), ('logit_scale', -.1), ('logit_scale', math.inf), ('logit_scale', math.nan), ('whiten', 1), ('whiten', 'yes'),
+    ('lr_start', -.1), ('lr_start', math.nan), ('lr_start', 'low'), ('dirac', 1), ('cutout', -1), ('cutout', 33), ('cutout', 2.5), ('sizes', 32), ('sizes', (4,)),
+    ('sizes', (16, 2048)), ('sizes', (24.5,)), ('freeze_first', -1), ('freeze_first', 1.5), ('lookahead', -5), ('lookahead', .5),
     ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('checkpoint_minutes', -1), ('checkpoint_minutes', math.nan), ('log', 'wandb'), ('seed', -1), ('seed', 2**32)]
 
 @pytest.mark.parametrize('name, value', refused)
@@ -166,7 +179,7 @@ def test_unknown_settings_are_refused_by_name():
     with pytest.raises(ValueError, match='colour.*size'): settings_from(dict(epochs=3, size=1, colour='red'))
 
 def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
-    old = {k: v for k, v in asdict(TrainSettings(recipe='baseline')).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
+    old = {k: v for k, v in asdict(TrainSettings(recipe='baseline').resolved()).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}
     assert settings_from(old).resolved() == TrainSettings(recipe='baseline').resolved()
 
 def test_a_run_of_best_from_before_it_had_an_end_of_its_own_keeps_the_one_that_was_found():
@@ -174,8 +187,14 @@ def test_a_run_of_best_from_before_it_had_an_end_of_its_own_keeps_the_one_that_w
     assert settings_from(asdict(settings) | dict(lr_min='find')).lr_min == 'find' != settings.lr_min
 
 def test_a_run_of_before_the_scale_of_logits_and_the_whitening_has_neither():
-    old = {k: v for k, v in asdict(TrainSettings(logit_scale=.125, whiten=True)).items() if k not in ('logit_scale', 'whiten')}
-    assert settings_from(old) == TrainSettings(logit_scale=1., whiten=False)
+    old = {k: v for k, v in asdict(TrainSettings(logit_scale=.125, whiten=True).resolved()).items() if k not in ('logit_scale', 'whiten')}
+    assert settings_from(old) == TrainSettings(logit_scale=1., whiten=False).resolved()
+
+def test_a_run_of_before_the_means_of_less_arithmetic_has_none_of_them():
+    new = dict(lr_start=0., dirac=False, cutout=8, sizes=(), freeze_first=0, lookahead=0)
+    old = {k: v for k, v in asdict(TrainSettings().resolved()).items() if k not in new}
+    settings = settings_from(old).resolved()
+    assert {name: getattr(settings, name) for name in new} == new
 
 def test_settings_from_a_file_are_checked_too():
     with pytest.raises(ValueError, match='epochs is 0'): settings_from(dict(epochs=0))

@@ -1,4 +1,7 @@
 """Callbacks that reduce the arithmetic of training, and the count of it."""
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,8 +84,23 @@ def test_images_are_averaged_and_not_cropped(tiny_learner):
 def test_sizes_that_are_invalid_are_refused(sizes):
     with pytest.raises(ValueError, match='sizes'): ImageSizes(sizes)
 
-def test_another_number_of_sizes_than_epochs_is_refused(tiny_learner):
-    with pytest.raises(ValueError, match=r'sizes.*\b2\b.*\b3\b'): fit(tiny_learner(), 3, ImageSizes([24, 32]))
+@pytest.mark.parametrize('sizes, n_epoch, expected', [((24, 32), 3, [24, 32, 32]), ((20, 24, 32), 9, [20]*3 + [24]*3 + [32]*3), ((20, 24, 28, 32, 32), 11, [20]*2 + [24]*2 + [28]*2 + [32]*5),
+                                                     ((20, 24, 28, 32), 2, [24, 32]), ((20, 24, 32), 1, [32])])
+def test_sizes_share_the_epochs_and_the_last_epoch_has_the_last(tiny_learner, sizes, n_epoch, expected):
+    assert [ImageSizes(sizes).size_of(epoch, n_epoch) for epoch in range(n_epoch)] == expected
+    if n_epoch > 3: return
+    learn = tiny_learner()
+    assert fit(learn, n_epoch, ImageSizes(sizes)).trained == [size for size in expected for _ in range(len(learn.dls.train))]
+
+def test_a_copy_of_the_model_during_a_fit_has_no_frozen_layer_and_no_learner(tiny_learner):
+    copies = []
+    class Copy(Callback):
+        def after_batch(self): copies.append(pickle.loads(pickle.dumps(deepcopy(self.model))))
+    learn = tiny_learner()
+    fit(learn, 1, FreezeFirst(0), Copy())
+    copied = copies[-1].train()
+    copied(learn.dls.one_batch()[0]).sum().backward()
+    assert next(copied.parameters()).grad is not None
 
 def test_a_fit_of_plain_fastai_takes_both(small_dls):
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 10))

@@ -110,6 +110,16 @@ def test_the_last_step_of_peak_epoch_runs_at_lr_max(n_epoch, n_batch, peak_epoch
     if len(lrs) > 1: assert lrs[-1] == .01
     if peak_step > 0: assert lrs[0] == .01
 
+@pytest.mark.parametrize('anneal', ['linear', 'cos'])
+@pytest.mark.parametrize('lr_start', [.002, .01, .05, .1])
+def test_the_first_step_may_have_a_rate_of_its_own(lr_start, anneal):
+    lrs = [lrs[0] for lrs in Fit(plain_learner(), 4, cbs=OneCycle(.01, .1, 1.6, anneal, lr_start)).lrs]
+    without = cycle(4, 5, 1.6, .01, .1, anneal)
+    peak = 7
+    assert lrs[0] == lr_start and lrs[peak] == .1 and lrs[-1] == .01
+    assert np.allclose(lrs[peak:], without[peak:]) # only the rise differs
+    assert np.allclose((np.array(lrs[:peak]) - lr_start)*(.1 - .01), (np.array(without[:peak]) - .01)*(.1 - lr_start)) # of the same shape
+
 def test_the_bounds_of_lr_bounds_can_be_unpacked_into_it():
     cycle = OneCycle(*LRBounds(.01, .1))
     assert (cycle.lr_min, cycle.lr_max) == (.01, .1)
@@ -129,7 +139,8 @@ def test_the_recorder_plots_the_schedule():
 
 @pytest.mark.parametrize('args, message', [
     ((0, .1), 'lr_min is 0'), ((-.1, .1), 'lr_min is -0.1'), ((math.nan, .1), 'lr_min is nan'), ((.01, math.inf), 'lr_max is inf'), ((.01, 0), 'lr_max is 0'),
-    ((.01, math.nan), 'lr_max is nan'), ((.1, .1), r'lr_min is 0\.1\b.*lr_max'), ((.2, .1), r'lr_min is 0\.2\b.*lr_max'), ((.01, .1, 1, 'step'), "anneal is 'step'")])
+    ((.01, math.nan), 'lr_max is nan'), ((.1, .1), r'lr_min is 0\.1\b.*lr_max'), ((.2, .1), r'lr_min is 0\.2\b.*lr_max'), ((.01, .1, 1, 'step'), "anneal is 'step'"),
+    ((.01, .1, 1, 'linear', 0), 'lr_start is 0'), ((.01, .1, 1, 'linear', .2), r'lr_start is 0\.2\b.*lr_max'), ((.01, .1, 1, 'linear', math.nan), 'lr_start is nan')])
 def test_rates_and_shapes_that_are_invalid_are_refused_when_it_is_made(args, message):
     with pytest.raises(ValueError, match=message): OneCycle(*args)
 

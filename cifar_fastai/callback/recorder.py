@@ -128,7 +128,7 @@ def after_epoch(self:EpochRecorder):
 
 @patch
 def after_fit(self:EpochRecorder): # the losses of a cancelled epoch, as in `lr_find`, are still on the device
-    self.losses = _to_cpu(getattr(self, 'losses', []))
+    self.losses[self.n_read:] = _to_cpu(self.losses[self.n_read:])
 
 # %% ../../nbs/22_callback.recorder.ipynb #00d849c5
 @patch

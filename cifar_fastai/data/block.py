@@ -55,7 +55,7 @@ def cifar_block(
 # %% ../../nbs/08_data.block.ipynb #243491b7
 def cifar_dls(
     source='cifar10', # 'cifar10', 'digits', a folder, an archive, or a `CIFAR10Data`
-    bs:int=None, # batch size; `None` is 512, or 64 for digits. The last, smaller batch is kept
+    bs:int=None, # batch size; `None` is the recipe's, 512 for 'best' and 'baseline', or 64 for digits. The last, smaller batch is kept
     pipeline:Literal['batch', 'item']='batch', # augment whole batches on the device, or one image at a time
     valid:Literal['test', 'holdout']='test', # validate on the test images, or on a fixed tenth of the training images
     seed:int=None, # of order and augmentation; `None` draws one from torch's global generator
@@ -70,7 +70,7 @@ def cifar_dls(
     Raises `FileNotFoundError` or `ValueError` if the images cannot be loaded, and `ValueError` for invalid arguments."""
     if pipeline not in ('batch', 'item'): raise ValueError(f"pipeline is {pipeline!r}: must be 'batch' or 'item'")
     recipe = get_recipe(recipe)
-    if bs is None: bs = source_defaults('loaded' if isinstance(source, CIFAR10Data) else source)['bs']
+    if bs is None: bs = source_defaults('loaded' if isinstance(source, CIFAR10Data) else source, bs=recipe.bs)['bs']
     if bs < 1: raise ValueError(f'bs is {bs}: must be 1 or more')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source)
