@@ -21,7 +21,7 @@ from typing import Literal
 import tyro
 from tyro.constructors import ConstructorRegistry, StructFieldSpec, StructTypeInfo
 
-from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, printable, printed_log,
+from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, ingredients, printable, printed_log,
                                require_extra, settings_from)
 
 # %% ../nbs/80_cli.ipynb #bda7cb3a
@@ -326,7 +326,7 @@ def cifar_repeat(settings:RepeatSettings):
     from cifar_fastai.run.repeat import ablate_recipe, ablation_effects, repeat_runs, repeat_table
     settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
     values = asdict(settings.resolved())
-    changed = [f'{name} {values[name]}' for name, value in asdict(get_recipe(settings.recipe)).items() if values[name] != value]
+    changed = [f'{name} {values[name]}' for name in ingredients if values[name] != getattr(get_recipe(settings.recipe), name)]
     _tune_allocator(settings)
     results = ablate_recipe(settings) if settings.ablate else {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
     print('\n' + repeat_table(results).to_string())

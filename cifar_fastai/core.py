@@ -302,9 +302,10 @@ class RepeatSettings(TrainSettings):
         _check(s.seed + s.n <= 2**32, 'seed', s.seed, f'must be at most 2**32 - {s.n}: each of the {s.n} runs has its own')
         if not s.ablate: return
         _check(s.valid == 'holdout', 'valid', s.valid, 'must be holdout for an ablation, which must not use the test images')
-        _check(s.recipe == 'best', 'recipe', s.recipe, 'must be best for an ablation')
-        for name, value in asdict(recipes['best']).items():
-            _check(getattr(s, name) == value, name, getattr(s, name), f'must be {value}, the value of best, for an ablation')
+        _check(s.recipe != 'baseline', 'recipe', s.recipe, 'has no ingredients: must be another recipe for an ablation')
+        for name in ingredients:
+            value = getattr(recipes[s.recipe], name)
+            _check(getattr(s, name) == value, name, getattr(s, name), f'must be {value}, the value of {s.recipe}, for an ablation')
 
     def run(self,
         seed:int,

@@ -12,9 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 import cifar_fastai
-from cifar_fastai.core import recipes
+from cifar_fastai.core import TrainSettings, recipes
 from cifar_fastai.files import read_json
+from cifar_fastai.callback.cost import fit_cost
 from cifar_fastai.callback.schedule import bounds_from
+from cifar_fastai.models import CustomResNet
 from cifar_fastai.run.folder import read_history, read_range_test
 
 root = Path(__file__).resolve().parent.parent
@@ -122,7 +124,7 @@ def test_the_projects_figures_are_those_of_the_epochs_they_logged():
 
 def test_the_page_of_the_projects_has_a_row_for_each_with_both_figures():
     shown = '\n'.join(''.join(output['data'].get('text/markdown', '')) for cell in cells(root/'nbs/tutorials/from_the_seeds.ipynb', 'code') for output in cell['outputs'] if 'data' in output)
-    ours = [f"{100*read_json(root/'benchmarks/runs'/name/'summary.json')['accuracy']:.2f}" for name in ('24-epochs', 'best')]
+    ours = [f"{100*read_json(root/'benchmarks/runs'/name/'summary.json')['accuracy']:.2f}" for name in ('24-epochs', 'best-version-3')]
     rows = {re.search(r'\d{3}', row)[0]: [part.strip() for part in row.strip('|').split('|')] for row in shown.strip().splitlines()[2:]}
     projects = json.loads((root/'benchmarks/projects.json').read_text(encoding='utf8'))
     assert rows.keys() == {project['project'] for project in projects}
@@ -132,7 +134,7 @@ def test_the_page_of_the_projects_has_a_row_for_each_with_both_figures():
 
 def recorded(*names): return pytest.mark.parametrize('run', [root/'benchmarks/runs'/name for name in names], ids=lambda run: run.name)
 
-@recorded('24-epochs', '24-epochs-item', 'best', 'best-found-end', 'best-before')
+@recorded('24-epochs', '24-epochs-item', 'best-version-3', 'best-found-end', 'best-before')
 def test_a_recorded_run_is_of_one_piece(run):
     summary, history, kept = read_json(run/'summary.json'), read_history(run), load_file(run/'predictions.safetensors')
     assert summary['epochs'] == len(history) == 24 and summary['accuracy'] == history['accuracy'].iloc[-1]
@@ -141,9 +143,25 @@ def test_a_recorded_run_is_of_one_piece(run):
     assert given['lr_max'] == 'find' and summary['bounds'] == {name: found[name] if given[name] == 'find' else given[name] for name in found}
     assert history['lr'].iloc[-1] == pytest.approx(summary['bounds']['lr_min']) and history['lr'].max() == pytest.approx(summary['bounds']['lr_max'])
 
-def test_the_recorded_run_of_best_is_of_the_recipe_as_it_is():
-    settings = read_json(root/'benchmarks/runs/best/summary.json')['settings']
-    assert {name: settings[name] for name in asdict(recipes['best'])} == asdict(recipes['best']) and settings['recipe'] == 'best' and settings['seed'] == 0
+@pytest.mark.parametrize('name', list(recipes))
+def test_the_recorded_runs_of_a_recipe_are_of_the_recipe_as_it_is(name):
+    record = read_json(root/'benchmarks/runs/h100/runs.json')['recipes'][name]
+    as_it_is = json.loads(json.dumps(asdict(TrainSettings(recipe=name).resolved()))) # JSON has no tuples
+    assert record['settings'] == {key: as_it_is[key] for key in record['settings']} and record['settings']['recipe'] == name
+    recipe = recipes[name]
+    assert record['petaflop'] == round(fit_cost(CustomResNet(), 50_000, record['settings']['epochs'], recipe.sizes or (32,), recipe.freeze_first)/1e15, 3)
+    seeds = [run['seed'] for run in record['runs']]
+    assert seeds == list(range(len(seeds))) and len(seeds) >= (3 if name == 'baseline' else 5)
+
+@pytest.mark.parametrize('name', list(recipes))
+def test_the_recorded_predictions_have_the_recorded_accuracy(name):
+    labels = load_file(root/'benchmarks/runs/24-epochs/predictions.safetensors')['targs']
+    logits = load_file(root/f'benchmarks/runs/h100/{name}.safetensors')
+    for run in read_json(root/'benchmarks/runs/h100/runs.json')['recipes'][name]['runs']:
+        wrong = int((logits[f"seed-{run['seed']}"].argmax(1) != labels).sum())
+        flipped = (logits[f"seed-{run['seed']}-flips"].argmax(1) == labels).float().mean().item()
+        assert wrong == run['n_wrong'] == round(10_000*(1 - run['accuracy'])) and run['history']['accuracy'][-1] == pytest.approx(run['accuracy'], abs=1e-6)
+        assert flipped == pytest.approx(run['flip_averaged_accuracy'], abs=1.5e-4) # fp16 makes an image or two equal
 
 def test_the_tutorial_shows_the_recorded_run():
     summary = read_json(root/'benchmarks/runs/24-epochs/summary.json')

@@ -25,7 +25,9 @@ from cifar_fastai.data.inspect import first_images
 from cifar_fastai.optimizer import FusedAdam
 from cifar_fastai.callback.precision import best_precision, precision_callbacks, precision_of
 from cifar_fastai.callback.checkpoint import load_weights, save_weights
-from cifar_fastai.learner import cifar_learner
+from cifar_fastai.callback.average import Lookahead
+from cifar_fastai.callback.cost import FreezeFirst, ImageSizes
+from cifar_fastai.learner import cifar_learner, new_model
 from cifar_fastai.models import CustomResNet, whiten_first_layer, whitening_filters
 from cifar_fastai.callback.schedule import OneCycle
 
@@ -367,6 +369,26 @@ def test_the_recipes_reach_optimizer_loss_and_callbacks(small_dls, tiny_net):
         assert learn.recipe == learn.dls.recipe == recipes[recipe]
         assert learn.opt.hypers[0]['wd'] == wd and learn.loss_func.func.label_smoothing == smoothing
         assert [f.aug.flip for f in learn.dls.train.after_item.fs if hasattr(f, 'aug')] == [flip]
+
+@pytest.mark.parametrize('recipe, expected', [('baseline', {}), ('best', dict(lookahead=5)), ('fast', dict(sizes=(20, 24, 28, 32, 32), freeze_first=3, lookahead=5)),
+                                              ('quick', dict(sizes=(20, 24, 28, 32), freeze_first=2, lookahead=5))])
+def test_a_recipe_brings_its_callbacks_and_each_can_be_left_out(small_dls, tiny_net, recipe, expected):
+    dls, off = small_dls(recipe=recipe), dict(sizes=(), freeze_first=0, lookahead=0)
+    def found(**kwargs):
+        cbs = {type(cb): cb for cb in cifar_learner(dls, tiny_net(), **kwargs).cbs}
+        values = dict(sizes=cbs[ImageSizes].sizes if ImageSizes in cbs else (), freeze_first=cbs[FreezeFirst].epochs if FreezeFirst in cbs else 0,
+                      lookahead=cbs[Lookahead].every if Lookahead in cbs else 0)
+        return {name: value for name, value in values.items() if value}
+    assert found() == expected and found(**off) == {}
+    for name, value in dict(sizes=(16, 32), freeze_first=1, lookahead=3).items(): assert found(**{name: value}) == expected | {name: value}
+    for name in off: assert found(**{name: off[name]}) == {k: v for k, v in expected.items() if k != name}
+    assert dls.train.after_item.item_augment.aug.cutout == recipes[recipe].cutout
+
+def test_identity_filters_belong_to_fast_and_quick(small_dls):
+    for recipe in recipes:
+        weight = new_model(small_dls(), recipes[recipe].whiten, recipes[recipe].dirac, width=8).layer2[0].weight
+        is_identity = torch.equal(weight[:16], nn.init.dirac_(torch.empty(16, 16, 3, 3)))
+        assert is_identity == (recipe in ('fast', 'quick'))
 
 def test_the_networks_of_the_recipes_differ_in_their_batch_statistics_alone(small_dls):
     for recipe, group in dict(baseline=None, best=32).items(): assert {getattr(m, 'group', None) for m in cifar_learner(small_dls(), recipe=recipe).model.modules() if isinstance(m, nn.BatchNorm2d)} == {group}

@@ -109,7 +109,7 @@ def test_the_table_has_mean_spread_interval_and_least():
     row = repeat_table(dict(best=runs_of(values), one=runs_of([93.8]))).loc['best']
     low, high = mean_interval(values)
     assert row['runs'] == 5 and row['mean'] == pytest.approx(94.46) and row['sd'] == pytest.approx(np.std(values, ddof=1), abs=.005) and row['least'] == 94.1
-    assert (row['95 % from'], row['to']) == (round(low, 2), round(high, 2)) and row['with mirror images'] == pytest.approx(94.96) and row['seconds a run'] == 12
+    assert (row['95 % from'], row['to']) == (round(low, 2), round(high, 2)) and row['with flip TTA'] == pytest.approx(94.96) and row['seconds a run'] == 12
 
 def test_an_effect_is_the_mean_difference_over_the_same_seeds():
     without = [94.0, 94.2, 94.3, 94.5, 94.1]

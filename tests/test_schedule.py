@@ -11,6 +11,7 @@ from fastai.optimizer import Adam, OptimWrapper
 from fastai.vision.all import SGD, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, ProgressCallback, accuracy, set_seed
 from torch import nn
 
+from cifar_fastai.core import recipes
 from cifar_fastai.callback.schedule import (LRBounds, OneCycle, bounds_from, find_edge, lr_bounds, one_cycle_lr,
                                             plot_range_test, range_test)
 
@@ -270,6 +271,13 @@ def test_the_plot_shows_the_curve_and_both_bounds():
     for name, lr in zip(('LRMIN', 'LRMAX'), bounds): assert lines[f'{name} {lr:.2e}'].get_xdata()[0] == lr
     assert any(np.array_equal(line.get_ydata(), curve()) for line in ax.lines)
     assert ax.get_xscale() == 'log'
+
+def test_lr_bounds_of_a_recipe_that_has_both_need_no_range_test():
+    learn = plain_learner()
+    learn.recipe = recipes['quick']
+    before = states(learn)
+    assert lr_bounds(learn) == (recipes['quick'].lr_min, recipes['quick'].lr_max) and not plt.get_fignums()
+    assert [k for k, v in states(learn).items() if not same(before[k], v)] == []
 
 def test_lr_bounds_are_found_by_a_real_range_test(folder_of_its_own):
     learn, test = plain_learner(20, Adam, bs=16), dict(start_lr=1e-4, end_lr=100, num_it=60)

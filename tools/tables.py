@@ -31,7 +31,7 @@ def machine(summary):
 own_runs = [
     ('this package', '24-epochs-item', "baseline recipe, `pipeline='item'`", '24-epochs-item'),
     ('this package', '24-epochs', "baseline recipe, `pipeline='batch'`", '24-epochs'),
-    ('**this package**', 'best', "recipe `'best'`: LRMIN 2.5e-5, label smoothing, alternating flips, ghost batch normalisation (32 images), "
+    ('this package', 'best-version-3', "recipe `'best'`, version 3: LRMIN 2.5e-5, label smoothing, alternating flips, ghost batch normalisation (32 images), "
      "logits × 1/8, whitened first layer, weight decay 0.25", 'best-found-end')]
 
 
@@ -48,6 +48,30 @@ def runs(root=root):
                      stays_over(curve(root/'benchmarks/runs'/folder/'history.csv', scale=100)),
                      f"{clock['seconds']:,.0f} s including validation{note}; {machine(clock)}, {clock['precision']}"])
     return table(['project', 'features', 'parameters', 'epochs', 'final test accuracy', 'above 90 % from epoch', 'time and hardware'], rows)
+
+
+recipes = dict(
+    quick='4 epochs: 20, 24, 28 and 32 pixels; no cutout',
+    fast='11 epochs: 20 to 28 pixels in the first six; no cutout',
+    baseline='the assignment with nothing added, 24 epochs',
+    best='the assignment with everything it leaves open, 24 epochs')
+
+
+def spread(values): # fractions -> per cent: mean and standard deviation
+    middle = mean(values)
+    deviation = (sum((v - middle)**2 for v in values)/(len(values) - 1))**.5
+    return f'{100*middle:.2f} ± {100*deviation:.2f} %'
+
+
+def accuracies(root=root): # of several seeds of each recipe, on one GPU
+    "Return the table of the recipes"
+    record = json.loads((root/'benchmarks/runs/h100/runs.json').read_text(encoding='utf-8'))
+    rows = []
+    for name, shows in recipes.items():
+        recipe = record['recipes'][name]
+        plain, flipped = ([run[key] for run in recipe['runs']] for key in ('accuracy', 'flip_averaged_accuracy'))
+        rows.append([f'`{name}`', shows, f"{recipe['petaflop']:.2f}", len(plain), spread(plain), f'{100*min(plain):.2f} %', f'**{spread(flipped)}**'])
+    return table(['recipe', 'training', 'PFLOP', 'runs', 'test accuracy, mean ± sd', 'lowest', 'with flip TTA, mean ± sd'], rows)
 
 
 cases = dict(
@@ -83,4 +107,4 @@ def bench(root=root): # one table for each machine of benchmarks/bench
     return '\n\n'.join(parts)
 
 
-tables = dict(runs=runs, bench=bench)
+tables = dict(runs=runs, bench=bench, accuracies=accuracies)

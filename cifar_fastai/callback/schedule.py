@@ -219,11 +219,14 @@ def lr_bounds(
     num_it:int=100, # its steps
     show_plot:bool=True,
     lr_min:Literal['find']|float=None, # `None` is the recipe's, for a learner of `cifar_learner`
+    lr_max:Literal['find']|float=None, # `None` is the recipe's
 ) -> LRBounds: # to be used as `OneCycle(*lr_bounds(learn))`
-    """Find LRMAX with a range test, and LRMIN unless the recipe of the learner has a value for it.
+    """Find LRMIN and LRMAX with a range test, unless the recipe of the learner has values for them.
 
     `learn`, all random states and the working directory stay as they were. Raises `ValueError` when the curve has no valley."""
-    if lr_min is None: lr_min = getattr(getattr(learn, 'recipe', None), 'lr_min', 'find')
-    bounds, curve = resolve_bounds(learn, lr_min, start_lr=start_lr, end_lr=end_lr, num_it=num_it)
-    if show_plot: plot_range_test(*curve, bounds)
+    recipe = getattr(learn, 'recipe', None)
+    if lr_min is None: lr_min = getattr(recipe, 'lr_min', 'find')
+    if lr_max is None: lr_max = getattr(recipe, 'lr_max', 'find')
+    bounds, curve = resolve_bounds(learn, lr_min, lr_max, start_lr=start_lr, end_lr=end_lr, num_it=num_it)
+    if show_plot and curve: plot_range_test(*curve, bounds)
     return bounds

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from ..core import RepeatSettings, logger, recipes
+from ..core import RepeatSettings, ingredients, logger, recipes
 from ..files import write_json
 from ..data.images import CIFAR10Data
 from ..data.source import load_cifar10
@@ -103,27 +103,29 @@ def repeat_table(
     """Tabulate the number of runs and the accuracy after the last epoch: mean, standard deviation, 95 % confidence
     interval of the mean and lowest value.
 
-    The column 'with mirror images' is the mean accuracy with horizontal-flip TTA, `nan` unless every run has it;
+    The column 'with flip TTA' is the mean accuracy with horizontal-flip TTA, `nan` unless every run has it;
     'seconds a run' is the mean training time."""
     rows = {}
     for name, runs in results.items():
         row = dict(runs=len(runs)) | _spread([100*run['accuracy'] for run in runs])
         flipped = [run['flip_averaged_accuracy'] for run in runs]
-        row['with mirror images'] = np.nan if None in flipped else 100*np.mean(flipped)
+        row['with flip TTA'] = np.nan if None in flipped else 100*np.mean(flipped)
         row['seconds a run'] = np.mean([run['seconds'] for run in runs])
         rows[name] = row
     table = pd.DataFrame(rows).T.astype({'runs': int})
     return table.round({name: 0 if name == 'seconds a run' else 2 for name in table.columns})
 
 # %% ../../nbs/44_run.repeat.ipynb #3e5c72c7
-def recipe_ingredients() -> list: # of str
-    "Return the names of the settings in which the recipe `best` differs from the baseline recipe"
-    return [name for name, value in asdict(recipes['best']).items() if value != getattr(recipes['baseline'], name)]
+def recipe_ingredients(
+    recipe:str='best', # name of a recipe
+) -> list: # of str
+    "Return the names of the settings in which a recipe differs from the baseline recipe, without its epochs and batch size"
+    return [name for name in ingredients if getattr(recipes[recipe], name) != getattr(recipes['baseline'], name)]
 
 def ablate_recipe(
-    settings:RepeatSettings, # recipe `best` with `valid='holdout'`; `out` is the folder of the results
+    settings:RepeatSettings, # with `valid='holdout'`, of any recipe but the baseline; `out` is the folder of the results
     data:CIFAR10Data=None, # images to use instead of those that the settings name
-) -> dict: # 'best' and 'without <ingredient>' -> runs, as `repeat_runs` returns them
+) -> dict: # name of the recipe and 'without <ingredient>' -> runs, as `repeat_runs` returns them
     """Train the recipe, and the recipe without each of its ingredients, with the same seeds.
 
     `ablation.json` in the folder holds the results. Raise `ValueError` for `valid='test'`."""
@@ -131,12 +133,12 @@ def ablate_recipe(
         raise ValueError("valid is 'test': an ablation selects settings, so it must not use the test images; "
                          "give valid='holdout'")
     folder, results = Path(settings.out), {}
-    removed = {'best': ()} | {f'without {name}': (name,) for name in recipe_ingredients()}
-    unset = dict.fromkeys(asdict(recipes['best'])) # `None`: each run takes the value of its recipe
+    removed = {settings.recipe: ()} | {f'without {name}': (name,) for name in recipe_ingredients(settings.recipe)}
+    unset = dict.fromkeys(ingredients) # `None`: each run takes the value of its recipe
     for name, without in removed.items():
         logger.info(f'== {name}')
         out = str(folder/name.replace(' ', '-'))
-        runs = replace(settings, recipe='best', **unset, without=without, ablate=False, out=out)
+        runs = replace(settings, **unset, without=without, ablate=False, out=out)
         results[name] = repeat_runs(runs, data)
         write_json(folder/'ablation.json', results)
     return results
@@ -148,10 +150,11 @@ def ablation_effects(
     """Compute what each ingredient contributes: the accuracy of the recipe minus the accuracy without the ingredient.
 
     The differences are paired by seed; 'brings' is their mean, and the interval is its 95 % confidence interval."""
-    best, rows = {run['seed']: run['accuracy'] for run in results['best']}, {}
+    recipe, rows = next(name for name in results if not name.startswith('without ')), {}
+    whole = {run['seed']: run['accuracy'] for run in results[recipe]}
     for name, runs in results.items():
-        if name == 'best': continue
-        gains = [100*(best[run['seed']] - run['accuracy']) for run in runs if run['seed'] in best]
+        if name == recipe: continue
+        gains = [100*(whole[run['seed']] - run['accuracy']) for run in runs if run['seed'] in whole]
         low, high = mean_interval(gains)
         row = {'seeds': len(gains), 'brings': np.mean(gains), '95 % from': low, 'to': high}
         rows[name.removeprefix('without ')] = row
