@@ -368,6 +368,7 @@ def test_an_example_that_was_clicked_is_classified(launched, examples, classify)
     expected = cifar10_classes[classify(np.asarray(Image.open(examples[3]).convert('RGB'))[None])[0].argmax()]
     assert done['success'] and done['output']['data'][1]['label'] == expected
 
+@pytest.mark.slow
 def test_a_session_that_ends_while_it_is_read_is_not_in_the_log(guarded):
     address, process = guarded
     logged, where = process.log.read_text(), urlsplit(address)

@@ -90,7 +90,7 @@ def disjoint(answers, which, n): # the images of each epoch, seen once by one of
     return len(every) == n and len(set(every)) == n
 
 @needs_accelerate
-@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('pipeline', ['batch', pytest.param('item', marks=pytest.mark.slow)])
 def test_every_image_is_seen_once_and_all_have_the_same_parameters_after_each_epoch(launched, pipeline):
     one, = launched(1, 'fit', pipeline=pipeline, epochs=1)
     both = launched(2, 'fit', pipeline=pipeline, epochs=1)
@@ -121,6 +121,7 @@ def test_without_batch_statistics_the_losses_are_those_of_one_process(launched):
     for row, row1 in zip(both[0]['history'], one['history'], strict=True): assert row['train_loss'] == pytest.approx(row1['train_loss'], abs=1e-4) and row['accuracy'] == pytest.approx(row1['accuracy'], abs=1e-6)
     assert 'batch statistics' not in launched.said
 
+@pytest.mark.slow
 @needs_accelerate
 def test_shares_of_two_sizes_count_as_much_as_they_have_images(launched):
     "6, 7 and 7 images of a batch: the gradient is that of the batch"

@@ -105,7 +105,7 @@ networks = dict(batch=dict(ghost=4, conv_bias=True, dropout=.2, logit_scale=.125
 
 def test_there_is_a_network_to_export_for_each_norm(): assert set(networks) == set(get_args(Norm)), 'add one to `networks`'
 
-@pytest.mark.parametrize('name', ['batch', 'group', *(pytest.param(name, marks=pytest.mark.slow) for name in get_args(Norm)[2:])])
+@pytest.mark.parametrize('name', ['batch', *(pytest.param(name, marks=pytest.mark.slow) for name in get_args(Norm)[1:])])
 def test_every_network_is_exported_in_silence(run, pictures, name, capfd):
     folder = run(**networks[name])
     paths = [export_model(folder, format) for format in ('onnx', 'torch')]
@@ -156,6 +156,7 @@ def test_a_file_does_not_say_where_it_was_made(files, format):
     for place in (Path(cifar_fastai.__file__).parent, Path(torch.__file__).parent, files[format].parent, Path.home()):
         if len(str(place)) > 4: assert str(place).encode() not in content
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_onnx_file(files):
     assert hashlib.sha256(export_model().read_bytes()).digest() == hashlib.sha256(files['onnx'].read_bytes()).digest()
     assert [p.name for p in Path().iterdir()] == ['best.onnx'] # in the current folder, under the name of the weights that ship
@@ -179,6 +180,7 @@ vocab = json.loads(session.get_modelmeta().custom_metadata_map['vocab'])
 print([vocab[i] for i in probs.argmax(axis=1)])''', 'cifar_fastai', 'fastai', 'torch', 'onnx')
     assert (done.stdout.strip(), done.stderr) == (str([cifar10_classes[i] for i in expected[:9].argmax(1)]), '')
 
+@pytest.mark.slow
 def test_the_program_runs_without_this_package(files, pictures, expected):
     np.save('images.npy', pictures[:9])
     done = alone(f'''
@@ -227,7 +229,7 @@ def test_a_run_that_diverged_is_refused(run):
     with pytest.raises(ValueError, match=rf'{folder.name}\b.*\bnan\b'): export_model(folder)
     assert everything(folder) == before
 
-@pytest.mark.parametrize('format', ['onnx', 'torch'])
+@pytest.mark.parametrize('format', ['onnx', pytest.param('torch', marks=pytest.mark.slow)])
 def test_a_file_that_says_something_else_is_not_kept(monkeypatch, format):
     exporter, others = dict(onnx=torch.onnx, torch=torch.export)[format], ImagesToProbabilities(CustomResNet(), cifar10_stats)
     exported = exporter.export
@@ -473,6 +475,7 @@ def test_threads_that_ask_at_once_get_their_own_answers(files):
     with ThreadPoolExecutor(8) as pool: answers = list(pool.map(lambda i: network(images[i:i + 1]), range(24)))
     assert np.allclose(np.concatenate(answers), network(images), atol=1e-5)
 
+@pytest.mark.slow
 def test_a_class_may_be_called_location(run):
     folder = run()
     config = read_json(folder/'config.json')

@@ -138,6 +138,7 @@ def test_an_error_leaves_a_closed_file_with_all_finished_epochs(settings, monkey
 
 # ---- the command
 
+@pytest.mark.slow
 def test_the_command_says_nothing_but_what_it_says_without(command, small_archive):
     done = command('train', '--data', small_archive, *'--epochs 2 --bs 40 --width 16 --lr_min 1e-4 --lr_max 3e-3 --log tensorboard --out run'.split())
     assert done.returncode == 0 and done.stderr == '', done.stderr

@@ -114,7 +114,7 @@ def versions(environment): # 'torch 2.14.1, torchvision 0.29.1 and fastai 2.8.7'
 
 def main(file, record, seed):
     from statistics import mean, stdev
-    from cifar_fastai.core import recipes
+    from cifar_fastai.core import ingredients, recipes
     from cifar_fastai.files import read_json
     from cifar_fastai.data.source import load_cifar10
     from cifar_fastai.data.block import cifar_dls
@@ -134,7 +134,7 @@ def main(file, record, seed):
     learn = no_bar_without_tty(cifar_learner(cifar_dls(load_cifar10(), 500, seed=0), model, 'fp32'))
     interp = CifarInterpretation.from_learner(learn)
     scores, accuracies = interp.per_class(), [run['accuracy'] for run in runs]
-    changed = {name: settings[name] for name, value in asdict(recipes['baseline']).items() if settings.get(name) != value and name in expected and name != 'sizes'}
+    changed = {name: settings[name] for name in ingredients if getattr(recipes['best'], name) != getattr(recipes['baseline'], name)}
     text = card.format(
         megabytes=(weights/'best.safetensors').stat().st_size/1e6, n_params=sum(p.numel() for p in model.parameters()), recipe='best',
         settings=', '.join(f'`{name}` {value}' for name, value in changed.items()), **run['bounds'], peak_epoch=settings['peak_epoch'], epochs=settings['epochs'],

@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/25_callback.cost.ipynb #2b1992f2
 def training_cost(
-    model:nn.Module, # takes images (N, `channels`, `size`, `size`); stays as it is
+    model:nn.Module, # takes images (N, `channels`, `size`, `size`), whatever their values are; stays as it is
     size:int=32, # height and width of an image, in pixels
     channels:int=3,
 ) -> float: # floating-point operations
     "Count the operations of the forward and the backward pass of one image, in convolutions and matrix products"
-    model = deepcopy(model).train()
-    images = torch.zeros(2, channels, size, size, device=next(model.parameters()).device) # batch norm needs two
+    model = deepcopy(model).to('meta').train() # shapes without values: nothing is computed
+    images = torch.zeros(2, channels, size, size, device='meta') # batch norm needs two
     with FlopCounterMode(display=False) as counter: model(images).sum().backward()
     return counter.get_total_flops()/len(images)
 
