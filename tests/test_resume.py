@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and continued ends with the same weights, bit for bit; damaged checkpoints are noticed."""
 import errno, gc, hashlib, json, os, random, re, shutil, signal, subprocess, sys, time, warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,13 +13,19 @@ from torch import nn
 
 import forked, workers
 from forked import wait_until
+from cifar_fastai.core import TrainSettings, recipes
 from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.source import load_cifar10
 from cifar_fastai.callback.checkpoint import (Checkpoints, FiniteLoss, checkpoints_in, newest_checkpoint,
                                               read_checkpoint, write_checkpoint)
 from cifar_fastai.learner import Processes, cifar_learner
 from cifar_fastai.callback.schedule import OneCycle
-from cifar_fastai.run.folder import read_history
+from cifar_fastai.look.interpret import class_probabilities
+from cifar_fastai.look.report import write_report
+from cifar_fastai.run.folder import load_run, read_history
 from cifar_fastai.run.train import resume, train
+from cifar_fastai.use.export import export_model
+from cifar_fastai.use.predict import load_classifier
 
 class Stop(Exception): "What stops a fit in these tests"
 
@@ -348,6 +355,22 @@ def test_a_run_that_continues_is_the_run_that_was_not_stopped(settings, finished
     columns = [c for c in read_history(run).columns if c != 'seconds']
     assert read_history(run)[columns].equals(read_history(finished[0])[columns])
     assert (run/'best.safetensors').read_bytes() == (finished[0]/'best.safetensors').read_bytes()
+
+@pytest.mark.parametrize('recipe', ['quick', pytest.param('fast', marks=pytest.mark.slow)])
+def test_a_run_of_less_arithmetic_continues_and_is_reported_predicted_and_exported(small_archive, recipe, monkeypatch):
+    "Stopped in the third epoch: of larger images, with a frozen first layer and an average of the weights"
+    settings = TrainSettings(str(small_archive), recipe, epochs=4, bs=16, width=16, ghost=4, precision='fp32', device='cpu', num_workers=0, freeze_first=2)
+    whole = train(replace(settings, out='whole'))
+    steps = -(-whole['data']['n_train']//16)
+    with pytest.raises(KeyboardInterrupt): train_and_press(replace(settings, out='run'), Press('after_batch', 2*steps + 2, training=True), monkeypatch)
+    summary = resume('run')
+    assert summary['weights_sha256'] == whole['weights_sha256'] and tuple(summary['settings']['sizes']) == recipes[recipe].sizes
+    lrs = read_history('run')['lr']
+    assert lrs.iloc[-1] == pytest.approx(recipes[recipe].lr_min) and lrs.max() < recipes[recipe].lr_max
+    assert f'{recipes[recipe].lr_start:.3g} at the first step' in write_report('run').read_text(encoding='utf8')
+    images = load_cifar10(small_archive).test_x[:8]
+    probs = class_probabilities(load_run('run')[0], images, summary['data']['stats']).numpy()
+    for model in ('run', export_model('run', 'onnx')): assert np.allclose(load_classifier(model)[0](images), probs, atol=1e-4)
 
 def test_a_second_ctrl_c_does_not_wait(settings, monkeypatch):
     class Twice(Callback):
