@@ -4,10 +4,13 @@ The server has one thread and has computed nothing, so a process of it is as goo
 end of a command, or of what the environment does to an import, start Python itself."""
 import multiprocessing, os, signal, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload([f'cifar_fastai.{name}' for name in ('cli', 'app', 'bench', 'distributed', 'interpret', 'repeat', 'report')] + ['gradio'])
+imported = [f'cifar_fastai.{name}' for name in ('cli', 'bench', 'look.compare', 'look.report', 'run.distributed', 'run.repeat', 'use.app', 'use.export', 'use.serve')]
+for name in imported: assert find_spec(name), f'{name} was renamed: the server would import nothing, and say nothing'
+context.set_forkserver_preload([*imported, 'gradio'])
 
 
 def _child(function, args, env, folder, files):
