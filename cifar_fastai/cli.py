@@ -33,7 +33,8 @@ class _Run: "Device, checkpoints and output"
 
 option_groups = {
     _Data: ('data', 'valid', 'pipeline', 'num_workers'),
-    _Recipe: ('recipe', 'label_smoothing', 'flip', 'cutout', 'ghost', 'logit_scale', 'whiten', 'dirac', 'wd', 'sizes', 'freeze_first', 'lookahead'),
+    _Recipe: ('recipe', 'label_smoothing', 'flip', 'cutout', 'ghost', 'logit_scale', 'whiten', 'dirac', 'wd', 'sizes', 'freeze_first',
+              'lookahead'),
     _Schedule: ('epochs', 'bs', 'peak_epoch', 'lr_max', 'lr_min', 'lr_start', 'anneal', 'betas', 'eps'),
     _Network: ('norm', 'n_groups', 'width', 'dropout', 'conv_bias'),
     _Run: ('precision', 'device', 'compile', 'checkpoint_minutes', 'log', 'seed', 'out')}

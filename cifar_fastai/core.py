@@ -93,7 +93,7 @@ def check_lr_order(lr_min, lr_max):
 @dataclass(frozen=True)
 class Recipe:
     "Values that the assignment leaves open"
-    lr_min: Literal['find']|float # learning rate of the last step, and of the first one without `lr_start`; 'find': by a range test
+    lr_min: Literal['find']|float # learning rate of the last step; 'find': by a range test
     wd: float # decoupled weight decay: a step multiplies the weights by 1 - lr*wd
     label_smoothing: float # share of each label that is spread over all classes
     flip: Literal['random', 'alternate'] # flip images at random, or in every other epoch
@@ -112,11 +112,13 @@ class Recipe:
 
 recipes = dict(
     baseline=Recipe('find', wd=0.2, label_smoothing=0., flip='random', ghost=0, logit_scale=1., whiten=False),
-    best=Recipe(6.5e-4, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True, lookahead=5))
-recipes['fast'] = replace(recipes['best'], epochs=11, bs=256, lr_min=3e-4, lr_max=8e-3, lr_start=1.6e-3, logit_scale=0.25, dirac=True,
-                          cutout=0, sizes=(20, 24, 28, 32, 32), freeze_first=3)
-recipes['quick'] = replace(recipes['fast'], epochs=4, bs=128, lr_min=7e-4, lr_max=7e-3, lr_start=1.4e-3, sizes=(20, 24, 28, 32),
-                           freeze_first=2)
+    best=Recipe(6.5e-4, wd=0.25, label_smoothing=0.2, flip='alternate', ghost=32, logit_scale=0.125, whiten=True,
+                lookahead=5))
+recipes['fast'] = replace(
+    recipes['best'], epochs=11, bs=256, lr_min=3e-4, lr_max=8e-3, lr_start=1.6e-3, logit_scale=0.25, dirac=True, cutout=0,
+    sizes=(20, 24, 28, 32, 32), freeze_first=3)
+recipes['quick'] = replace(
+    recipes['fast'], epochs=4, bs=128, lr_min=7e-4, lr_max=7e-3, lr_start=1.4e-3, sizes=(20, 24, 28, 32), freeze_first=2)
 
 # What a recipe can be trained without, with the value of the baseline instead. The cost of a run is no ingredient.
 ingredients = tuple(f.name for f in fields(Recipe) if f.name not in ('epochs', 'bs'))
@@ -156,12 +158,12 @@ class TrainSettings(_Settings):
 
     Raises `ValueError` for invalid values."""
     data: str = 'cifar10' # cifar10, digits, a folder or an archive
-    recipe: Literal['best', 'baseline', 'fast', 'quick'] = 'best' # best: for accuracy; baseline: the assignment with nothing added; fast, quick: for less arithmetic
-    epochs: int|None = None # passes over the training images; None: the recipe's, 24 for best and baseline, or 10 for digits
+    recipe: Literal['best', 'baseline', 'fast', 'quick'] = 'best' # for accuracy; the assignment alone; less arithmetic
+    epochs: int|None = None # passes over the training images; None: the recipe's, or 10 for digits
     bs: int|None = None # batch size; None: the recipe's, 512 for best and baseline, or 64 for digits
     peak_epoch: float|None = None # epoch whose last step runs at lr_max; None: epochs*5/24, which is 5 of 24
     lr_max: Literal['find']|float|None = None # learning rate at the peak; find: by a range test; None: the recipe's
-    lr_min: Literal['find']|float|None = None # learning rate of the last step; find: by a range test; None: the recipe's
+    lr_min: Literal['find']|float|None = None # learning rate of the last step; None: the recipe's
     lr_start: float|None = None # learning rate of the first step; 0: lr_min; None: the recipe's
     anneal: Literal['linear', 'cos'] = 'linear' # shape of the cycle between lr_min and lr_max
     norm: Norm = 'batch' # normalisation layers
@@ -179,7 +181,7 @@ class TrainSettings(_Settings):
     label_smoothing: float|None = None # share of each label spread over all classes, in the loss of both sets; None: the recipe's
     flip: Literal['random', 'alternate']|None = None # horizontal flip at random, or in every other epoch; None: the recipe's
     cutout: int|None = None # side of the hole in a training image, in pixels; 0: no hole; None: the recipe's
-    sizes: tuple[int, ...]|None = None # side of the training images in equal parts of the epochs, in pixels; None: the recipe's
+    sizes: tuple[int, ...]|None = None # pixels of a side of the images in equal parts of the epochs; None: the recipe's
     freeze_first: int|None = None # epochs after which the first layer is frozen; 0: never; None: the recipe's
     lookahead: int|None = None # steps after which trained weights are averaged; 0: never; None: the recipe's
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the fastest that the device supports
@@ -225,11 +227,12 @@ def check_train_settings(s): # resolved values
     given = {name: lr for name, lr in dict(lr_max=s.lr_max, lr_min=s.lr_min).items() if lr != 'find'}
     for name, lr in given.items(): _check(_is_positive(lr), name, lr, "must be a positive number or 'find'")
     if len(given) == 2: check_lr_order(s.lr_min, s.lr_max)
-    _check(s.lr_start == 0 or _is_positive(s.lr_start), 'lr_start', s.lr_start, 'must be a positive number, or 0 for lr_min')
+    is_rate = s.lr_start == 0 or _is_positive(s.lr_start)
+    _check(is_rate, 'lr_start', s.lr_start, 'must be a positive number, or 0 for lr_min')
     if 'lr_max' in given: _check(s.lr_start <= s.lr_max, 'lr_start', s.lr_start, f'must be at most lr_max ({s.lr_max})')
     _check(0 <= s.cutout <= 32, 'cutout', s.cutout, 'must be 1 to 32 pixels, or 0 for no hole')
     _check(all(8 <= size <= 1024 for size in s.sizes), 'sizes', s.sizes, 'must be 8 to 1,024 pixels each')
-    _check(0 <= s.freeze_first <= 10**6, 'freeze_first', s.freeze_first, 'must be 1 to 1,000,000 epochs, or 0 for never')
+    _check(0 <= s.freeze_first <= 10**6, 'freeze_first', s.freeze_first, 'must be 1 to 1,000,000 epochs, or 0')
     _check(0 <= s.lookahead <= 10**6, 'lookahead', s.lookahead, 'must be 1 to 1,000,000 steps, or 0 for never')
     _check(s.ghost == 0 or s.ghost >= 2, 'ghost', s.ghost, 'must be 2 or more images, or 0 for the whole batch')
     _check(_is_positive(s.logit_scale), 'logit_scale', s.logit_scale, 'must be positive')
@@ -304,8 +307,8 @@ class RepeatSettings(TrainSettings):
         _check(s.valid == 'holdout', 'valid', s.valid, 'must be holdout for an ablation, which must not use the test images')
         _check(s.recipe != 'baseline', 'recipe', s.recipe, 'has no ingredients: must be another recipe for an ablation')
         for name in ingredients:
-            value = getattr(recipes[s.recipe], name)
-            _check(getattr(s, name) == value, name, getattr(s, name), f'must be {value}, the value of {s.recipe}, for an ablation')
+            value, own = getattr(s, name), getattr(recipes[s.recipe], name)
+            _check(value == own, name, value, f'must be {own}, the value of {s.recipe}, for an ablation')
 
     def run(self,
         seed:int,
@@ -322,7 +325,8 @@ def printable(text) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 # %% ../nbs/00_core.ipynb #4e0edf67
-_before_they_were_recorded = dict(logit_scale=1., whiten=False, lr_start=0., dirac=False, cutout=8, sizes=(), freeze_first=0, lookahead=0)
+_before_they_were_recorded = dict(logit_scale=1., whiten=False, lr_start=0., dirac=False, cutout=8, sizes=(),
+                                  freeze_first=0, lookahead=0)
 
 def settings_from(
     config:dict, # as `config.json` has it under 'settings'

@@ -13,8 +13,8 @@ from fastai.vision.all import Callback
 class Lookahead(Callback):
     """Every `every` steps, replace the weights by a running average of them. The fit ends with the average.
 
-    After step t of T, the average keeps the share `decay`·(t/T)³ of its value. Running statistics of norms are averaged, too.
-    Sources: Zhang et al., *Lookahead Optimizer* (2019); the shares: Jordan, *94% on CIFAR-10 in 3.29 Seconds* (2024)."""
+    After step t of T, the average keeps the share `decay`·(t/T)³ of its value. Running statistics of norms are averaged,
+    too. Sources: Zhang et al., *Lookahead Optimizer* (2019); for the shares, Jordan, *94% on CIFAR-10 in 3.29 Seconds* (2024)."""
     order = 5
     def __init__(self,
         every:int=5, # steps between two updates of the average

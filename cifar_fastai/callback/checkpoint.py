@@ -366,6 +366,7 @@ def _load(self:Checkpoints):
         for name, cb in self._others().items():
             if name not in facts['callbacks']: continue
             of_it = f'callback.{name}.'
-            cb.load_state_dict(facts['callbacks'][name] | {k.removeprefix(of_it): t for k, t in tensors.items() if k.startswith(of_it)})
+            own = {k.removeprefix(of_it): t for k, t in tensors.items() if k.startswith(of_it)}
+            cb.load_state_dict(facts['callbacks'][name] | own)
         if facts['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(facts['scaler'])
         _set_random_states(facts['random'], tensors) # validates them; they are set again when training begins

@@ -84,7 +84,7 @@ class FreezeFirst(Callback):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         if getattr(self.learn, 'processes', None) and self.learn.processes.n > 1:
-            raise ValueError(f'freeze_first: {self.learn.processes.n} processes train together, and the first layer is frozen in a single one only: give 0')
+            raise ValueError(f'freeze_first needs a single process, and {self.learn.processes.n} train together: give 0')
         self.first = next(m for m in self.model.children() if list(m.parameters()))
         if self.hook: self.hook.remove() # of a fit that ended in an exception
         self.hook = self.first.register_forward_hook(_Detach(self))

@@ -223,7 +223,7 @@ def lr_bounds(
 ) -> LRBounds: # to be used as `OneCycle(*lr_bounds(learn))`
     """Find LRMIN and LRMAX with a range test, unless the recipe of the learner has values for them.
 
-    `learn`, all random states and the working directory stay as they were. Raises `ValueError` when the curve has no valley."""
+    `learn`, all random states and the working directory stay as they were. A curve without a valley raises `ValueError`."""
     recipe = getattr(learn, 'recipe', None)
     if lr_min is None: lr_min = getattr(recipe, 'lr_min', 'find')
     if lr_max is None: lr_max = getattr(recipe, 'lr_max', 'find')
