@@ -128,7 +128,8 @@ def after_epoch(self:EpochRecorder):
 
 @patch
 def after_fit(self:EpochRecorder): # the losses of a cancelled epoch, as in `lr_find`, are still on the device
-    self.losses[self.n_read:] = _to_cpu(self.losses[self.n_read:])
+    losses, n_read = getattr(self, 'losses', []), getattr(self, 'n_read', 0) # neither, if the fit was cancelled before it began
+    self.losses = losses[:n_read] + _to_cpu(losses[n_read:])
 
 # %% ../../nbs/22_callback.recorder.ipynb #00d849c5
 @patch
