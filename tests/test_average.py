@@ -1,4 +1,6 @@
 """Lookahead: its average against the definition, alone, in plain fastai, in a range test and across an interruption."""
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,24 @@ def test_an_average_of_another_model_is_refused(tiny_learner):
     name = next(iter(state))
     for damaged in ({}, {k: t for k, t in state.items() if k != name}, state | {name: state[name][:1, :1]}, state | {name: state[name].long()}):
         with pytest.raises(ValueError, match='another model'): lookahead.load_state_dict(damaged)
+
+def test_a_checkpoint_after_the_last_step_can_be_loaded(tiny_learner, tmp_path):
+    "As of a run that is stopped after its last epoch"
+    learn, checkpoints = tiny_learner(), Checkpoints(tmp_path, minutes=0)
+    learn.add_cb(Lookahead(3))
+    fit(learn, 2, checkpoints)
+    with learn.added_cbs([checkpoints]): checkpoints.save()
+    again = tiny_learner()
+    again.add_cb(Lookahead(3))
+    fit(again, 2, Checkpoints(tmp_path, resume=True))
+    assert same(weights(again), weights(learn))
+
+def test_an_exported_learner_has_its_weights_once(tiny_learner):
+    learn = tiny_learner()
+    learn.add_cb(Lookahead(3))
+    fit(learn, 1)
+    copied = pickle.loads(pickle.dumps(learn.lookahead))
+    assert learn.lookahead.average and not copied.average and copied.every == 3
 
 @pytest.mark.parametrize('args, name', [((0,), 'every is 0'), ((-1,), 'every is -1'), ((5, 1.), 'decay is 1.0'), ((5, -.1), 'decay is -0.1')])
 def test_invalid_values_are_refused(args, name):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cifar_fastai.core import RepeatSettings, recipes
+from cifar_fastai.core import RepeatSettings, ingredients, recipes
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.run.repeat import (ablate_recipe, ablation_effects, collect_runs, mean_interval, plot_band,
                                      recipe_ingredients, repeat_runs, repeat_table)
@@ -58,7 +58,7 @@ def test_a_run_that_is_not_finished_is_not_collected(finished, tmp_path):
 # ---- what is taken away
 
 def test_an_ingredient_that_is_taken_away_is_as_in_the_seed_recipe():
-    for name in asdict(recipes['best']):
+    for name in ingredients:
         settings = RepeatSettings(without=(name,))
         assert getattr(settings, name) is None
         for resolved in settings.resolved(), settings.run(0, 'runs'):

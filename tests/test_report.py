@@ -388,7 +388,7 @@ def test_what_cannot_be_compared_is_refused(compared, tmp_path):
     assert not list(tmp_path.iterdir())
 
 def test_recorded_runs_are_compared(recorded_run, tmp_path):
-    page = Page(write_comparison([recorded_run('best'), recorded_run('24-epochs')], tmp_path/'c.html'))
+    page = Page(write_comparison([recorded_run('best-version-3'), recorded_run('24-epochs')], tmp_path/'c.html'))
     row, = rows(page, 'pairs')
     assert sum(int(row[name].replace(',', '')) for name in ('only the first correct', 'only the second correct', 'both correct', 'both wrong')) == 10_000
     assert rows(page, 'Results of the runs')[1]['accuracy'] == '93.81%' and {'recipe', 'wd'} <= set(rows(page, 'Settings that differ')[0])
@@ -397,7 +397,7 @@ def test_recorded_runs_are_compared(recorded_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_recorded_run_has_a_page_of_less_than_3_mb(recorded_run, real_cifar, figures):
-    run = recorded_run('best')
+    run = recorded_run('best-version-3')
     path = write_report(run, real_cifar)
     page, summary = Page(path), read_json(run/'summary.json')
     figures('report', bytes=path.stat().st_size, images=len(page.gallery))
@@ -496,6 +496,6 @@ def test_evil_names_do_nothing_in_a_browser(opened, run, small):
 
 @pytest.mark.slow
 def test_recorded_run_in_a_browser(opened, recorded_run, real_cifar):
-    page = opened(write_report(recorded_run('best'), real_cifar), 390)
+    page = opened(write_report(recorded_run('best-version-3'), real_cifar), 390)
     page.click('.matrix button[data-pair="3-5"]')
     assert set(shown(page)) == {'3-5'} and page.evaluate('document.documentElement.scrollWidth') <= 390 and page.complaints == []

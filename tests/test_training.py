@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cifar_fastai.data.augment import CropFlipCutout
-from cifar_fastai.core import TrainSettings, recipes, settings_from
+from cifar_fastai.core import TrainSettings, ingredients, recipes, settings_from
 from cifar_fastai.files import read_json
 from cifar_fastai.data.block import cifar_dls
 from cifar_fastai.look.interpret import CifarInterpretation
@@ -132,7 +132,7 @@ def test_every_user_of_settings_takes_them_with_values_left_out(settings, small,
     assert resolve_bounds(learn, resolved.lr_min, resolved.lr_max) == (LRBounds(recipes['best'].lr_min, 1e-2), None)
     for config in (run_config(s, small, None)['settings'] for s in (left_out, left_out.resolved())):
         assert config == asdict(left_out.resolved())
-        assert {name: config[name] for name in asdict(recipes['best'])} == asdict(recipes['best'])
+        assert {name: config[name] for name in ingredients} == {name: getattr(recipes['best'], name) for name in ingredients} | dict(lr_max=1e-2)
 
 def assert_differ(recorded, given, *patterns):
     "One text for each setting that differs, in their order"

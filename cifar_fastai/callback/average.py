@@ -45,7 +45,7 @@ class Lookahead(Callback):
             if is_due: self.average[name].lerp_(t, 1 - self.kept(step, n_steps))
             t.copy_(self.average[name])
 
-    def after_fit(self): self.average = {}
+    def __getstate__(self): return self.__dict__ | dict(average={}) # an exported learner needs no second copy of its weights
 
     def state_dict(self) -> dict:
         "Return the average, for a checkpoint"
