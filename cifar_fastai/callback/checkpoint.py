@@ -247,11 +247,18 @@ def _random_states(): # -> (JSON-ready dict, tensors)
     tensors = {'random.torch': states['torch_state'], **{f'random.cuda.{i}': s for i, s in enumerate(states['torch_cuda_state'])}}
     return dict(python=states['random_state'], numpy=[kind, keys.tolist(), *rest]), tensors
 
+def _numpy_state(state): # NumPy reads beyond the keys at a position that is out of range
+    kind, keys, position, has_gauss, gauss = state
+    is_state = kind == 'MT19937' and len(keys) == 624 and all(type(key) is int and 0 <= key < 2**32 for key in keys)
+    is_position = type(position) is int and 0 <= position <= 624 and has_gauss in (0, 1) and isinstance(gauss, (int, float))
+    if not (is_state and is_position): raise ValueError("the state of NumPy's random numbers is invalid")
+    return tuple(state)
+
 def _set_random_states(facts, tensors):
     version, state, gauss = facts['python']
     now = get_random_states()
     cuda = [tensors.get(f'random.cuda.{i}', s) for i, s in enumerate(now['torch_cuda_state'])]
-    set_random_states(**now | dict(random_state=(version, tuple(state), gauss), numpy_state=tuple(facts['numpy']),
+    set_random_states(**now | dict(random_state=(version, tuple(state), gauss), numpy_state=_numpy_state(facts['numpy']),
                                    torch_state=tensors['random.torch'], torch_cuda_state=cuda))
 
 @patch

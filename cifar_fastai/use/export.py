@@ -63,6 +63,7 @@ def _onnx_bytes(net, facts) -> bytes:
     graph = model.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
         for note in ('metadata_props', 'doc_string'): part.ClearField(note) # they contain paths of this machine
+    graph.ClearField('value_info') # shapes between the layers, of which torch 2.6 states some wrongly; any reader can infer them
     n_classes = len(facts['vocab'])
     model.doc_string = (f'uint8 RGB images (N, 32, 32, 3) -> float32 probabilities (N, {n_classes}); '
                         'the names of the classes are in the metadata, as JSON')
