@@ -428,7 +428,7 @@ def test_a_clock_that_is_set_back_changes_no_duration(settings, tmp_path, monkey
     assert 0 <= resume(tmp_path/'run')['seconds'] < 1000
 
 def test_more_epochs_than_five_digits_keep_their_newest_checkpoint(tmp_path):
-    for epoch in (99_998, 99_999, 100_000, 100_001): write_checkpoint(tmp_path, {}, dict(epoch=epoch, batches=0))
+    for epoch in (99_998, 99_999, 100_000, 100_001): write_checkpoint(tmp_path, dict(w=torch.ones(1)), dict(epoch=epoch, batches=0))
     assert [path.name[:6] for path in checkpoints_in(tmp_path)] == ['100001', '100000']
 
 def test_a_folder_that_could_not_be_begun_is_no_hindrance(settings, tmp_path, monkeypatch):

@@ -54,16 +54,27 @@ def _torch_bytes(net, facts) -> bytes:
     torch.export.save(program, file, extra_files={f'{name}.json': json.dumps(value) for name, value in facts.items()})
     return file.getvalue()
 
+def _tidy(graph): # what torch 2.6 leaves in a graph, and later versions do not
+    graph.ClearField('value_info') # shapes between the layers, some of them wrong; any reader can infer them
+    for value in (*graph.input, *graph.output): value.type.tensor_type.shape.dim[0].dim_param = 'N' # not 's0'
+    while True: # nodes without an effect, and then weights without a use
+        used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+        idle = [node for node in graph.node if not used.intersection(node.output)]
+        if not idle: break
+        for node in idle: graph.node.remove(node)
+    for unused in [weights for weights in graph.initializer if weights.name not in used]: graph.initializer.remove(unused)
+
 def _onnx_bytes(net, facts) -> bytes:
     "Return the content of an ONNX file with `net` and its weights; each of `facts` becomes a metadata entry in JSON"
     import onnx
+    from onnx import inliner
     program = torch.onnx.export(net, **_example(), dynamo=True, verbose=False,
                                 input_names=['images'], output_names=['probabilities'])
-    model = program.model_proto
+    model = inliner.inline_local_functions(program.model_proto)
     graph = model.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
         for note in ('metadata_props', 'doc_string'): part.ClearField(note) # they contain paths of this machine
-    graph.ClearField('value_info') # shapes between the layers, of which torch 2.6 states some wrongly; any reader can infer them
+    _tidy(graph)
     n_classes = len(facts['vocab'])
     model.doc_string = (f'uint8 RGB images (N, 32, 32, 3) -> float32 probabilities (N, {n_classes}); '
                         'the names of the classes are in the metadata, as JSON')
