@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.external import fastai_cfg
-from fastai.vision.all import ProgressCallback, set_seed
+from fastai.vision.all import Callback, ProgressCallback, set_seed
 from PIL import Image
 from torch import nn
 
@@ -259,3 +259,23 @@ def finished(settings, tmp_path_factory):
     "A run that is done: its folder, and what `train` returned"
     run = tmp_path_factory.mktemp('runs')/'finished'
     return run, train(settings(out=str(run)))
+
+@pytest.fixture
+def same_when_resumed(tiny_learner, tmp_path):
+    "Assert that a fit of three epochs with the callbacks of `cbs(folder, resume)` that is stopped in `epoch` and resumed ends as one that is not"
+    class Stop(Exception): pass
+    class StopIn(Callback):
+        order = 100
+        def __init__(self, epoch): self.stop_in = epoch
+        def after_batch(self):
+            if self.training and self.epoch == self.stop_in and self.iter == 2: raise Stop('here')
+    def fit(folder, *more, resume=False, cbs):
+        learn = tiny_learner()
+        with learn.no_logging(): learn.fit(3, 1e-2, cbs=[*cbs(tmp_path/folder, resume), *more])
+        return learn.model.state_dict()
+    def check(epoch, cbs):
+        whole = fit('whole', cbs=cbs)
+        with pytest.raises(Stop): fit('stopped', StopIn(epoch), cbs=cbs)
+        resumed = fit('stopped', resume=True, cbs=cbs)
+        assert all(torch.equal(t, whole[name]) for name, t in resumed.items())
+    return check

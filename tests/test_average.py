@@ -11,8 +11,6 @@ from cifar_fastai.callback.average import Lookahead
 from cifar_fastai.callback.checkpoint import Checkpoints
 from cifar_fastai.callback.schedule import OneCycle, range_test
 
-class Stop(Exception): pass
-
 class Follow(Callback):
     "Record the weights before and after `Lookahead` in each step"
     def __init__(self, order): self.order, self.seen = order, []
@@ -65,17 +63,8 @@ def test_a_range_test_averages_nothing(tiny_learner):
     assert (range_test(plain, num_it=6)[1] == range_test(other, num_it=6)[1]).all()
 
 @pytest.mark.parametrize('epoch', [0, 1, 2])
-def test_a_fit_that_is_resumed_ends_with_the_same_weights(tiny_learner, tmp_path, epoch):
-    def cbs(folder, resume=False): return OneCycle(1e-3, 2e-2), Lookahead(3), Checkpoints(folder, minutes=0, resume=resume)
-    whole, stopped, resumed = tiny_learner(), tiny_learner(), tiny_learner()
-    fit(whole, 3, *cbs(tmp_path/'whole'))
-    class StopLater(Callback):
-        order = 100
-        def after_batch(self):
-            if self.training and self.epoch == epoch and self.iter == 2: raise Stop('here')
-    with pytest.raises(Stop): fit(stopped, 3, *cbs(tmp_path/'stopped'), StopLater())
-    fit(resumed, 3, *cbs(tmp_path/'stopped', resume=True))
-    assert same(weights(resumed), weights(whole))
+def test_a_fit_that_is_resumed_ends_with_the_same_weights(same_when_resumed, epoch):
+    same_when_resumed(epoch, lambda folder, resume: (OneCycle(1e-3, 2e-2), Lookahead(3), Checkpoints(folder, minutes=0, resume=resume)))
 
 def test_an_average_of_another_model_is_refused(tiny_learner):
     lookahead, learn = Lookahead(), tiny_learner()

@@ -151,15 +151,7 @@ def test_a_negative_number_of_epochs_is_refused():
     with pytest.raises(ValueError, match='epochs is -1'): FreezeFirst(-1)
 
 @pytest.mark.parametrize('epoch', [1, 2])
-def test_a_fit_that_is_resumed_ends_with_the_same_weights(tiny_learner, tmp_path, epoch):
-    def cbs(folder, resume=False):
+def test_a_fit_that_is_resumed_ends_with_the_same_weights(same_when_resumed, epoch):
+    def cbs(folder, resume):
         return OneCycle(1e-3, 2e-2), ImageSizes([16, 24, 32]), FreezeFirst(1), Checkpoints(folder, minutes=0, resume=resume)
-    whole, stopped, resumed = tiny_learner(), tiny_learner(), tiny_learner()
-    fit(whole, 3, *cbs(tmp_path/'whole'))
-    class StopLater(Callback):
-        order = 100
-        def after_batch(self):
-            if self.training and self.epoch == epoch and self.iter == 2: raise Stop('here')
-    with pytest.raises(Stop): fit(stopped, 3, *cbs(tmp_path/'stopped'), StopLater())
-    fit(resumed, 3, *cbs(tmp_path/'stopped', resume=True))
-    assert all(torch.equal(t, weights(whole)[name]) for name, t in weights(resumed).items())
+    same_when_resumed(epoch, cbs)

@@ -8,7 +8,7 @@ same command goes on where it was stopped. With --holdout, so many training imag
 part in it. --logits writes OUT/NAME.safetensors for each name: the logits of the validation images in fp16, with and without horizontal
 flip, of all its seeds. --weights keeps the weights of seed 0 of a name, in fp16.
 
-`extra` of a run has what was tried and is no setting of the package: "ema" (horizon of an average of the weights, in steps),
+`extra` of a run has what was tried and is no setting of the package: "ema" (an average with the decay 1 - 1/ema at every fifth step),
 "bias_lr" (factor of the learning rate of norms and biases) and "norm_scales" (false: the scales of norms stay 1)."""
 import argparse, json, time, traceback
 from pathlib import Path
@@ -58,7 +58,7 @@ def extra_callbacks(ema=0, bias_lr=1., norm_scales=True):
 def logits_of(interp): return interp.probs.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def one_run(run, data, processes=None): # -> (record, logits, logits with flips, weights)
+def one_run(run, data): # -> (record, logits, logits with flips, weights)
     from cifar_fastai.callback.schedule import OneCycle, resolve_bounds
     from cifar_fastai.core import TrainSettings
     from cifar_fastai.look.interpret import CifarInterpretation

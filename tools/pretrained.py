@@ -94,7 +94,7 @@ The model was evaluated on the 10,000 test images of CIFAR-10, which were not us
 | | accuracy |
 |---|---|
 | included weights | {accuracy:.2%} |
-| included weights, logits averaged over each image and its mirror image | {flipped:.2%} |
+| included weights, with flip TTA | {flipped:.2%} |
 | original run, in {precision} | {run_accuracy:.2%} |
 
 {per_class}
