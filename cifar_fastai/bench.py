@@ -31,7 +31,7 @@ from .data.source import load_cifar10
 from .data.loader import resolve_device
 from .data.block import cifar_block, cifar_dls
 from .optimizer import FusedAdam
-from .callback.cost import training_cost
+from .callback.cost import ImageSizes, training_cost
 from .callback.precision import keep_memory, precision_of, resolve_precision
 from .learner import cifar_learner
 from .models import CustomResNet
@@ -138,7 +138,8 @@ def package_way(data:CIFAR10Data, settings:BenchSettings, device:torch.device, t
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
     learn = cifar_learner(dls, None, settings.precision, compile=settings.compile, recipe=settings.recipe)
     if device.type == 'cpu': keep_memory() # as `cifar_train` does
-    learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns)])
+    smaller = [ImageSizes(settings.image_sizes)] if settings.image_sizes else []
+    learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns), *smaller])
 
 # %% ../nbs/70_bench.ipynb #da8595d2
 def _autocast(precision, device): # 'fp32', 'bf16' or 'fp16' -> function that returns a context for the forward pass
@@ -418,10 +419,11 @@ def _growth_cases(settings, device): # -> dict: part of the result -> cases for 
 def bench(
     settings:BenchSettings=BenchSettings(), # what to measure
     say=lambda line: None, # called with each line of progress
-) -> dict: # JSON-ready: the conditions, `cases`, `matrix_products`, and as the settings ask `batches`, `sizes` and `batch_sizes`
-    """Measure the cases in turns, the processor's limit, and, as the settings ask, the making of batches and the cost of growth.
+) -> dict: # JSON-ready: the conditions and what was measured
+    """Measure the cases in turns, and the limit of the processor.
 
-    `cases`, `sizes` and `batch_sizes` are results of `take_turns`, `batches` is that of `batches_alone`. Raise
+    The result has `cases`, `matrix_products` and, as the settings ask, `batches`, `image_sizes`, `sizes` and `batch_sizes`.
+    `batches` is the result of `batches_alone`, `matrix_products` of the function; the others are of `take_turns`. Raise
     `ValueError` for settings that this machine cannot fulfil, and `ChildProcessError` if a process fails."""
     settings = settings.resolved()
     device = resolve_device(settings.device)
@@ -435,11 +437,15 @@ def bench(
         result[part] = function(*args)
         if settings.out: write_json(settings.out, result)
 
-    measure('cases', take_turns, {name: (name, settings, None) for name in settings.cases}, say)
+    full_size = replace(settings, image_sizes=())
+    measure('cases', take_turns, {name: (name, full_size, None) for name in settings.cases}, say)
     if settings.batches: measure('batches', batches_alone, settings)
     measure('matrix_products', matrix_products, device)
+    if settings.image_sizes:
+        of_size = {str(n): ('package', replace(settings, image_sizes=(n,)), None) for n in settings.image_sizes}
+        measure('image_sizes', take_turns, of_size, say)
     if settings.growth:
-        for part, cases in _growth_cases(settings, device).items(): measure(part, take_turns, cases, say)
+        for part, cases in _growth_cases(full_size, device).items(): measure(part, take_turns, cases, say)
     return result
 
 # %% ../nbs/70_bench.ipynb #ada5afde

@@ -103,7 +103,8 @@ def _settings(f, args, rank, n):
     parse = partial(_parse, settings, prog=f.__name__, description=f.__doc__, args=args)
     given = parse()
     for name, value in given.items():
-        if '' in (value if isinstance(value, tuple) else (value,)): raise ValueError(f"{name} is '': give a value, or leave it out")
+        is_empty = '' in (value if isinstance(value, tuple) else (value,))
+        if is_empty: raise ValueError(f"{name} is '': give a value, or leave it out")
     if n > 1 and f.__name__ != 'cifar_train':
         raise ValueError(f'started as {n} processes, and only cifar_train supports several: start it once')
     if hasattr(settings, 'recorded') and not rank and (recorded := settings.recorded(given['resume'])):
@@ -111,7 +112,8 @@ def _settings(f, args, rank, n):
         recorded.agree_with(given)
     return settings(**given)
 
-def _print_warning(command, message, *where, **how): print(printable(f'{command}: {message}'), file=sys.stderr, flush=True)
+def _print_warning(command, message, *where, **how):
+    print(printable(f'{command}: {message}'), file=sys.stderr, flush=True)
 
 # %% ../nbs/80_cli.ipynb #57e4b8d2
 def _launched(): # -> (number of this process, number of processes of the launch)
@@ -133,7 +135,8 @@ def _unexpected(e) -> str:
     "Return a message about an unexpected exception, with the path of a file that holds its traceback"
     said = printable(f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:200]}; this is a bug')
     try:
-        with tempfile.NamedTemporaryFile('w', prefix='cifar_fastai_', suffix='.log', delete=False, errors='backslashreplace') as log:
+        how = dict(prefix='cifar_fastai_', suffix='.log', delete=False, errors='backslashreplace')
+        with tempfile.NamedTemporaryFile('w', **how) as log:
             traceback.print_exception(e, file=log)
         return f'{said}, and its traceback is in {log.name}'
     except OSError: return said
@@ -163,7 +166,8 @@ class RunSettings(TrainSettings):
     def agree_with(self, given:dict):
         "Raise `ValueError`, with their names, for options that would change the result"
         from cifar_fastai.run.train import differences
-        if changed := '; '.join(differences(asdict(self.run), given)): raise ValueError(f'{changed}: that would be another run')
+        changed = '; '.join(differences(asdict(self.run), given))
+        if changed: raise ValueError(f'{changed}: that would be another run')
 
 # %% ../nbs/80_cli.ipynb #9c0f574d
 @_command
@@ -179,8 +183,8 @@ def cifar_train(settings:RunSettings):
     try: print(printable(f'report {write_report(folder)}'))
     except (OSError, ValueError) as e:
         reason = ' '.join(str(e).split())
-        said = f'cifar_train: the run is finished, but its report was not written: {reason}; cifar_report {folder} writes it'
-        print(printable(said), file=sys.stderr)
+        said = f'the run is finished, but its report was not written: {reason}; cifar_report {folder} writes it'
+        print(printable(f'cifar_train: {said}'), file=sys.stderr)
 
 def _train(settings, run, processes): # -> run folder
     from cifar_fastai.run.train import new_run_folder, resume, train
@@ -222,7 +226,8 @@ def cifar_lr_find(settings:LRFindSettings):
     save_figure(plot_range_test(lrs, losses, bounds).figure, settings.plot)
     print(f'plot {printable(settings.plot)}')
     if settings.lr_min == 'find': return
-    print(f'with these settings, cifar_train begins and ends at {settings.lr_min:g}; with --lr_min find, at the rate above')
+    print(f'with these settings, cifar_train begins and ends at {settings.lr_min:g}; '
+          'with --lr_min find, at the rate above')
 
 # %% ../nbs/80_cli.ipynb #e3abe7ca
 @dataclass(frozen=True)
@@ -251,7 +256,8 @@ def cifar_interpret(settings:InterpretSettings):
     if settings.flip_average: print(f'with test-time augmentation (horizontal flip) {averaged:.2%}')
     print()
     print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format), '\n')
-    for actual, predicted, n in interp.most_confused()[:settings.k]: print(printable(f'{actual} predicted as {predicted}: {n}'))
+    for actual, predicted, n in interp.most_confused()[:settings.k]:
+        print(printable(f'{actual} predicted as {predicted}: {n}'))
     save_plots(Path(settings.run)/'plots', interp, history)
     print(printable(f'\nplots {Path(settings.run)/"plots"}'.strip()))
 
@@ -295,19 +301,21 @@ def _predict(paths, pool, classify, vocab): # -> number of files that were not i
 # %% ../nbs/80_cli.ipynb #93a88772
 @_command
 def cifar_bench(settings:BenchSettings):
-    "Measure the training throughput in turns: plain PyTorch, plain fastai, this package, a loop without a Learner, and the limit."
+    "Measure training throughput in turns: plain PyTorch, plain fastai, this package, a loop without Learner, and the limit."
     from cifar_fastai.bench import bench, bench_table, step_rate
     settings = replace(settings.resolved(), out=settings.out or f'bench_{datetime.now():%Y-%m-%d_%H-%M-%S}.json')
     result = bench(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
-    steps = result['settings']['steps']
-    print(f"{result['device']}, {result['precision']} in package, bare and limit, batch size {settings.bs}, {settings.repeats} turns of {steps} steps")
+    turns = f"{settings.repeats} turns of {result['settings']['steps']} steps"
+    print(f"{result['device']}, {result['precision']} in package, bare and limit, batch size {settings.bs}, {turns}")
     print(bench_table(result).to_string())
-    for key, label in dict(batches='making batches alone, one core', sizes='by training images', batch_sizes='by batch size').items():
-        _print_rates(result, key, label)
+    labels = dict(batches='making batches alone, one core', image_sizes='by size of the training images in pixels',
+                  sizes='by number of training images', batch_sizes='by batch size')
+    for key, label in labels.items(): _print_rates(result, key, label)
     products = ', '.join(f'{name} {rate:.3f}' for name, rate in result['matrix_products'].items())
-    reached = f"; a step of package reaches {step_rate(result):.3f}" if 'package' in result['cases'] else ''
+    package = result['cases'].get('package')
+    reached = f'; a step of package reaches {step_rate(result):.3f}' if package else ''
     print(f'matrix products, TFLOP/s: {products}{reached}')
-    first = f", first step of package {result['cases']['package']['first_step']:.1f} s after its process began" if 'package' in result['cases'] else ''
+    first = f", first step of package {package['first_step']:.1f} s after its process began" if package else ''
     print(f"importing fastai {result['import_fastai']:.1f} s{first}")
     print(f'saved {printable(settings.out)}')
 
@@ -327,11 +335,14 @@ def cifar_repeat(settings:RepeatSettings):
     from cifar_fastai.run.repeat import ablate_recipe, ablation_effects, repeat_runs, repeat_table
     settings = replace(settings, out=settings.out or f'runs/repeat_{datetime.now():%Y-%m-%d_%H-%M-%S}')
     values = asdict(settings.resolved())
-    changed = [f'{name} {values[name]}' for name in ingredients if values[name] != getattr(get_recipe(settings.recipe), name)]
+    recipe = get_recipe(settings.recipe)
+    changed = [f'{name} {values[name]}' for name in ingredients if values[name] != getattr(recipe, name)]
     _tune_allocator(settings)
-    results = ablate_recipe(settings) if settings.ablate else {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
+    if settings.ablate: results = ablate_recipe(settings)
+    else: results = {', '.join([settings.recipe, *changed]): repeat_runs(settings)}
     print('\n' + repeat_table(results).to_string())
-    if settings.ablate: print('\neffect of each ingredient, in points of accuracy\n' + ablation_effects(results).to_string())
+    if settings.ablate:
+        print('\neffect of each ingredient, in points of accuracy\n' + ablation_effects(results).to_string())
     print(f'\nsaved {printable(settings.out)}')
 
 # %% ../nbs/80_cli.ipynb #8c20e0a2
@@ -348,11 +359,13 @@ def cifar_report(settings:ReportSettings):
     if not settings.runs: raise ValueError('no run: give one run folder, or several to compare')
     if len(settings.runs) == 1:
         from cifar_fastai.look.report import write_report
-        if settings.out is not None: raise ValueError(f'out is {settings.out!r}: only valid with several runs; a report is written to its run folder')
+        if settings.out is not None:
+            raise ValueError(f'out is {settings.out!r}: only valid with several runs; a report is written to its run folder')
         print(printable(f'saved {write_report(settings.runs[0], settings.data)}'))
     else:
         from cifar_fastai.look.compare import write_comparison
-        if settings.data is not None: raise ValueError(f'data is {settings.data!r}: only valid with one run; a comparison needs no images')
+        if settings.data is not None:
+            raise ValueError(f'data is {settings.data!r}: only valid with one run; a comparison needs no images')
         print(printable(f"saved {write_comparison(settings.runs, settings.out or 'compare.html')}"))
 
 # %% ../nbs/80_cli.ipynb #8c20e0a3

@@ -267,6 +267,7 @@ class BenchSettings(_Settings):
     compile: bool = False # compile the network of package, bare and limit with torch.compile
     batches: bool = True # also measure making batches alone
     growth: bool = False # also measure 10,000 to 500,000 images and batch sizes of 128 to 2,048
+    image_sizes: tuple[int, ...] = () # also measure package with training images of these sizes, in pixels
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU if there is one
     out: str|None = None # JSON file to write; None: bench_<date-time>.json
 
@@ -277,6 +278,7 @@ class BenchSettings(_Settings):
         for name, n in dict(steps=s.steps, repeats=s.repeats, warmup=s.warmup).items():
             _check(n is None or 1 <= n <= 10**6, name, n, 'must be 1 to 1,000,000')
         _check(2 <= s.bs <= 10**6, 'bs', s.bs, 'must be 2 to 1,000,000')
+        _check(all(8 <= n <= 32 for n in s.image_sizes), 'image_sizes', s.image_sizes, 'must be 8 to 32')
         writable = s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir()
         _check(writable, 'out', s.out, 'must be a file in an existing folder')
 

@@ -60,6 +60,13 @@ def test_a_batch_size_that_is_left_out_is_that_of_the_data():
     assert result['settings']['bs'] == 64 and len(result['cases']['limit']['images_per_second']) == 1
 
 @pytest.mark.slow
+def test_smaller_training_images_are_measured_in_turns_of_their_own():
+    result = bench(BenchSettings(**quick | dict(bs=64, cases=('package',), batches=False, image_sizes=(8, 32), recipe='best')))
+    assert list(result['image_sizes']) == ['8', '32'] and set(result['cases']) == {'package'}
+    small, full = (np.mean(case['images_per_second']) for case in result['image_sizes'].values())
+    assert small > 1.5*full # a sixteenth of the arithmetic
+
+@pytest.mark.slow
 def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):
     import multiprocessing
     with pytest.raises(ChildProcessError, match=rf'broken.*{re.escape(str(tmp_path/"nothing"))}'):
@@ -80,7 +87,7 @@ def test_a_process_that_is_killed_is_reported_and_the_others_end():
     assert len(there) == 2 and multiprocessing.active_children() == []
 
 @pytest.mark.parametrize('change, words', [(dict(steps=0), 'steps is 0'), (dict(repeats=0), 'repeats is 0'), (dict(warmup=0), 'warmup is 0'), (dict(bs=1), 'bs is 1'),
-                                           (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'), (dict(recipe='worst'), 'recipe is'),
+                                           (dict(cases=('fastest',)), 'cases is'), (dict(cases=()), 'cases is'), (dict(precision='int8'), 'precision is'), (dict(recipe='worst'), 'recipe is'), (dict(image_sizes=(32, 4)), 'image_sizes is'), (dict(image_sizes=(64,)), 'image_sizes is'),
                                            (dict(out='no/such/folder/x.json'), 'out is'), (dict(out='.'), 'out is')])
 def test_settings_that_are_invalid_are_refused(change, words):
     with pytest.raises(ValueError, match=words): BenchSettings(**quick | change)

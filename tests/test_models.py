@@ -2,6 +2,7 @@
 import re
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,16 @@ def test_answers_of_whitening_filters_are_uncorrelated_and_of_one_variance():
     images = F.avg_pool2d(torch.randn(50, 3, 34, 34, generator=torch.Generator().manual_seed(0)), 3, stride=1) # the small images are grey: their channels are one
     answers = F.conv2d(images.double(), whitening_filters(images, eps=0).double()).transpose(0, 1).flatten(1)
     assert torch.allclose(torch.cov(answers), torch.eye(27, dtype=torch.double), atol=1e-3)
+
+@pytest.mark.parametrize('n', [1, 499, 1234]) # images are taken in parts
+def test_whitening_filters_are_eigenvectors_of_the_covariance_of_all_patches(n):
+    images = torch.randn(n, 3, 9, 7, generator=torch.Generator().manual_seed(n)) + torch.tensor([0, 5, -1]).view(3, 1, 1)
+    patches = np.lib.stride_tricks.sliding_window_view(images.double().numpy(), (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5).reshape(-1, 27)
+    covariance, filters = torch.from_numpy(np.cov(patches.T)), whitening_filters(images).double().reshape(27, 27)
+    directions = filters/filters.norm(dim=1, keepdim=True)
+    variances = (directions@covariance*directions).sum(dim=1)
+    assert torch.allclose(directions@covariance, variances[:, None]*directions, atol=1e-5)
+    assert torch.allclose(filters.norm(dim=1), (variances + 5e-3).rsqrt(), rtol=1e-4)
 
 def test_the_guard_holds_the_weakest_answers_back(photographs):
     strength = F.conv2d(photographs, whitening_filters(photographs, eps=.01)).transpose(0, 1).flatten(1).var(dim=1)

@@ -354,6 +354,7 @@ def _check_fit(self:Checkpoints, facts):
     for name, most in zip(('epoch', 'batches', 'train_iter'), [*fit, math.prod(fit)]):
         if type(facts[name]) is not int or not 0 <= facts[name] <= most: raise ValueError(f'{name} is {facts[name]!r}')
 
+# %% ../../nbs/23_callback.checkpoint.ipynb #a6d02add
 @patch
 def _load(self:Checkpoints):
     tensors, facts = self.state

@@ -162,7 +162,7 @@ def _figures(record, n_valid) -> list[dict]: # name, value, note
     "Return the headline figures"
     s, images, device = record.summary, _valid_images(record), record.summary.get('device')
     per_epoch = s['seconds']/len(record.history)
-    tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its mirror image'
+    tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its horizontal flip'
     rows = [
         ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch'),
         ('misclassified', f"{s['n_wrong']:,}", f'of {n_valid:,} {images}'),
