@@ -237,14 +237,20 @@ class InterpretSettings:
     data: str|None = None # source of the images; None: the run's
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
     flip_average: bool = False # also print the accuracy with TTA: logits averaged over image and horizontal flip
-    k: int = 10 # most confused pairs to print
+    k: int = 10 # most confused pairs, and label issues, to print
+    cam: bool = False # also plot where the network finds evidence for the predicted and the actual class (Grad-CAM)
+    label_issues: bool = False # also print and plot the images whose labels are most likely to be wrong
+    shift: bool = False # also measure accuracy and calibration on 500 images that are compressed, blurred, noisy, …
 
 @_command
 def cifar_interpret(settings:InterpretSettings):
     "Classify the validation images of a run, print accuracy and mistakes, and write the plots."
     from cifar_fastai.data.loader import lost_worker_in_words
     from cifar_fastai.look.interpret import CifarInterpretation
+    from cifar_fastai.look.plots import save_figure
     from cifar_fastai.run.folder import read_config, read_history
+    if settings.cam: require_extra('explain', 'captum')
+    if settings.label_issues: require_extra('explain', 'cleanlab')
     from cifar_fastai.run.train import best_is, save_plots
     history = read_history(settings.run)
     with lost_worker_in_words():
@@ -258,8 +264,33 @@ def cifar_interpret(settings:InterpretSettings):
     print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format), '\n')
     for actual, predicted, n in interp.most_confused()[:settings.k]:
         print(printable(f'{actual} predicted as {predicted}: {n}'))
-    save_plots(Path(settings.run)/'plots', interp, history)
+    plots = Path(settings.run)/'plots'
+    save_plots(plots, interp, history)
+    if settings.cam: save_figure(interp.plot_misclassified(25, cam=True), plots/'cam.png')
+    if settings.label_issues: _label_issues(interp, settings.k, plots)
+    if settings.shift: _shift(interp, settings, plots)
     print(printable(f'\nplots {Path(settings.run)/"plots"}'.strip()))
+
+# %% ../nbs/80_cli.ipynb #e8072b58
+def _label_issues(interp, k, plots):
+    from cifar_fastai.look.plots import save_figure
+    issues = interp.label_issues()
+    print(f'\n{len(issues):,} labels are likely to be wrong; the first {min(k, len(issues))}, by position among the validation images:')
+    for issue in issues[:k]:
+        print(printable(f'{issue.idx}: label {issue.given} ({issue.probability:.1%}), predicted {issue.suggested}'))
+    if issues: save_figure(interp.plot_label_issues(25), plots/'label_issues.png')
+
+def _shift(interp, settings, plots):
+    import numpy as np
+    from cifar_fastai.look.plots import save_figure
+    from cifar_fastai.look.shift import plot_shift_table, shift_table, write_shift_table
+    from cifar_fastai.use.predict import load_classifier
+    classify, _ = load_classifier(settings.run, settings.weights)
+    images = np.stack([interp.image(i) for i in range(len(interp.targs))])
+    table = shift_table(classify, images, interp.targs)
+    write_shift_table(settings.run, table)
+    save_figure(plot_shift_table(table), plots/'shift.png')
+    print('\n' + table.to_string(float_format='{:.3f}'.format))
 
 # %% ../nbs/80_cli.ipynb #1fbb980c
 @dataclass(frozen=True)
@@ -385,13 +416,13 @@ def cifar_app(settings:AppSettings):
     "Serve a browser demo that classifies uploaded images. Ctrl-C stops it."
     require_extra('app', 'gradio')
     from cifar_fastai.use.app import build_app
-    from cifar_fastai.use.predict import load_classifier
+    from cifar_fastai.use.predict import load_classifier, load_explainer
     from cifar_fastai.use.serve import check_serving, exit_on_signals, launch_app
     check_serving(settings.host, settings.port, settings.max_mb)
     classify, vocab = load_classifier(settings.model, settings.weights)
     with exit_on_signals():
         examples = _examples(settings)
-        app = build_app(classify, vocab, examples=examples)
+        app = build_app(classify, vocab, explain=load_explainer(settings.model, settings.weights), examples=examples)
         with launch_app(app, settings.host, settings.port, settings.max_mb, settings.hosts) as server:
             hint = '' if examples else '; no example images: give --data'
             print(f'{server.address} (Ctrl-C ends it){hint}', flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 context = multiprocessing.get_context('forkserver')
 imported = [f'cifar_fastai.{name}' for name in ('cli', 'bench', 'look.compare', 'look.report', 'run.distributed', 'run.repeat', 'use.app', 'use.export', 'use.serve')]
 for name in imported: assert find_spec(name), f'{name} was renamed: the server would import nothing, and say nothing'
-context.set_forkserver_preload([*imported, 'gradio'])
+context.set_forkserver_preload([*imported, 'gradio', 'torchmetrics', 'captum.attr', 'cleanlab.filter'])
 
 
 def _child(function, args, env, folder, files):

@@ -18,6 +18,7 @@ from cifar_fastai.files import read_json
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.run.folder import load_run
 from cifar_fastai.look.interpret import class_probabilities
+from cifar_fastai.look.report import write_report
 from cifar_fastai.models import load_pretrained
 from cifar_fastai.run.folder import read_csv_exact
 
@@ -266,6 +267,24 @@ def test_the_network_that_ships_knows_real_photographs(real_cifar, capsys):
     assert sum(name == cifar10_classes[label] for name, label in zip(named, real_cifar.test_y[:60], strict=True)) >= 52 # far under 94 % of 60, far over chance
 
 # ---- interpret
+
+def test_interpret_explains_on_request_and_the_report_shows_it(finished, capsys, tmp_path):
+    for module in 'captum', 'cleanlab': pytest.importorskip(module, reason='the extra [explain]')
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    cifar_interpret([str(run), '--cam', '--label_issues', '--shift'])
+    said = capsys.readouterr().out
+    assert re.search(r'\d+ labels are likely to be wrong', said) and re.search(r'^JPEG compression +80', said, re.MULTILINE)
+    assert {'cam.png', 'shift.png'} <= {file.name for file in (run/'plots').iterdir()} and (run/'shift.csv').exists()
+    page = write_report(run).read_text(encoding='utf8')
+    assert page.count('<tr><th scope="row">blur</th>') == 3 and '<details><summary><img' in page and 'Grad-CAM' in page
+    (run/'shift.csv').write_text('no table')
+    with pytest.raises(ValueError, match=r'shift\.csv'): write_report(run)
+
+@pytest.mark.parametrize('option, module', [('--cam', 'captum'), ('--label_issues', 'cleanlab')])
+def test_interpret_names_the_extra_that_is_missing(finished, monkeypatch, option, module):
+    import cifar_fastai.core
+    monkeypatch.setattr(cifar_fastai.core, 'find_spec', lambda name: None)
+    assert 'explain' in refused(cifar_interpret, str(finished[0]), option)
 
 def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, small):
     run, summary = shutil.copytree(finished[0], tmp_path/'run'), finished[1]

@@ -14,7 +14,7 @@ def bounds(sign, text): # -> {(package, version)}
 
 def test_the_oldest_environment_has_the_lower_bounds_of_the_settings():
     settings = readme.settings()
-    kinds = [''] + [f'{extra}_' for extra in ('app', 'distributed', 'export', 'tensorboard')]
+    kinds = [''] + [f'{extra}_' for extra in ('app', 'distributed', 'explain', 'export', 'tensorboard')]
     wanted = bounds('>=', '\n'.join(settings[f'{kind}requirements'] for kind in kinds))
     file = (root/'tests/envs/oldest.txt').read_text()
     assert bounds('==', file) == wanted and len(wanted) > 20

@@ -126,7 +126,7 @@ def test_the_gallery_shows_the_images_themselves_the_most_confident_mistakes_fir
 def test_every_picture_has_words(reported):
     page = Page(reported)
     assert len(page.all('img')) > 30 and all(attrs.get('alt') for attrs in page.all('img'))
-    assert len(page.all('svg')) == 3 and all(attrs['role'] == 'img' and len(attrs['aria-label']) > 30 for attrs in page.all('svg'))
+    assert len(page.all('svg')) == 5 and all(attrs['role'] == 'img' and len(attrs['aria-label']) > 30 for attrs in page.all('svg'))
 
 def test_the_curves_reach_the_last_epoch(reported, compared):
     "Epochs 1 and 2 are ticks of the axis, which would end at 1 if nothing were drawn"
@@ -269,7 +269,7 @@ def test_without_images_the_page_says_so_and_has_the_rest(run, change, empty_hom
     change('config.json', lambda c: c['settings'].update(data=data))
     page = Page(write_report(run))
     assert (data if data != 'cifar10' else data_variable) in page.text # what is missing, or how to name it
-    assert not page.all('img') and not page.all('button') and len(page.all('svg')) == 3 and len(page.all('table')) > 1
+    assert not page.all('img') and not page.all('button') and len(page.all('svg')) == 5 and len(page.all('table')) > 1
     assert len(re.findall('<span class="wrong"', page.source)) > 3
 
 def test_images_can_be_elsewhere(run, change, small_folder, reported):

@@ -373,7 +373,7 @@ def test_a_numpy_state_that_would_read_beyond_its_keys_is_refused(tiny_learner, 
 def test_an_unexpected_error_ends_with_one_sentence_and_a_traceback_in_a_file(run, monkeypatch, tmp_path):
     monkeypatch.setenv('TMPDIR', str(tmp_path))
     monkeypatch.setattr('tempfile.tempdir', None)
-    monkeypatch.setattr('cifar_fastai.look.report.report_page', lambda *args: {}['never\x1b[31m foreseen'])
+    monkeypatch.setattr('cifar_fastai.look.report.report_page', lambda *args, **kwargs: {}['never\x1b[31m foreseen'])
     said = sentence(cifar_report, run)
     [file] = [file for file in tmp_path.iterdir() if file.is_file()]
     assert 'KeyError' in said and str(file) in said and 'report_page' in file.read_text()

@@ -63,15 +63,28 @@ def spread(values): # fractions -> per cent: mean and standard deviation
     return f'{100*middle:.2f} ± {100*deviation:.2f} %'
 
 
+timed_on = 'benchmarks/bench/2-cores-zen4.json'
+
+
+def training_time(name, settings, timed, root): # of a recorded run on that machine, or computed from the throughput at each size of the images
+    run = root/f'benchmarks/runs/{name}-2-cores/summary.json'
+    if run.exists(): return f"{json.loads(run.read_text(encoding='utf-8'))['seconds']/60:.0f} min"
+    epochs, sizes, rates = settings['epochs'], settings['sizes'] or [32], timed['image_sizes']
+    of_epochs = [sizes[-(-(epoch + 1)*len(sizes)//epochs) - 1] for epoch in range(epochs)] # as `ImageSizes.size_of`
+    return f"about {sum(50_000/mean(rates[str(size)]['images_per_second']) for size in of_epochs)/60:.0f} min without validation"
+
+
 def accuracies(root=root): # of several seeds of each recipe, on one GPU
     "Return the table of the recipes"
     record = json.loads((root/'benchmarks/runs/h100/runs.json').read_text(encoding='utf-8'))
+    timed = json.loads((root/timed_on).read_text(encoding='utf-8'))
     rows = []
     for name, shows in recipes.items():
         recipe = record['recipes'][name]
         plain, flipped = ([run[key] for run in recipe['runs']] for key in ('accuracy', 'flip_averaged_accuracy'))
-        rows.append([f'`{name}`', shows, f"{recipe['petaflop']:.2f}", len(plain), spread(plain), f'{100*min(plain):.2f} %', f'**{spread(flipped)}**'])
-    return table(['recipe', 'training', 'PFLOP', 'runs', 'test accuracy, mean ± sd', 'lowest', 'with flip TTA, mean ± sd'], rows)
+        rows.append([f'`{name}`', shows, f"{recipe['petaflop']:.2f}", len(plain), spread(plain), f'{100*min(plain):.2f} %', f'**{spread(flipped)}**',
+                     training_time(name, recipe['settings'], timed, root)])
+    return table(['recipe', 'training', 'PFLOP', 'runs', 'test accuracy, mean ± sd', 'lowest', 'with flip TTA, mean ± sd', 'time on two cores'], rows)
 
 
 cases = dict(
@@ -90,18 +103,41 @@ def ratio(rates, reference): # turn by turn, as `cifar_fastai.bench.ratio` has i
     return f'{mean(rates)/mean(reference):.2f} ({min(of_turns):.2f} to {max(of_turns):.2f})'
 
 
-def bench(root=root): # one table for each machine of benchmarks/bench
-    "Return the table of the recorded benchmarks"
-    parts = []
-    for file in sorted((root/'benchmarks/bench').glob('*.json')):
-        result = json.loads(file.read_text(encoding='utf-8'))
+def processor(result): # name and the extensions that matter for bf16
+    cpu = result['environment'].get('cpu')
+    if not cpu: return machine(result)
+    has = [label for flag, label in dict(avx512_bf16='AVX512-BF16', amx_bf16='AMX').items() if flag in cpu['flags']]
+    return f"{machine(result)} (family {cpu['family']}, model {cpu['model']}{''.join(f', {label}' for label in has)})"
+
+
+def processors(results, operations): # operations of an image in training
+    "Return the table that compares the machines"
+    rows = []
+    for result in results:
+        rates = {name: mean(case['images_per_second']) for name, case in result['cases'].items()}
+        step, products = rates['package']*operations/1e12, result.get('matrix_products')
+        of_limit = f'{step:.2f}' + (f" ({step/products[result['precision']]:.0%})" if products else '')
+        limits = [f'{products[kind]:.2f}' if products else 'not measured' for kind in ('fp32', 'bf16')]
+        by_turn = ratio(result['cases']['package']['images_per_second'], result['cases']['plain']['images_per_second'])
+        rows.append([processor(result), *limits, of_limit, f"{rates['plain']:,.0f}", f"{rates['package']:,.0f}", by_turn])
+    return table(['processor', 'matrix product, fp32', 'matrix product, bf16', 'training step (share of the limit)', "the projects' approach, images/s",
+                  'this package, images/s', 'ratio'], rows)
+
+
+def bench(root=root): # all machines of benchmarks/bench side by side, and one table for each
+    "Return the tables of the recorded benchmarks"
+    read = lambda file: json.loads(file.read_text(encoding='utf-8'))
+    results = [read(file) for file in sorted((root/'benchmarks/bench').glob('*.json'))]
+    baseline = read(root/'benchmarks/runs/h100/runs.json')['recipes']['baseline']
+    parts = [processors(results, 1e15*baseline['petaflop']/(50_000*baseline['settings']['epochs']))]
+    for result in results:
         rates = {name: case['images_per_second'] for name, case in result['cases'].items()}
         against = [(label, rates[key]) for label, key in (("× the projects' approach", 'plain'), ('× the limit', 'limit')) if key in rates]
         gpu = any(case.get('gpu_memory') for case in result['cases'].values())
         rows = [[cases[name], f'{mean(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})', f'{result["n_images"]/mean(r):,.0f}', f'{result["cases"][name]["memory"]/2**30:.2f}',
                  *([f'{result["cases"][name]["gpu_memory"]/2**30:.2f}'] if gpu else []), *(ratio(r, reference) for _, reference in against)] for name, r in rates.items()]
         s = result['settings']
-        parts.append(f"{machine(result)}, {s['bs']} images per batch; the first two cases in fp32, the others in {result['precision']}. Mean of {s['repeats']} turns of {s['steps']} steps each, minimum and maximum in parentheses. "
+        parts.append(f"{processor(result)}, {s['bs']} images per batch; the first two cases in fp32, the others in {result['precision']}. Mean of {s['repeats']} turns of {s['steps']} steps each, minimum and maximum in parentheses. "
                      "Epochs exclude validation; memory is that of the main process, without workers.\n\n"
                      + table(['case', 'images/s', 's per epoch', 'peak memory, GiB', *(['GPU memory, GiB'] if gpu else []), *(label for label, _ in against)], rows))
     return '\n\n'.join(parts)

@@ -68,14 +68,17 @@ def _plot_accuracies(records, names):
     return plot
 
 # %% ../../nbs/52_look.compare.ipynb #de65d361
-_columns = ['accuracy', 'accuracy with TTA', 'misclassified', 'best accuracy', 'epochs', 'training time, s',
+_columns = ['accuracy', 'accuracy with TTA', 'misclassified', 'calibration error', 'best accuracy', 'epochs', 'training time, s',
             'parameters', 'device', 'precision', 'validated on']
+
+def _calibration_error(summary): # '—' for a run that an earlier version wrote
+    return f"{100*summary['calibration']['ece']:.1f} points" if summary.get('calibration') else '—'
 
 def _results(record) -> list: # one value per column
     "Return the results of a run"
     s = record.summary
     best = f"{_percent(s['best_accuracy'])}, epoch {s['best_epoch']}"
-    return [_percent(s['accuracy']), _percent(s.get('flip_averaged_accuracy')), f"{s['n_wrong']:,}", best,
+    return [_percent(s['accuracy']), _percent(s.get('flip_averaged_accuracy')), f"{s['n_wrong']:,}", _calibration_error(s), best,
             len(record.history), f"{s['seconds']:,.0f}", f"{s['n_params']:,}", s.get('device'), s.get('precision'),
             _valid_images(record)]
 

@@ -131,7 +131,8 @@ def run_predictions(
         raise ValueError(f'{record.path} has no predictions.safetensors: '
                          'the run is not finished, or another version wrote it')
     dl = dls.valid if dls else SimpleNamespace(n=_n_predicted(path), vocab=vocab)
-    interp = CifarInterpretation.from_predictions(path, dl)
+    calibration = summary.get('calibration') or {}
+    interp = CifarInterpretation.from_predictions(path, dl, calibration.get('temperature', 1.))
     if interp.probs.shape[1] != len(vocab) or not len(interp.targs):
         raise ValueError(f'{path} is not a file of predictions of {len(vocab)} classes')
     if interp.n_wrong != summary['n_wrong']:
@@ -188,10 +189,11 @@ def page_plot(
 # %% ../../nbs/50_look.page.ipynb #7f12a007
 def image_uri(
     img:np.ndarray, # `uint8` (H, W, 3)
+    quality:int=None, # of a lossy file, 1 to 100; `None` is lossless
 ) -> str:
-    "Return an image as a `data:` URI, lossless WebP in base64"
-    buffer = io.BytesIO()
-    Image.fromarray(img).save(buffer, 'WEBP', lossless=True)
+    "Return an image as a `data:` URI, WebP in base64"
+    buffer, how = io.BytesIO(), dict(quality=quality) if quality else dict(lossless=True)
+    Image.fromarray(img).save(buffer, 'WEBP', **how)
     return f'data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 # %% ../../nbs/50_look.page.ipynb #a1d1ac86

@@ -61,6 +61,10 @@ def _shorten(text, n=36):
     return text if len(text) <= n else f'{text[:n//2 - 1]}…{text[-n//2:]}'
 
 # %% ../../nbs/41_look.plots.ipynb #abca32a7
+def _size_in_inches(height, width): # of an image in pixels -> (width, height); wide images have up to twice the width
+    zoom = 1.6*min(2, max(1, width/height))/max(height, width)
+    return width*zoom, height*zoom
+
 def plot_images(
     imgs, # `uint8` images (H, W, 3) of any sizes
     titles, # one caption per image; lines of more than 36 characters are wrapped
@@ -69,13 +73,15 @@ def plot_images(
     "Plot small images in a grid, enlarged without interpolation, each below its caption"
     rows = max(1, -(-len(imgs)//cols))
     titles = ['\n'.join(part for line in title.split('\n') for part in wrap(line, 36)) for title in titles]
-    # Size of a cell of the grid, in inches. All images share one axes, whose unit is an inch.
-    width = max([1.75, *(_text_width(title, 9) + .15 for title in titles)])
-    height = 1.73 + .16*max([2, *(title.count('\n') + 1 for title in titles)])
+    # Sizes in inches, of the images and of a cell of the grid. All images share one axes, whose unit is an inch.
+    sizes = [_size_in_inches(*img.shape[:2]) for img in imgs]
+    widest, tallest = np.max(sizes, axis=0) if sizes else (1.6, 1.6)
+    width = max([widest + .15, *(_text_width(title, 9) + .15 for title in titles)])
+    height = tallest + .13 + .16*max([2, *(title.count('\n') + 1 for title in titles)])
     fig, ax = plt.subplots(figsize=(width*cols, height*rows), layout='constrained')
     for i, (img, title) in enumerate(zip(imgs, titles)):
-        x, y = width*(i % cols + .5), height*(i//cols + 1) - .85 # centre of the image
-        h, w = .8*np.array(img.shape[:2])/max(img.shape[:2])
+        x, y = width*(i % cols + .5), height*(i//cols + 1) - tallest/2 - .05 # centre of the image
+        w, h = np.array(sizes[i])/2
         ax.imshow(img, interpolation='nearest', extent=(x - w, x + w, y + h, y - h))
         ax.text(x, y - h - .03, title, fontsize=9, ha='center', va='bottom')
     ax.set(xlim=(0, width*cols), ylim=(height*rows, 0))

@@ -8,6 +8,7 @@ __all__ = ['changed_settings', 'repeat_command', 'run_lrs', 'augmented_images', 
 # %% ../../nbs/51_look.report.ipynb #28f6bd9d
 import math, shlex
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,12 @@ from ..data.images import cifar10_fingerprint
 from ..data.augment import (CropFlipCutout, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels,
                                        unpack_pixels)
 from ..callback.schedule import one_cycle_lr, peak_step_of, plot_range_test
+from .calibration import draw_confidences, draw_reliability
 from .plots import plot_lrs
+from ..run.folder import load_run
+from .explain import cam_pictures
 from .interpret import CifarInterpretation
+from .shift import plot_shift_rows, read_shift_table, shifts
 from .page import (RunRecord, _percent, _template, _thinned, _valid_images, image_uri, page_plot,
                                     read_run, run_images, run_predictions)
 
@@ -101,11 +106,11 @@ def _curves(
 # %% ../../nbs/51_look.report.ipynb #4cbb7997
 def _plots(
     record:RunRecord,
-    n_valid:int, # validation images
+    interp:CifarInterpretation,
 ) -> dict: # name in the template → `svg` element; range_test is `None` if there was none
     "Return the plots of a report"
     history, bounds, last = record.history, record.bounds, record.history.iloc[-1]
-    steps, lrs, n_batch = run_lrs(record, n_valid)
+    steps, lrs, n_batch = run_lrs(record, len(interp.targs))
     losses = dict(train_loss='training', valid_loss='validation')
     accuracies = dict(train_accuracy='training', accuracy='validation')
     loss_alt = (f'Loss over {len(history)} epochs: at the end {last["train_loss"]:.3f} in training, '
@@ -116,7 +121,11 @@ def _plots(
               f'and back to {lrs[-1]:.2e}')
     range_alt = f'Range test: LRMIN is {bounds.lr_min:.2e}, LRMAX {bounds.lr_max:.2e}'
     range_test = record.tested and page_plot(lambda ax: plot_range_test(*record.tested, bounds, ax), range_alt)
-    return dict(range_test=range_test, lr_plot=page_plot(lambda ax: plot_lrs(lrs, n_batch, ax, steps), lr_alt),
+    measures, predicted = interp.calibration(), (interp.probs, interp.targs)
+    reliability_alt = f'Accuracy in each bin of confidence; the expected calibration error is {100*measures.ece:.1f} points'
+    reliability = page_plot(lambda ax: draw_reliability(ax, *predicted), reliability_alt)
+    confidences = page_plot(lambda ax: draw_confidences(ax, *predicted), f'Histogram of confidences, {interp.probs.amax(dim=1).mean():.1%} on average')
+    return dict(reliability_plot=reliability, confidence_plot=confidences, range_test=range_test, lr_plot=page_plot(lambda ax: plot_lrs(lrs, n_batch, ax, steps), lr_alt),
                 loss_plot=page_plot(_curves(history, losses, 'loss'), loss_alt),
                 accuracy_plot=page_plot(_curves(history, accuracies, 'accuracy'), accuracy_alt))
 
@@ -158,16 +167,18 @@ def _duration(seconds) -> str:
     if seconds < 120: return f'{seconds:.0f} s'
     return f'{minutes} min' if minutes < 120 else f'{hours:.1f} h'
 
-def _figures(record, n_valid) -> list[dict]: # name, value, note
+def _figures(record, interp) -> list[dict]: # name, value, note
     "Return the headline figures"
     s, images, device = record.summary, _valid_images(record), record.summary.get('device')
     per_epoch = s['seconds']/len(record.history)
     tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its horizontal flip'
+    error = f'{100*interp.calibration().ece:.1f} points'
     rows = [
         ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch'),
-        ('misclassified', f"{s['n_wrong']:,}", f'of {n_valid:,} {images}'),
+        ('misclassified', f"{s['n_wrong']:,}", f'of {len(interp.targs):,} {images}'),
         ('accuracy with TTA', _percent(s.get('flip_averaged_accuracy')), tta),
         ('best accuracy', _percent(s['best_accuracy']), f"after epoch {s['best_epoch']}, {s.get('best_is')}"),
+        ('calibration error', error, 'expected calibration error, in 15 bins of confidence'),
         ('parameters', f"{s['n_params']:,}", ''),
         ('training time', _duration(s['seconds']), f"{s['seconds']:,.0f} s, {per_epoch:,.1f} s per epoch"),
         ('device', device, record.environment.get('processor') if device == 'cpu' else ''),
@@ -203,21 +214,64 @@ def _origin(record) -> str:
     is_digits = named_source(record.settings.data) == 'digits' and record.data['vocab'] == list('0123456789')
     return "scikit-learn's digits" if is_digits else 'Custom images, not the original CIFAR-10'
 
+# %% ../../nbs/51_look.report.ipynb #86c1ebb6
+def _calibration_text(record, interp) -> str:
+    "Describe the calibration of the probabilities in two or three sentences"
+    after, before = interp.calibration(), interp.calibrated(1.).calibration()
+    confidence, recorded = float(interp.probs.amax(dim=1).mean()), record.summary.get('calibration')
+    found = f"{recorded['temperature_is']}" if recorded else 'not calibrated: an earlier version wrote this run'
+    text = f'The mean confidence is {confidence:.1%}, and the accuracy {interp.accuracy:.1%}. '
+    if interp.temperature == 1: return f'{text}The probabilities are those of the network ({found}).'
+    return (f'{text}Logits are divided by the temperature {interp.temperature:.3g} ({found}). That changes no prediction, and the '
+            f'expected calibration error from {100*before.ece:.1f} to {100*after.ece:.1f} points, the negative log-likelihood from '
+            f'{before.nll:.3f} to {after.nll:.3f}, and the Brier score from {before.brier:.3f} to {after.brier:.3f}.')
+
 # %% ../../nbs/51_look.report.ipynb #afbb647f
 def _gallery(
     interp:CifarInterpretation,
     most:int, # bytes
-) -> list[dict]: # uri, pair, actual, predicted, probability
+    explain=None, # images and labels → images with Grad-CAM maps
+) -> list[dict]: # uri, cams, pair, actual, predicted, probability
     "Return the misclassified images, the most confident mistakes first, as far as they fit into `most` bytes"
-    pictures, markup = [], 400 # bytes of the elements around an image, at most
-    for m in interp.misclassified():
-        uri = image_uri(interp.image(m.idx))
-        most -= len(uri) + len(m.actual) + len(m.predicted) + markup
-        if most < 0: break
-        pair = f'{interp.targs[m.idx]}-{interp.decoded[m.idx]}'
-        names = dict(actual=m.actual, predicted=m.predicted)
-        pictures.append(dict(uri=uri, pair=pair, probability=f'{m.probability:.0%}', **names))
+    pictures, markup = [], 700 # bytes of the elements around an image, at most
+    wrong = interp.misclassified()
+    for start in range(0, len(wrong), 64):
+        part = wrong[start:start + 64]
+        for m, cams in zip(part, _cams(interp, part, explain)):
+            uri = image_uri(interp.image(m.idx))
+            most -= len(uri) + sum(map(len, cams)) + 3*(len(m.actual) + len(m.predicted)) + markup
+            if most < 0: return pictures
+            pair = f'{interp.targs[m.idx]}-{interp.decoded[m.idx]}'
+            names = dict(actual=m.actual, predicted=m.predicted)
+            pictures.append(dict(uri=uri, cams=cams, pair=pair, probability=f'{m.probability:.0%}', **names))
     return pictures
+
+def _cams(interp, wrong, explain): # -> for each image the URIs for the predicted and for the actual class; none without `explain`
+    if explain is None: return [()]*len(wrong)
+    idxs = [m.idx for m in wrong]
+    images = [interp.image(i) for i in idxs]
+    of_classes = [explain(images, labels[idxs]) for labels in (interp.decoded, interp.targs)]
+    return [tuple(image_uri(picture, 50) for picture in pictures) for pictures in zip(*of_classes)]
+
+def _explainer(record): # -> function: images and labels → images with Grad-CAM maps; `None` without Captum or weights
+    if find_spec('captum') is None: return None
+    try: model, config = load_run(record.path)
+    except (ValueError, OSError): return None
+    return lambda images, labels: cam_pictures(model, images, labels, config['data']['stats'])
+
+def _label_issues(interp, k=24): # -> list of dicts: uri, idx, given, suggested; `None` without cleanlab
+    if find_spec('cleanlab') is None: return None
+    issues = interp.label_issues(k)
+    return [dict(uri=image_uri(interp.image(issue.idx)), **issue._asdict()) for issue in issues]
+
+# %% ../../nbs/51_look.report.ipynb #d7b0a9cc
+def _shift(record) -> dict|None: # rows and plot; `None` without a table
+    "Return accuracy and calibration error under changes of the images"
+    table = read_shift_table(record.path)
+    if table is None: return None
+    rows = [dict(change=name, strength=f'{strength:g} {shifts[name][2]}' if name in shifts else '', accuracy=_percent(row.accuracy),
+                 confidence=_percent(row.confidence), ece=f'{100*row.ece:.1f}') for (name, strength), row in table.iterrows()]
+    return dict(rows=rows, plot=page_plot(lambda ax: plot_shift_rows(ax, table), 'Accuracy under each change of the images', (7, 3.3)))
 
 # %% ../../nbs/51_look.report.ipynb #f00c812d
 def _shades(
@@ -245,7 +299,8 @@ def report_page(
     interp:CifarInterpretation, # of `run_predictions`
     dls:DataLoaders|None=None, # of `run_images`; without it, the page has no images
     missing:str='', # why there are no images
-    most:int=2_200_000, # bytes of the misclassified images; the rest of a page has about a tenth of that
+    most:int=2_600_000, # bytes of the misclassified images; the rest of a page has about a tenth of that
+    explain=None, # images and labels → images with Grad-CAM maps
 ) -> str: # HTML
     """Return the report of a run.
 
@@ -256,12 +311,13 @@ def report_page(
     values = dict(
         name=record.name, origin=_origin(record), vocab=list(interp.vocab), n_train=record.data['n_train'],
         n_valid=n_valid, images=_valid_images(record), accuracy=_percent(record.summary['accuracy']),
-        n_wrong=interp.n_wrong, figures=_figures(record, n_valid), command=repeat_command(record.settings),
+        n_wrong=interp.n_wrong, figures=_figures(record, interp), command=repeat_command(record.settings),
         settings=_settings(record), lr_text=_lr_text(record), aug=CropFlipCutout(flip=record.settings.flip),
         smoothing=f' (label smoothing {smoothing:g})' if smoothing else '', machine=_machine(record),
-        gallery=_gallery(interp, most) if dls else None, missing=missing.rstrip('.'),
+        calibration=_calibration_text(record, interp), shift=_shift(record),
+        gallery=_gallery(interp, most, explain) if dls else None, label_issues=_label_issues(interp) if dls else None, missing=missing.rstrip('.'),
         augmented=_training_images(record, dls) if dls else [])
-    return _template('report.html.j2').render(**values, **_plots(record, n_valid), **_mistakes(interp))
+    return _template('report.html.j2').render(**values, **_plots(record, interp), **_mistakes(interp))
 
 # %% ../../nbs/51_look.report.ipynb #2b651cb9
 def write_report(
@@ -279,5 +335,5 @@ def write_report(
         # No address is tried here, so the list of those that failed is empty.
         missing = ' '.join(str(e).split()).replace(', and it could not be fetched: tried ;', ';')
     if dls: interp = run_predictions(record, dls)
-    page = report_page(record, interp, dls, missing)
+    page = report_page(record, interp, dls, missing, explain=_explainer(record) if dls else None)
     return write_whole(record.path/'report.html', page.encode(errors='replace'))

@@ -81,6 +81,7 @@ def _predict_upload(
     folder, # with the uploads and examples; no other files are opened
     classify, # `uint8` (N, 32, 32, 3) -> probabilities (N, classes)
     vocab, # class names
+    explain=None, # images and labels -> images with Grad-CAM maps
 ): # -> (HTML that shows the network's input, {class name: probability})
     "Classify an uploaded image; raise `gradio.Error`, whose message the page shows, if it cannot be read"
     import gradio as gr
@@ -92,22 +93,31 @@ def _predict_upload(
     except (ValueError, OSError) as e:
         message = ' '.join(str(e).replace(str(path), name).split())
         raise gr.Error(escape(message), print_exception=False) from None
-    shown = (f'<img src="{image_uri(image)}" alt="the image, resized to 32×32 pixels and cropped to a square" '
-             'style="width: 256px; margin: 20px auto 0; image-rendering: pixelated">')
-    return shown, dict(zip(vocab, map(float, classify(image[None])[0])))
+    probs = classify(image[None])[0]
+    shown = _picture(image, 'the image, resized to 32×32 pixels and cropped to a square')
+    if explain:
+        label, [picture] = int(probs.argmax()), explain(image[None], [int(probs.argmax())])
+        shown += _picture(picture, f'where the network finds evidence for {vocab[label]}')
+        shown += f'<p style="text-align: center">Evidence for {escape(vocab[label])} (Grad-CAM)</p>'
+    return shown, dict(zip(vocab, map(float, probs)))
+
+def _picture(image, alt): # -> HTML
+    return (f'<img src="{image_uri(image)}" alt="{escape(alt)}" '
+            'style="width: 256px; margin: 20px auto 0; image-rendering: pixelated">')
 
 # %% ../../nbs/61_use.app.ipynb #7a10c0d8
 def build_app(
     classify, # `uint8` (N, 32, 32, 3) -> probabilities (N, classes)
     vocab, # class names
     title='Image classifier', # plain text
+    explain=None, # images and labels -> images with Grad-CAM maps, as `load_explainer` returns it
     examples=(), # paths of images to click on
 ): # -> `gradio.Blocks`, for `launch_app`
     "Build the page: an image goes in, the network's view of it and the probability of each class come out"
     gr = _import_gradio()
     folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
     pool = ThreadPoolExecutor(2) # Python waits for these threads at exit; PyTorch aborts in a thread that is cut off
-    def answer(upload): return pool.submit(_predict_upload, upload, folder, classify, vocab).result()
+    def answer(upload): return pool.submit(_predict_upload, upload, folder, classify, vocab, explain).result()
 
     intro = (f'<h1>{escape(title)}</h1><p>The network assigns an image to one of {len(vocab)} classes: '
              f'{escape(", ".join(vocab))}. It always chooses one of them, even if the image shows something else.</p>')

@@ -16,20 +16,24 @@ from torch import nn
 
 from ..core import cifar10_classes, cifar10_stats, printable, require_extra
 from ..files import check_file, write_whole
-from ..run.folder import load_run
+from ..run.folder import load_run, read_temperature
 from ..models import load_pretrained
+from ..look.calibration import check_temperature
 
 # %% ../../nbs/60_use.export.ipynb #545ad33a
 class ImagesToProbabilities(nn.Module):
-    """Turn decoded images into class probabilities: normalisation, network and softmax in one module.
+    """Turn decoded images into class probabilities: normalisation, network, temperature and softmax in one module.
 
     Takes `uint8` RGB images (N, 32, 32, 3) and returns `float32` probabilities (N, classes). It holds a copy of `model`
     on the CPU, in fp32 and in evaluation mode; `model` itself is not changed."""
     def __init__(self,
         model:nn.Module, # takes normalised images (N, 3, 32, 32), returns logits (N, classes)
         stats, # (means, standard deviations) that the network was trained with, for pixels in [0, 1]
+        temperature:float=1., # by which the logits are divided
     ):
         super().__init__()
+        check_temperature(temperature)
+        self.temperature = temperature
         self.model = copy.deepcopy(model).to('cpu', torch.float32, memory_format=torch.contiguous_format)
         for name, values in zip(('mean', 'std'), stats):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
@@ -38,7 +42,8 @@ class ImagesToProbabilities(nn.Module):
     def forward(self, images:torch.Tensor) -> torch.Tensor:
         "Return probabilities (N, classes) of `uint8` images (N, 32, 32, 3)"
         x = images.permute(0, 3, 1, 2).float()/255
-        return self.model((x - self.mean)/self.std).softmax(dim=1)
+        logits = self.model((x - self.mean)/self.std)
+        return (logits if self.temperature == 1 else logits/self.temperature).softmax(dim=1)
 
 # %% ../../nbs/60_use.export.ipynb #fce29dc5
 def _example() -> dict: # arguments for both exporters
@@ -291,15 +296,17 @@ def export_model(
     if format not in _suffixes: raise ValueError(f"format is {format!r}: must be 'onnx' or 'torch'")
     if run is None and weights != 'last': raise ValueError(f'weights is {weights!r}: needs a run folder')
     if format == 'onnx': require_extra('export', 'onnx', 'onnxscript', 'onnxruntime')
+    temperature = 1. # that of the included weights is a part of them
     if run is None:
         model, stats, vocab = load_pretrained(), cifar10_stats, cifar10_classes
     else:
         model, config = load_run(run, weights)
         stats, vocab = config['data']['stats'], config['data']['vocab']
+        temperature = read_temperature(run)
     name = 'best' if run is None or weights == 'best' else 'model'
     out = Path(run or '')/f'{name}{_suffixes[format]}' if out is None else Path(out)
     _check_out(out, _suffixes[format])
-    net = ImagesToProbabilities(model, stats)
+    net = ImagesToProbabilities(model, stats, temperature)
     if not net(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).isfinite().all():
         raise ValueError(f"{run or 'the network'} gives probabilities that are nan: choose a run that did not diverge")
     with warnings.catch_warnings():
