@@ -80,6 +80,7 @@ test-full: chromium check ## run all checks, including slow tests, the newest li
 	$(call timed,the tutorial as in Colab,$(in_colab))
 	$(call timed,notebooks,$(nbdev_test) --flags slow)
 	$(if $(filter-out digits,$(CIFAR_FASTAI_DATA)),$(call timed,notebooks with cells that need CIFAR-10,true $(foreach nb,$(with_cifar10),&& $(bin)/nbdev_test --path $(nb) --flags cifar10)))
+	$(if $(CIFAR_FASTAI_HUMAN),$(call timed,the page with people's answers,$(bin)/nbdev_test --path nbs/tutorials/people.ipynb --flags people))
 	$(call timed,pytest,OMP_NUM_THREADS=$(NB_THREADS) $(bin)/python -m pytest $(in_parallel))
 
 export: $(installed) ## after editing notebooks: export the package, clean the notebooks, generate README.md
