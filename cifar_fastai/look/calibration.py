@@ -65,7 +65,8 @@ def draw_reliability(
     shares = np.divide(n_right, n, out=np.zeros(n_bins), where=n > 0)
     ax.bar(edges[:-1], shares, 1/n_bins, align='edge', edgecolor='white', alpha=.7)
     ax.plot([0, 1], [0, 1], '--', color='0.5', label='perfect calibration')
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence: probability of the predicted class', ylabel='accuracy in the bin')
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy in the bin')
+    ax.set_xlabel('confidence: probability of the predicted class')
     ax.legend(loc='upper left', frameon=False)
 
 def draw_confidences(

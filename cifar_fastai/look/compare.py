@@ -68,8 +68,8 @@ def _plot_accuracies(records, names):
     return plot
 
 # %% ../../nbs/52_look.compare.ipynb #de65d361
-_columns = ['accuracy', 'accuracy with TTA', 'misclassified', 'calibration error', 'best accuracy', 'epochs', 'training time, s',
-            'parameters', 'device', 'precision', 'validated on']
+_columns = ['accuracy', 'accuracy with TTA', 'misclassified', 'calibration error', 'best accuracy', 'epochs',
+            'training time, s', 'parameters', 'device', 'precision', 'validated on']
 
 def _calibration_error(summary): # '—' for a run that an earlier version wrote
     return f"{100*summary['calibration']['ece']:.1f} points" if summary.get('calibration') else '—'
@@ -78,8 +78,8 @@ def _results(record) -> list: # one value per column
     "Return the results of a run"
     s = record.summary
     best = f"{_percent(s['best_accuracy'])}, epoch {s['best_epoch']}"
-    return [_percent(s['accuracy']), _percent(s.get('flip_averaged_accuracy')), f"{s['n_wrong']:,}", _calibration_error(s), best,
-            len(record.history), f"{s['seconds']:,.0f}", f"{s['n_params']:,}", s.get('device'), s.get('precision'),
+    return [_percent(s['accuracy']), _percent(s.get('flip_averaged_accuracy')), f"{s['n_wrong']:,}",
+            _calibration_error(s), best, len(record.history), f"{s['seconds']:,.0f}", f"{s['n_params']:,}", s.get('device'), s.get('precision'),
             _valid_images(record)]
 
 def _pairs(records, names, right) -> tuple: # (rows of the table, sentences about pairs with different images)

@@ -32,7 +32,7 @@ def _shapes(model, x): # -> {name of a module: shape of its output}, in the orde
 def cam_layer(
     model:nn.Module, # in evaluation mode
     x:torch.Tensor, # normalised images (N, C, H, W)
-    layer:str=None, # name of a module, as in `named_modules`; `None` is the last one with `least`×`least` positions or more
+    layer:str=None, # name of a module, as in `named_modules`; `None` is the last one with enough positions
     least:int=8, # positions in each direction
 ) -> str: # name of the layer
     """Return the layer whose output Grad-CAM weighs.
@@ -41,13 +41,15 @@ def cam_layer(
     shapes = _shapes(model, x)
     positions = {name: shape[2:] for name, shape in shapes.items() if len(shape) == 4}
     if layer is not None:
-        if layer not in dict(model.named_modules()): raise ValueError(f'layer is {layer!r}: the network has no such module')
+        if layer not in dict(model.named_modules()):
+            raise ValueError(f'layer is {layer!r}: the network has no such module')
         if layer not in positions or min(positions[layer]) < 2:
-            raise ValueError(f'layer is {layer!r}: its output is {shapes.get(layer)}, and must have 2×2 positions or more')
+            found = f'layer is {layer!r}: its output is {shapes.get(layer)}'
+            raise ValueError(f'{found}, and must have 2×2 positions or more')
         return layer
     fine = [name for name, size in positions.items() if min(size) >= least]
     if not fine:
-        raise ValueError(f'the network has no layer with {least}×{least} positions or more, so give the name of a layer')
+        raise ValueError(f'no layer has {least}×{least} positions or more: give the name of a layer')
     depth = min(name.count('.') for name in fine)
     return [name for name in fine if name.count('.') == depth][-1]
 

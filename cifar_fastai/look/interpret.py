@@ -189,7 +189,8 @@ def plot_misclassified(self:CifarInterpretation,
     fig = plot_images(images, titles, cols)
     fig.set_figheight(fig.get_figheight() + .4)
     shown = '; image, evidence for the predicted class, evidence for the actual class' if cam else ''
-    fig.suptitle(f'{self.n_wrong:,} of {len(self.targs):,} misclassified: actual → predicted, probability{shown}', wrap=True)
+    title = f'{self.n_wrong:,} of {len(self.targs):,} misclassified: actual → predicted, probability{shown}'
+    fig.suptitle(title, wrap=True)
     return fig
 
 # %% ../../nbs/42_look.interpret.ipynb #5a0885e0
@@ -246,7 +247,8 @@ def cams(self:CifarInterpretation,
 ) -> torch.Tensor: # (N, H, W), from 0 to 1
     """Return the Grad-CAM maps of images.
 
-    Raises `ValueError` without a network or for a layer that does not suit, and `ModuleNotFoundError` without Captum."""
+    Raises `ValueError` without a network or for a layer that does not suit, and `ModuleNotFoundError` without
+    Captum."""
     if self.learn is None:
         raise ValueError('learn is None: a file of predictions has no network, so use from_learner or from_run')
     (x, *_), *_ = self[idxs]
@@ -264,7 +266,8 @@ def plot_cam(self:CifarInterpretation,
     maps = self.cams([idx]*len(labels), labels, layer)
     image = self.image(idx)
     pictures = [image, *(overlay(image, heat) for heat in maps)]
-    titles = [f'{self.vocab[self.targs[idx]]}', *(f'{self.vocab[label]} {self.probs[idx, label]:.0%}' for label in labels)]
+    of_classes = [f'{self.vocab[label]} {self.probs[idx, label]:.0%}' for label in labels]
+    titles = [self.vocab[self.targs[idx]], *of_classes]
     return plot_images(pictures, titles, len(pictures))
 
 @patch
@@ -339,10 +342,11 @@ def label_issues(self:CifarInterpretation,
     require_extra('explain', 'cleanlab')
     from cleanlab.filter import find_label_issues # slow to import
     labels, probs = np.asarray(self.targs), np.asarray(self.probs, dtype=float)
+    if not len(labels): return []
     probs = probs/probs.sum(axis=1, keepdims=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # it warns of classes with few images
-        found = find_label_issues(labels, probs, return_indices_ranked_by='self_confidence', n_jobs=1) if len(labels) else []
+        found = find_label_issues(labels, probs, return_indices_ranked_by='self_confidence', n_jobs=1)
     issues = []
     for i in map(int, found[:k]):
         given, suggested = self.targs[i], self.decoded[i]
@@ -362,7 +366,7 @@ def plot_label_issues(self:CifarInterpretation,
 # %% ../../nbs/42_look.interpret.ipynb #0fd79439
 @patch
 def save_predictions(self:CifarInterpretation, path) -> Path: # `path`
-    "Save the probabilities (N, classes) at temperature 1, labels (N,) and losses (N,) as a safetensors file, atomically"
+    "Save probabilities (N, classes) at temperature 1, labels (N,) and losses (N,) as a safetensors file, atomically"
     tensors = dict(probs=self.raw_probs, targs=self.targs, losses=self.losses)
     tensors = {name: torch.as_tensor(t) for name, t in tensors.items()}
     return write_whole(path, save({name: t.as_subclass(torch.Tensor).contiguous() for name, t in tensors.items()}))

@@ -31,14 +31,16 @@ def load_human(
 ) -> np.ndarray: # `int64` (10000, 10): how many people gave each class as answer, in the order of `targs`
     """Read the answers of people to the test images, in the original order or in that of `load_cifar10`.
 
-    Raises `FileNotFoundError` if there is no file, and `ValueError` if its shape is another or its most frequent answers
-    do not agree with the labels in either order."""
+    Raises `FileNotFoundError` if there is no file, and `ValueError` if its shape is another or if its most frequent
+    answers do not agree with the labels in either order."""
     path = path or os.environ.get(human_variable)
-    if not path: raise FileNotFoundError(f'no answers of people: set {human_variable} to the path of cifar10h-counts.npy')
+    if not path:
+        raise FileNotFoundError(f'no answers of people: set {human_variable} to the path of cifar10h-counts.npy')
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: give the path of cifar10h-counts.npy')
     counts, targs = _read_counts(path), np.asarray(targs)
     if counts.shape != (10_000, 10) or len(targs) != 10_000:
-        raise ValueError(f'{path} has shape {counts.shape} for {len(targs):,} images: must be (10000, 10) for the 10,000 test images')
+        shape = f'{path} has shape {counts.shape} for {len(targs):,} images'
+        raise ValueError(f'{shape}: must be (10000, 10) for the 10,000 test images')
     if not np.isfinite(counts).all() or (counts < 0).any() or (counts.sum(axis=1) < 1).any():
         raise ValueError(f'{path} has an image without answers, or numbers that are not counts')
     for ordered in (counts, counts[original_order()]):
@@ -49,7 +51,9 @@ def _read_counts(path):
     try:
         content = np.load(check_file(path, 2**24), allow_pickle=False)
         return np.asarray(content['counts'] if hasattr(content, 'files') else content)
-    except Exception as e: raise ValueError(f'{path} is not a file of answers: {" ".join(str(e).split())[:200]}') from None
+    except Exception as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{path} is not a file of answers: {reason}') from None
 
 # %% ../../nbs/47_look.people.ipynb #e4e59905
 def compare_with_people(
@@ -61,11 +65,14 @@ def compare_with_people(
     answers, wrong = counts/counts.sum(axis=1, keepdims=True), decoded != targs
     right, majority = answers[range(len(targs)), targs], counts.argmax(axis=1)
     unsure = entropy(probs, axis=1), entropy(answers, axis=1)
-    per_class = {name: _rank_correlation(*(u[targs == label] for u in unsure)) for label, name in enumerate(interp.vocab)}
+    per_class = {}
+    for label, name in enumerate(interp.vocab):
+        per_class[name] = _rank_correlation(*(u[targs == label] for u in unsure))
     share = lambda mask: float(mask.mean()) if len(mask) else None
     return dict(
-        n_images=len(targs), n_mistakes=int(wrong.sum()), people_right=share(right), people_right_on_mistakes=share(right[wrong]),
-        nine_in_ten_right_on_mistakes=share(right[wrong] >= .9), majority_agrees_with_network=share(majority[wrong] == decoded[wrong]),
+        n_images=len(targs), n_mistakes=int(wrong.sum()), people_right=share(right),
+        people_right_on_mistakes=share(right[wrong]), nine_in_ten_right_on_mistakes=share(right[wrong] >= .9),
+        majority_agrees_with_network=share(majority[wrong] == decoded[wrong]),
         majority_right=share(majority == targs), correlation=_rank_correlation(*unsure), correlation_by_class=per_class)
 
 def _rank_correlation(a, b): # `None` if all values are the same
@@ -81,5 +88,8 @@ def label_issue_precision(
     probs = np.asarray(interp.probs)
     given = probs[range(len(probs)), np.asarray(interp.targs)]
     margin = given - probs.max(axis=1)
-    rankings = {'confident learning': [issue.idx for issue in interp.label_issues()], 'margin': margin.argsort(kind='stable').tolist()}
-    return pd.DataFrame({name: {f'first {n}': int(doubted[ranking[:n]].sum()) for n in at} for name, ranking in rankings.items()}).T
+    rankings = {'confident learning': [issue.idx for issue in interp.label_issues()],
+                'margin': margin.argsort(kind='stable').tolist()}
+    rows = {}
+    for name, ranking in rankings.items(): rows[name] = {f'first {n}': int(doubted[ranking[:n]].sum()) for n in at}
+    return pd.DataFrame(rows).T

@@ -122,10 +122,13 @@ def _plots(
     range_alt = f'Range test: LRMIN is {bounds.lr_min:.2e}, LRMAX {bounds.lr_max:.2e}'
     range_test = record.tested and page_plot(lambda ax: plot_range_test(*record.tested, bounds, ax), range_alt)
     measures, predicted = interp.calibration(), (interp.probs, interp.targs)
-    reliability_alt = f'Accuracy in each bin of confidence; the expected calibration error is {100*measures.ece:.1f} points'
+    error = f'{100*measures.ece:.1f} points'
+    reliability_alt = f'Accuracy in each bin of confidence; the expected calibration error is {error}'
+    confidence_alt = f'Histogram of confidences, {interp.probs.amax(dim=1).mean():.1%} on average'
     reliability = page_plot(lambda ax: draw_reliability(ax, *predicted), reliability_alt)
-    confidences = page_plot(lambda ax: draw_confidences(ax, *predicted), f'Histogram of confidences, {interp.probs.amax(dim=1).mean():.1%} on average')
-    return dict(reliability_plot=reliability, confidence_plot=confidences, range_test=range_test, lr_plot=page_plot(lambda ax: plot_lrs(lrs, n_batch, ax, steps), lr_alt),
+    confidences = page_plot(lambda ax: draw_confidences(ax, *predicted), confidence_alt)
+    return dict(reliability_plot=reliability, confidence_plot=confidences, range_test=range_test,
+                lr_plot=page_plot(lambda ax: plot_lrs(lrs, n_batch, ax, steps), lr_alt),
                 loss_plot=page_plot(_curves(history, losses, 'loss'), loss_alt),
                 accuracy_plot=page_plot(_curves(history, accuracies, 'accuracy'), accuracy_alt))
 
@@ -222,9 +225,10 @@ def _calibration_text(record, interp) -> str:
     found = f"{recorded['temperature_is']}" if recorded else 'not calibrated: an earlier version wrote this run'
     text = f'The mean confidence is {confidence:.1%}, and the accuracy {interp.accuracy:.1%}. '
     if interp.temperature == 1: return f'{text}The probabilities are those of the network ({found}).'
-    return (f'{text}Logits are divided by the temperature {interp.temperature:.3g} ({found}). That changes no prediction, and the '
-            f'expected calibration error from {100*before.ece:.1f} to {100*after.ece:.1f} points, the negative log-likelihood from '
-            f'{before.nll:.3f} to {after.nll:.3f}, and the Brier score from {before.brier:.3f} to {after.brier:.3f}.')
+    return (f'{text}Logits are divided by the temperature {interp.temperature:.3g} ({found}). That changes no prediction, '
+            f'and the expected calibration error from {100*before.ece:.1f} to {100*after.ece:.1f} points, the negative '
+            f'log-likelihood from {before.nll:.3f} to {after.nll:.3f}, and the Brier score from {before.brier:.3f} to '
+            f'{after.brier:.3f}.')
 
 # %% ../../nbs/51_look.report.ipynb #afbb647f
 def _gallery(
@@ -246,7 +250,8 @@ def _gallery(
             pictures.append(dict(uri=uri, cams=cams, pair=pair, probability=f'{m.probability:.0%}', **names))
     return pictures
 
-def _cams(interp, wrong, explain): # -> for each image the URIs for the predicted and for the actual class; none without `explain`
+def _cams(interp, wrong, explain):
+    "Return for each image the URIs of its maps for the predicted and for the actual class; none without `explain`"
     if explain is None: return [()]*len(wrong)
     idxs = [m.idx for m in wrong]
     images = [interp.image(i) for i in idxs]
@@ -269,9 +274,13 @@ def _shift(record) -> dict|None: # rows and plot; `None` without a table
     "Return accuracy and calibration error under changes of the images"
     table = read_shift_table(record.path)
     if table is None: return None
-    rows = [dict(change=name, strength=f'{strength:g} {shifts[name][2]}' if name in shifts else '', accuracy=_percent(row.accuracy),
-                 confidence=_percent(row.confidence), ece=f'{100*row.ece:.1f}') for (name, strength), row in table.iterrows()]
-    return dict(rows=rows, plot=page_plot(lambda ax: plot_shift_rows(ax, table), 'Accuracy under each change of the images', (7, 3.3)))
+    rows = []
+    for (name, strength), row in table.iterrows():
+        how = f'{strength:g} {shifts[name][2]}' if name in shifts else ''
+        rows.append(dict(change=name, strength=how, accuracy=_percent(row.accuracy), confidence=_percent(row.confidence),
+                         ece=f'{100*row.ece:.1f}'))
+    plot = page_plot(lambda ax: plot_shift_rows(ax, table), 'Accuracy under each change of the images', (7, 3.3))
+    return dict(rows=rows, plot=plot)
 
 # %% ../../nbs/51_look.report.ipynb #f00c812d
 def _shades(
@@ -315,7 +324,8 @@ def report_page(
         settings=_settings(record), lr_text=_lr_text(record), aug=CropFlipCutout(flip=record.settings.flip),
         smoothing=f' (label smoothing {smoothing:g})' if smoothing else '', machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),
-        gallery=_gallery(interp, most, explain) if dls else None, label_issues=_label_issues(interp) if dls else None, missing=missing.rstrip('.'),
+        gallery=_gallery(interp, most, explain) if dls else None,
+        label_issues=_label_issues(interp) if dls else None, missing=missing.rstrip('.'),
         augmented=_training_images(record, dls) if dls else [])
     return _template('report.html.j2').render(**values, **_plots(record, interp), **_mistakes(interp))
 

@@ -88,9 +88,14 @@ def shift_table(
     if n is not None and n < len(labels):
         chosen = first_of_each_class(labels, n/len(labels))
         images, labels = images[chosen], labels[chosen]
-    cases = [('original', '')] + [(name, strength) for name, (_, strengths, _) in shifts.items() for strength in strengths]
-    rows = [_measures(classify, images if name == 'original' else shifted(images, name, strength), labels) for name, strength in cases]
+    cases, rows = _cases(), []
+    for name, strength in cases:
+        changed = images if name == 'original' else shifted(images, name, strength)
+        rows.append(_measures(classify, changed, labels))
     return pd.DataFrame(rows, pd.MultiIndex.from_tuples(cases, names=['change', 'strength']))
+
+def _cases(): # -> list of (name, strength)
+    return [('original', '')] + [(name, strength) for name, (_, strengths, _) in shifts.items() for strength in strengths]
 
 def _measures(classify, images, labels):
     probs, targs = torch.as_tensor(np.asarray(classify(images))), torch.as_tensor(labels)
@@ -99,6 +104,7 @@ def _measures(classify, images, labels):
     accuracy = float((decoded == targs).float().mean())
     return dict(accuracy=accuracy, confidence=float(confidence.mean()), ece=found.ece, nll=found.nll)
 
+# %% ../../nbs/46_look.shift.ipynb #10c4bda2
 shift_file = 'shift.csv'
 
 def write_shift_table(
@@ -115,14 +121,17 @@ def read_shift_table(
     path = Path(run)/shift_file
     if not path.is_file(): return None
     try: table = read_csv_exact(path)
-    except Exception as e: raise ValueError(f'{path} is not a table of shifts: {" ".join(str(e).split())[:200]}') from None
-    names = ['original', *(name for name in shifts for _ in range(3))]
+    except Exception as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{path} is not a table of shifts: {reason}') from None
+    names, strengths = zip(*_cases())
     numbers = table.reindex(columns=['accuracy', 'confidence', 'ece', 'nll'])
-    is_table = table.get('change', pd.Series()).tolist() == names and np.isfinite(numbers.to_numpy(float, na_value=np.nan)).all()
+    has_names = table.get('change', pd.Series()).tolist() == list(names)
+    is_table = has_names and np.isfinite(numbers.to_numpy(float, na_value=np.nan)).all()
     if not is_table: raise ValueError(f'{path} is not a table of shifts: cifar_interpret --shift writes it again')
-    strengths = ['', *(strength for _, strengths, _ in shifts.values() for strength in strengths)]
     return numbers.set_axis(pd.MultiIndex.from_arrays([names, strengths], names=['change', 'strength']))
 
+# %% ../../nbs/46_look.shift.ipynb #6ad3fee2
 def plot_shift_table(
     table:pd.DataFrame, # of `shift_table`
 ) -> Figure:
@@ -130,11 +139,11 @@ def plot_shift_table(
     original = table.loc['original'].iloc[0]
     fig, axes = plt.subplots(2, 4, figsize=(10, 4.6), sharey=True, layout='constrained')
     for ax, (name, (_, strengths, unit)) in zip(axes.flat, shifts.items()):
-        rows = table.loc[name]
+        rows, names = table.loc[name], [f'{strength:g}' for strength in strengths]
         ax.plot(range(3), rows['accuracy'], 'o-', label='accuracy')
         ax.plot(range(3), rows['confidence'], 's--', color='tab:orange', label='mean confidence')
         ax.axhline(original['accuracy'], color='0.6', linestyle=':')
-        ax.set(title=name, xticks=range(3), xticklabels=[f'{strength:g}' for strength in strengths], xlabel=unit, ylim=(0, 1))
+        ax.set(title=name, xticks=range(3), xticklabels=names, xlabel=unit, ylim=(0, 1))
         ax.grid(alpha=.3)
     axes[0, 0].legend(loc='lower left', fontsize=8)
     return fig

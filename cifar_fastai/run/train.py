@@ -178,7 +178,8 @@ def run_summary(
     best = max(history, key=lambda row: row['accuracy'], default=None)
     return dict(
         accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, flip_averaged_accuracy=flip_averaged,
-        calibration=calibration, best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'], best_is=best_is(settings['valid']),
+        calibration=calibration, best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'],
+        best_is=best_is(settings['valid']),
         valid=settings['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=settings['seed'],
@@ -188,7 +189,8 @@ def run_summary(
 
 # %% ../../nbs/43_run.train.ipynb #6448f99c
 not_calibrated = 'not calibrated'
-_same_network = 'device', 'precision', 'compile', 'valid', 'pipeline', 'num_workers', 'checkpoint_minutes', 'log', 'seed', 'out', 'data'
+_same_network = ('device', 'precision', 'compile', 'valid', 'pipeline', 'num_workers', 'checkpoint_minutes', 'log', 'seed', 'out',
+                 'data')
 
 def find_temperature(
     config:dict, # content of `config.json`
@@ -199,9 +201,10 @@ def find_temperature(
     if settings.valid == 'holdout':
         try: return fit_temperature(log_probabilities(interp.raw_probs), interp.targs), 'fitted on the held-out images'
         except ValueError as e: return 1., f'{not_calibrated}: {e}'
-    if settings.recipe not in recipe_temperatures: return 1., f'{not_calibrated}: recipe {settings.recipe} has no temperature'
+    if settings.recipe not in recipe_temperatures:
+        return 1., f'{not_calibrated}: recipe {settings.recipe} has no temperature'
     defaults = asdict(TrainSettings(recipe=settings.recipe).resolved())
-    changed = [name for name, value in asdict(settings).items() if name not in _same_network and value != defaults[name]]
+    changed = [name for name in defaults if name not in _same_network and getattr(settings, name) != defaults[name]]
     if not config['data'].get('is_cifar10'): changed.append('data')
     if changed: return 1., f"{not_calibrated}: {', '.join(changed)} changed"
     return recipe_temperatures[settings.recipe], f'constant of recipe {settings.recipe}'
@@ -212,7 +215,8 @@ def run_calibration(
 ) -> dict: # JSON-ready
     "Return the content of `calibration` in `summary.json`"
     measures = lambda interp: interp.calibration()._asdict()
-    return dict(temperature=interp.temperature, temperature_is=how, **measures(interp), uncalibrated=measures(interp.calibrated(1.)))
+    uncalibrated = measures(interp.calibrated(1.))
+    return dict(temperature=interp.temperature, temperature_is=how, **measures(interp), uncalibrated=uncalibrated)
 
 # %% ../../nbs/43_run.train.ipynb #70f077d6
 def save_plots(
