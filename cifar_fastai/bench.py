@@ -423,7 +423,7 @@ def bench(
     """Measure the cases in turns, and the limit of the processor.
 
     The result has `cases`, `matrix_products` and, as the settings ask, `batches`, `image_sizes`, `sizes` and `batch_sizes`.
-    `batches` is the result of `batches_alone`, `matrix_products` of the function; the others are of `take_turns`. Raise
+    `batches` comes from `batches_alone`, `matrix_products` from the function of that name, the others from `take_turns`. Raise
     `ValueError` for settings that this machine cannot fulfil, and `ChildProcessError` if a process fails."""
     settings = settings.resolved()
     device = resolve_device(settings.device)

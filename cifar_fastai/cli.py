@@ -288,7 +288,8 @@ def _shift(interp, settings, plots):
     classify, _ = load_classifier(settings.run, settings.weights)
     images = np.stack([interp.image(i) for i in range(len(interp.targs))])
     table = shift_table(classify, images, interp.targs)
-    write_shift_table(settings.run, table)
+    if settings.weights == 'last' and settings.data is None: write_shift_table(settings.run, table)
+    else: print('\nnot in the report, which is about the last weights and the images of the run')
     save_figure(plot_shift_table(table), plots/'shift.png')
     print('\n' + table.to_string(float_format='{:.3f}'.format))
 

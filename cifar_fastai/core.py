@@ -379,7 +379,7 @@ def peak_memory() -> int|None: # bytes; `None` where the system does not tell
 
 # %% ../nbs/00_core.ipynb #6b1f0a52
 def require_extra(
-    extra:str, # its name: 'app', 'export', 'tensorboard'
+    extra:str, # its name: 'app', 'distributed', 'explain', 'export', 'tensorboard'
     *modules:str, # of it, that are needed now
 ):
     "Raise `ModuleNotFoundError`, with the command that installs them, unless all `modules` can be imported"

@@ -10,6 +10,7 @@ from sklearn.metrics import log_loss
 
 from cifar_fastai.core import TrainSettings, recipe_temperatures, recipes
 from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.images import cifar10_fingerprint
 from cifar_fastai.look.calibration import apply_temperature, calibration, fit_temperature, plot_reliability
 from cifar_fastai.look.interpret import CifarInterpretation, class_probabilities
 from cifar_fastai.look.page import read_run, run_predictions
@@ -49,6 +50,20 @@ def test_the_measures_of_perfect_of_wrong_and_of_uniform_probabilities(probs, ex
 def test_shapes_that_do_not_fit_are_refused(probs, targs):
     for function in calibration, plot_reliability, fit_temperature:
         with pytest.raises(ValueError, match=r'shapes'): function(probs, targs)
+
+def test_a_confidence_of_one_is_in_the_last_bin_and_rounding_above_one_changes_nothing():
+    probs = torch.cat([torch.tensor([[1., 0]]).repeat(50, 1), torch.tensor([[.95, .05]]).repeat(50, 1)])
+    targs = torch.tensor([0]*45 + [1]*5 + [0]*50)
+    assert calibration(probs, targs).ece == pytest.approx(abs(.975 - .95), abs=1e-5)
+    above = torch.cat([probs, torch.tensor([[1.0000002, 0]])])
+    assert calibration(above, torch.cat([targs, torch.tensor([0])])).ece == pytest.approx((101*.024 + 0)/101, abs=2e-3)
+
+def test_probabilities_that_do_not_sum_to_one_are_refused():
+    probs, targs = torch.tensor([[.9, .8], [.7, .6]]), torch.tensor([0, 1])
+    for function in calibration, plot_reliability:
+        with pytest.raises(ValueError, match='1.3 to 1.7'): function(probs, targs)
+    with pytest.raises(ValueError, match='1.3 to 1.7'): apply_temperature(probs, 2.)
+    assert apply_temperature(probs, 1) is probs
 
 def test_the_diagram_shows_accuracy_and_share_of_each_bin():
     logits, targs = draw(scale=2.)
@@ -146,6 +161,13 @@ def test_every_reader_of_a_run_applies_its_temperature(held_out, digits):
     images, raw = digits.test_x[:20], class_probabilities(model, digits.test_x[:20], config['data']['stats'])
     assert np.allclose(classify(images), apply_temperature(raw, t), atol=1e-5)
 
+def test_the_best_weights_have_the_temperature_only_if_they_are_the_last(held_out, tmp_path):
+    import shutil
+    run = shutil.copytree(held_out, tmp_path/'run')
+    for best_epoch, expected in ((3, read_temperature(run)), (1, 1)):
+        write_json(run/'summary.json', read_json(run/'summary.json') | dict(best_epoch=best_epoch))
+        assert read_temperature(run, 'best') == expected and read_temperature(run) != 1
+
 def test_an_export_contains_the_temperature(held_out, digits, tmp_path):
     from cifar_fastai.use.export import ImagesToProbabilities
     model, config = load_run(held_out)
@@ -164,7 +186,7 @@ def test_an_exported_file_contains_the_temperature_of_its_run(held_out, digits, 
 def test_a_run_on_all_training_images_takes_the_constant_of_its_recipe_if_nothing_else_changed(finished, monkeypatch):
     run, _ = finished
     interp = run_predictions(read_run(run))
-    config = dict(settings=vars(TrainSettings(recipe='quick')), data=dict(is_cifar10=True))
+    config = dict(settings=vars(TrainSettings(recipe='quick')), data=dict(fingerprint=list(cifar10_fingerprint)))
     monkeypatch.setitem(recipe_temperatures, 'quick', .6)
     assert find_temperature(config, interp) == (.6, 'constant of recipe quick')
     for change in dict(seed=3), dict(precision='fp32'), dict(num_workers=0), dict(out='runs/a'):
@@ -172,7 +194,7 @@ def test_a_run_on_all_training_images_takes_the_constant_of_its_recipe_if_nothin
     for change in dict(label_smoothing=0.), dict(epochs=8), dict(width=32), dict(dropout=.1):
         temperature, how = find_temperature(config | dict(settings=config['settings'] | change), interp)
         assert temperature == 1 and next(iter(change)) in how
-    assert find_temperature(config | dict(data=dict(is_cifar10=False)), interp)[0] == 1
+    assert find_temperature(config | dict(data=dict(fingerprint=['0'*64]*2)), interp)[0] == 1
     monkeypatch.delitem(recipe_temperatures, 'quick')
     assert find_temperature(config, interp)[0] == 1
 

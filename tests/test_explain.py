@@ -101,7 +101,35 @@ def test_an_onnx_file_has_no_explainer(monkeypatch):
     from cifar_fastai.use.predict import load_explainer
     assert load_explainer('some.onnx') is None
 
+@needs_captum
+def test_maps_of_resized_images_are_shown_over_what_the_network_gets(tmp_path, small):
+    from fastai.vision.all import ImageDataLoaders, Learner, Resize, CrossEntropyLossFlat
+    from PIL import Image
+    for i, (x, y) in enumerate(zip(small.test_x, small.test_y)):
+        file = tmp_path/'images'/('train' if i % 2 else 'valid')/cifar10_classes[y]/f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).resize((80, 64)).save(file)
+    dls = ImageDataLoaders.from_folder(tmp_path/'images', item_tfms=Resize(32), bs=8, num_workers=0, device='cpu')
+    interp = CifarInterpretation.from_learner(Learner(dls, CustomResNet(width=8), CrossEntropyLossFlat()))
+    shown = interp.plot_cam(0).axes[0].images
+    assert {image.get_array().shape for image in shown} == {(32, 32, 3)}
+    assert interp.plot_misclassified(3, cam=True).axes[0].images[0].get_array().shape == (32, 100, 3)
+
+def test_each_part_of_a_network_gets_its_mode_back(net, x):
+    model = copy.deepcopy(net).train()
+    model.prep.eval()
+    modes = [m.training for m in model.modules()]
+    if pytest.importorskip('captum'): explain.grad_cam(model, x, 3)
+    assert [m.training for m in model.modules()] == modes
+
 # ---- labels
+
+def test_images_of_one_class_have_no_label_issues():
+    pytest.importorskip('cleanlab', reason='the extra [explain]')
+    from types import SimpleNamespace
+    for label in 0, 1:
+        interp = CifarInterpretation(None, SimpleNamespace(vocab=['a', 'b']), torch.tensor([[.6, .4], [.3, .7]]), torch.full((2,), label), torch.zeros(2))
+        assert interp.label_issues() == []
 
 def test_labels_that_were_changed_are_found():
     pytest.importorskip('cleanlab', reason='the extra [explain]')
@@ -145,8 +173,14 @@ def test_the_table_has_each_change_and_uses_as_many_images_as_asked(small, tmp_p
     write_shift_table(tmp_path, table)
     pd.testing.assert_frame_equal(read_shift_table(tmp_path), table)
 
-@pytest.mark.parametrize('content', ['', 'change,strength,accuracy\nfog,1,1\n', '\x00\x01', 'change\n' + 'blur\n'*25])
-def test_another_file_in_place_of_the_table_is_refused_by_name(tmp_path, content):
+@pytest.mark.parametrize('content', ['', 'change,strength,accuracy\nfog,1,1\n', '\x00\x01', 'change\n' + 'blur\n'*25, 'accuracy', 'strength', 'range'])
+def test_another_file_in_place_of_the_table_is_refused_by_name(tmp_path, content, small):
+    if content in ('accuracy', 'strength', 'range'): # one value of a table
+        table = shift_table(lambda images: np.full((len(images), 10), .1), small.test_x, small.test_y, n=10).reset_index()
+        column, value = dict(accuracy=('accuracy', 'abc'), strength=('strength', 7.5), range=('ece', 7))[content]
+        table[column] = table[column].astype(object)
+        table.loc[3, column] = value
+        content = table.to_csv(index=False)
     (tmp_path/'shift.csv').write_text(content)
     with pytest.raises(ValueError, match=r'shift\.csv'): read_shift_table(tmp_path)
 

@@ -55,7 +55,9 @@ def extra_callbacks(ema=0, bias_lr=1., norm_scales=True):
     return [EMA()]*(ema > 0) + [BiasRate()]*(bias_lr != 1) + [NormScales()]*(not norm_scales)
 
 
-def logits_of(interp): return interp.probs.clamp_min(torch.finfo(torch.float32).tiny).log()
+def logits_of(interp): # up to a constant per image
+    from cifar_fastai.look.calibration import log_probabilities
+    return log_probabilities(interp.raw_probs)
 
 
 def one_run(run, data): # -> (record, logits, logits with flips, weights)

@@ -105,7 +105,7 @@ def ratio(rates, reference): # turn by turn, as `cifar_fastai.bench.ratio` has i
 
 def processor(result): # name and the extensions that matter for bf16
     cpu = result['environment'].get('cpu')
-    if not cpu: return machine(result)
+    if not cpu or result['device'] != 'cpu': return machine(result)
     has = [label for flag, label in dict(avx512_bf16='AVX512-BF16', amx_bf16='AMX').items() if flag in cpu['flags']]
     return f"{machine(result)} (family {cpu['family']}, model {cpu['model']}{''.join(f', {label}' for label in has)})"
 

@@ -68,18 +68,20 @@ def grad_cam(
     from captum.attr import LayerAttribution, LayerGradCam # slow to import
     x = torch.as_tensor(x).as_subclass(torch.Tensor).float()
     classes = torch.as_tensor(classes).as_subclass(torch.Tensor).long().expand(len(x))
-    device, was_training = next((p.device for p in model.parameters()), x.device), model.training
+    device, modes = next((p.device for p in model.parameters()), x.device), {m: m.training for m in model.modules()}
     maps = []
     model.eval()
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # A compiled network would not see the hooks.
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), torch.compiler.set_stance('force_eager'):
             name = cam_layer(model, x[:1].to(device), layer)
             cam = LayerGradCam(model, model.get_submodule(name))
             for images, labels in zip(x.split(bs), classes.split(bs)):
                 images = images.to(device).requires_grad_() # frozen networks have a gradient, too
                 found = cam.attribute(images, labels.to(device), relu_attributions=True)
                 maps.append(LayerAttribution.interpolate(found, tuple(x.shape[2:]), 'bilinear').detach().cpu()[:, 0])
-    finally: model.train(was_training)
+    finally:
+        for module, mode in modes.items(): module.training = mode
     maps = torch.cat(maps) if maps else x.new_zeros(0, *x.shape[2:])
     return maps/maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 

@@ -123,7 +123,7 @@ class CifarInterpretation(ClassificationInterpretation):
     ) -> 'CifarInterpretation':
         "Run the model of a run folder on its validation images; raise `FileNotFoundError` or `ValueError`"
         learn = learner_from_run(run, data, weights)
-        return cls.from_learner(learn, temperature=read_temperature(run))
+        return cls.from_learner(learn, temperature=read_temperature(run, weights))
 
     @property
     def accuracy(self) -> float:
@@ -184,8 +184,8 @@ def plot_misclassified(self:CifarInterpretation,
     images = [self.image(m.idx) for m in wrong]
     if cam and wrong:
         idxs = [m.idx for m in wrong]
-        of_classes = [self.cams(idxs, labels[idxs], layer) for labels in (self.decoded, self.targs)]
-        images = [beside(image, *(overlay(image, heat) for heat in maps)) for image, *maps in zip(images, *of_classes)]
+        of_classes = [self._overlays(idxs, labels[idxs], layer) for labels in (self.decoded, self.targs)]
+        images = [beside(*pictures) for pictures in zip(*of_classes[0], of_classes[1][1])]
     fig = plot_images(images, titles, cols)
     fig.set_figheight(fig.get_figheight() + .4)
     shown = '; image, evidence for the predicted class, evidence for the actual class' if cam else ''
@@ -263,12 +263,20 @@ def plot_cam(self:CifarInterpretation,
     "Plot an image, and where the network finds evidence for a class"
     shown = [self.decoded[idx], self.targs[idx]] if label is None else [label]
     labels = list(dict.fromkeys(self._label(label) for label in shown))
-    maps = self.cams([idx]*len(labels), labels, layer)
-    image = self.image(idx)
-    pictures = [image, *(overlay(image, heat) for heat in maps)]
+    (image, *_), overlays = self._overlays([idx]*len(labels), labels, layer)
+    pictures = [image, *overlays]
     of_classes = [f'{self.vocab[label]} {self.probs[idx, label]:.0%}' for label in labels]
     titles = [self.vocab[self.targs[idx]], *of_classes]
     return plot_images(pictures, titles, len(pictures))
+
+@patch
+def _overlays(self:CifarInterpretation, idxs, labels, layer): # -> (images, images with their maps)
+    maps, images = self.cams(idxs, labels, layer), [self.image(int(i)) for i in idxs]
+    if any(image.shape[:2] != heat.shape for image, heat in zip(images, maps)): # resized: show what the network gets
+        (x, *_), *_ = self[idxs]
+        low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
+        images = [_as_picture(image) for image in ((x - low)/(high - low).clamp_min(1e-6)).float()]
+    return images, [overlay(image, heat) for image, heat in zip(images, maps)]
 
 @patch
 def _label(self:CifarInterpretation, label): # name or number of a class -> number
@@ -336,13 +344,13 @@ class LabelIssue(NamedTuple):
 def label_issues(self:CifarInterpretation,
     k:int|None=None, # at most this many; `None` is all that are found
 ) -> list[LabelIssue]:
-    """Return the images whose labels are most likely to be wrong, the most likely first.
+    """Return the images whose labels are most likely to be wrong, the most likely first; none if all have one class.
 
     Source: Northcutt, Jiang & Chuang, *Confident learning* (2021). Raises `ModuleNotFoundError` without cleanlab."""
     require_extra('explain', 'cleanlab')
     from cleanlab.filter import find_label_issues # slow to import
     labels, probs = np.asarray(self.targs), np.asarray(self.probs, dtype=float)
-    if not len(labels): return []
+    if len(np.unique(labels)) < 2: return []
     probs = probs/probs.sum(axis=1, keepdims=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # it warns of classes with few images
@@ -414,7 +422,10 @@ def class_probabilities(
     mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in stats)
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()/255
     x = ((x - mean)/std).to(next(model.parameters()).device)
-    with torch.inference_mode(): probs = (model.eval()(x)/temperature).softmax(dim=1).cpu()
+    model.eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(part) for part in x.split(500)])
+        probs = (logits/temperature).softmax(dim=1).cpu()
     if not probs.isfinite().all():
         raise ValueError('the probabilities are not finite, so the training of this network diverged: use another one')
     return probs

@@ -82,8 +82,8 @@ def label_issue_precision(
     interp:CifarInterpretation, # of the test images
     counts:np.ndarray, # of `load_human`
     at=(50, 100), # numbers of candidates
-) -> pd.DataFrame: # a row per ranking: how many of the first candidates the majority of people gives another label
-    "Compare `label_issues`, and a ranking of the mistakes by their margin, with the majority of people"
+) -> pd.DataFrame: # a row per ranking: number of the first candidates that most people label differently
+    "Compare `label_issues`, and a ranking of all images by their margin, with the majority of people"
     doubted = counts.argmax(axis=1) != np.asarray(interp.targs)
     probs = np.asarray(interp.probs)
     given = probs[range(len(probs)), np.asarray(interp.targs)]

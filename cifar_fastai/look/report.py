@@ -225,8 +225,8 @@ def _calibration_text(record, interp) -> str:
     found = f"{recorded['temperature_is']}" if recorded else 'not calibrated: an earlier version wrote this run'
     text = f'The mean confidence is {confidence:.1%}, and the accuracy {interp.accuracy:.1%}. '
     if interp.temperature == 1: return f'{text}The probabilities are those of the network ({found}).'
-    return (f'{text}Logits are divided by the temperature {interp.temperature:.3g} ({found}). That changes no prediction, '
-            f'and the expected calibration error from {100*before.ece:.1f} to {100*after.ece:.1f} points, the negative '
+    return (f'{text}Logits are divided by the temperature {interp.temperature:.3g} ({found}). No prediction changes. '
+            f'The expected calibration error goes from {100*before.ece:.1f} to {100*after.ece:.1f} points, the negative '
             f'log-likelihood from {before.nll:.3f} to {after.nll:.3f}, and the Brier score from {before.brier:.3f} to '
             f'{after.brier:.3f}.')
 
@@ -243,7 +243,7 @@ def _gallery(
         part = wrong[start:start + 64]
         for m, cams in zip(part, _cams(interp, part, explain)):
             uri = image_uri(interp.image(m.idx))
-            most -= len(uri) + sum(map(len, cams)) + 3*(len(m.actual) + len(m.predicted)) + markup
+            most -= len(uri) + sum(map(len, cams)) + 4*(len(m.actual) + len(m.predicted)) + markup
             if most < 0: return pictures
             pair = f'{interp.targs[m.idx]}-{interp.decoded[m.idx]}'
             names = dict(actual=m.actual, predicted=m.predicted)

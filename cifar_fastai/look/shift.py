@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..files import write_whole
+from ..files import check_file, write_whole
 from ..data.images import first_of_each_class
 from ..run.folder import read_csv_exact
 from .calibration import calibration
@@ -79,7 +79,7 @@ def shift_table(
     classify, # `uint8` images (N, H, W, 3) → probabilities (N, classes)
     images, # `uint8` (N, H, W, 3)
     labels, # (N,)
-    n:int|None=500, # images to use, evenly from all classes; `None` is all
+    n:int|None=500, # images to use, the same share of each class; `None` is all
 ) -> pd.DataFrame: # a row per change and strength; columns accuracy, confidence and ece, from 0 to 1, and nll
     """Measure accuracy, mean confidence and calibration under each change, and without one (`original`).
 
@@ -120,14 +120,15 @@ def read_shift_table(
     "Read what `write_shift_table` wrote; raise `ValueError` if the file is another"
     path = Path(run)/shift_file
     if not path.is_file(): return None
-    try: table = read_csv_exact(path)
+    try: table = read_csv_exact(check_file(path, 2**20))
     except Exception as e:
         reason = ' '.join(str(e).split())[:200]
         raise ValueError(f'{path} is not a table of shifts: {reason}') from None
     names, strengths = zip(*_cases())
-    numbers = table.reindex(columns=['accuracy', 'confidence', 'ece', 'nll'])
-    has_names = table.get('change', pd.Series()).tolist() == list(names)
-    is_table = has_names and np.isfinite(numbers.to_numpy(float, na_value=np.nan)).all()
+    read = table.reindex(columns=['strength', 'accuracy', 'confidence', 'ece', 'nll']).apply(pd.to_numeric, errors='coerce')
+    numbers, shares = read.drop(columns='strength'), read[['accuracy', 'confidence', 'ece']]
+    has_cases = table.get('change', pd.Series()).tolist() == list(names) and read['strength'].tolist()[1:] == list(strengths[1:])
+    is_table = has_cases and np.isfinite(numbers).all(axis=None) and ((shares >= 0) & (shares <= 1)).all(axis=None)
     if not is_table: raise ValueError(f'{path} is not a table of shifts: cifar_interpret --shift writes it again')
     return numbers.set_axis(pd.MultiIndex.from_arrays([names, strengths], names=['change', 'strength']))
 

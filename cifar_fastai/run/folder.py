@@ -134,11 +134,15 @@ def read_summary(
 # %% ../../nbs/40_run.folder.ipynb #e6cc3099
 def read_temperature(
     run:str|Path, # run folder
+    weights:Literal['last', 'best']='last', # as in `load_run`
 ) -> float:
-    "Return the temperature by which the logits of a run are divided where probabilities are shown; 1 if none is recorded"
+    """Return the temperature by which the logits of a run are divided where probabilities are shown.
+
+    It is 1 if none is recorded, and for the best weights if they are not the last: it was fitted with the last ones."""
     if not os.path.lexists(Path(run)/'summary.json'): return 1.
-    calibration = read_summary(run).get('calibration')
-    return calibration['temperature'] if calibration else 1.
+    summary = read_summary(run)
+    applies = weights == 'last' or summary['best_epoch'] == summary['epochs']
+    return summary['calibration']['temperature'] if applies and summary.get('calibration') else 1.
 
 # %% ../../nbs/40_run.folder.ipynb #1406b96b
 history_columns = ['epoch', 'lr', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy', 'seconds']

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import cifar10_classes, cifar10_stats, printable, require_extra
+from ..core import cifar10_classes, cifar10_stats, printable, recipe_temperatures, require_extra
 from ..files import check_file, write_whole
 from ..run.folder import load_run, read_temperature
 from ..models import load_pretrained
@@ -296,13 +296,13 @@ def export_model(
     if format not in _suffixes: raise ValueError(f"format is {format!r}: must be 'onnx' or 'torch'")
     if run is None and weights != 'last': raise ValueError(f'weights is {weights!r}: needs a run folder')
     if format == 'onnx': require_extra('export', 'onnx', 'onnxscript', 'onnxruntime')
-    temperature = 1. # that of the included weights is a part of them
+    temperature = recipe_temperatures.get('best', 1.)
     if run is None:
         model, stats, vocab = load_pretrained(), cifar10_stats, cifar10_classes
     else:
         model, config = load_run(run, weights)
         stats, vocab = config['data']['stats'], config['data']['vocab']
-        temperature = read_temperature(run)
+        temperature = read_temperature(run, weights)
     name = 'best' if run is None or weights == 'best' else 'model'
     out = Path(run or '')/f'{name}{_suffixes[format]}' if out is None else Path(out)
     _check_out(out, _suffixes[format])
