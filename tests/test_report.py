@@ -401,7 +401,7 @@ def test_a_recorded_run_has_a_page_of_less_than_3_mb(recorded_run, real_cifar, f
     path = write_report(run, real_cifar)
     page, summary = Page(path), read_json(run/'summary.json')
     figures('report', bytes=path.stat().st_size, images=len(page.gallery))
-    assert path.stat().st_size < 3_000_000 and len(page.gallery) == summary['n_wrong'] and len(page.all('svg')) == 4
+    assert path.stat().st_size < 3_000_000 and len(page.gallery) == summary['n_wrong'] and len(page.all('svg')) == 6
 
 @pytest.mark.slow
 def test_most_mistakes_do_not_make_it_larger(recorded_run, real_cifar):
