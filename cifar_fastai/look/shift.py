@@ -116,7 +116,7 @@ def write_shift_table(
 
 def read_shift_table(
     run, # run folder
-) -> pd.DataFrame|None: # as of `shift_table`; `None` if there is no file
+) -> pd.DataFrame|None: # as of `shift_table`; `None` without a file
     "Read what `write_shift_table` wrote; raise `ValueError` if the file is another"
     path = Path(run)/shift_file
     if not path.is_file(): return None
