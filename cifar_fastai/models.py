@@ -277,7 +277,8 @@ def load_pretrained() -> CustomResNet: # in evaluation mode, fp32, on the CPU
     """Load the network with the pretrained weights that are part of the package.
 
     It takes images (N, 3, 32, 32), normalised with `cifar10_stats`, and returns logits (N, 10) in the order of
-    `cifar10_classes`."""
+    `cifar10_classes`, divided by the temperature of the recipe, so that their softmax is calibrated. Multiply them by
+    `recipe_temperatures['best']` for the logits with which the network was trained."""
     weights = load((files('cifar_fastai')/'weights'/'best.safetensors').read_bytes())
     model = CustomResNet()
     model.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in weights.items()})

@@ -5,7 +5,7 @@
 RUNS.json is a list of objects {"name": …, "seed": …, "settings": {…}}; settings are those of `cifar_train`. OUT/runs.jsonl gets a
 line for each run when it ends. A run that OUT/runs.jsonl has already is not made again, and none is begun after so many minutes, so the
 same command goes on where it was stopped. With --holdout, so many training images are held out and validate, and the test images have no
-part in it. --logits writes OUT/NAME.safetensors for each name: the logits of the validation images in fp16, with and without horizontal
+part in it; `calibration` of a record has the temperature fitted on them, for `tools/temperatures.py`. --logits writes OUT/NAME.safetensors for each name: the logits of the validation images in fp16, with and without horizontal
 flip, of all its seeds. --weights keeps the weights of seed 0 of a name, in fp16.
 
 `extra` of a run has what was tried and is no setting of the package: "ema" (an average with the decay 1 - 1/ema at every fifth step),
@@ -60,12 +60,13 @@ def logits_of(interp): # up to a constant per image
     return log_probabilities(interp.raw_probs)
 
 
-def one_run(run, data): # -> (record, logits, logits with flips, weights)
+def one_run(run, data, is_held_out): # -> (record, logits, logits with flips, weights)
     from cifar_fastai.callback.schedule import OneCycle, resolve_bounds
     from cifar_fastai.core import TrainSettings
     from cifar_fastai.look.interpret import CifarInterpretation
     from cifar_fastai.models import half_precision
     from cifar_fastai.run.train import run_environment, settings_learner
+    from temperatures import temperatures_of
     settings = TrainSettings(seed=run['seed'], **{k: tuple(v) if isinstance(v, list) else v for k, v in run['settings'].items()}).resolved()
     begun = time.monotonic()
     learn, _ = settings_learner(settings, data)
@@ -79,17 +80,18 @@ def one_run(run, data): # -> (record, logits, logits with flips, weights)
     record = run | dict(accuracy=interp.accuracy, n_wrong=interp.n_wrong, flip_averaged_accuracy=flipped.accuracy, n_valid=len(interp.targs),
                         bounds=bounds._asdict(), seconds=sum(row['seconds'] for row in history), wall=time.monotonic() - begun,
                         memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None, history=history)
+    if is_held_out: record['calibration'] = temperatures_of(logits_of(interp), interp.targs)
     return record, logits_of(interp).half(), logits_of(flipped).half(), half_precision(learn.model), run_environment(learn)
 
 
-def work(jobs, results, path, threads):
+def work(jobs, results, path, threads, is_held_out):
     import numpy as np
     from cifar_fastai.data.images import CIFAR10Data
     torch.set_num_threads(threads)
     arrays = np.load(path)
     data = CIFAR10Data(*(arrays[name] for name in ('train_x', 'train_y', 'test_x', 'test_y')), arrays['vocab'].tolist())
     while (run := jobs.get()) is not None:
-        try: results.put((run, one_run(run, data)))
+        try: results.put((run, one_run(run, data, is_held_out)))
         except Exception: results.put((run, traceback.format_exc()))
 
 
@@ -116,7 +118,7 @@ def main():
     np.savez(images, train_x=data.train_x, train_y=data.train_y, test_x=data.test_x, test_y=data.test_y, vocab=np.array(data.vocab))
     context = mp.get_context('spawn') # a fork could not use CUDA, which fastai begins to use when it is imported
     jobs, results = context.SimpleQueue(), context.Queue()
-    workers = [context.Process(target=work, args=(jobs, results, images, args.threads)) for _ in range(min(args.workers, len(waiting)))]
+    workers = [context.Process(target=work, args=(jobs, results, images, args.threads, args.holdout > 0)) for _ in range(min(args.workers, len(waiting)))]
     for worker in workers: worker.start()
     running = 0
     while running or waiting:

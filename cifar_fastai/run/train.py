@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['not_calibrated', 'fitted', 'may_change', 'new_run_folder', 'run_environment', 'run_config', 'SaveRun',
-           'write_range_test', 'best_is', 'run_summary', 'find_temperature', 'run_calibration', 'save_plots',
-           'StopAfterStep', 'settings_learner', 'finish_run', 'train', 'differences', 'other_surroundings', 'resume']
+           'write_range_test', 'best_is', 'run_summary', 'changed_from_recipe', 'find_temperature', 'run_calibration',
+           'save_plots', 'StopAfterStep', 'settings_learner', 'finish_run', 'train', 'differences',
+           'other_surroundings', 'resume']
 
 # %% ../../nbs/43_run.train.ipynb #62773178
 import errno, hashlib, signal, warnings
@@ -166,14 +167,14 @@ def best_is(
 # %% ../../nbs/43_run.train.ipynb #709ea197
 def run_summary(
     learn:Learner, # after its fit
-    saved:SaveRun, # of the fit
+    save_run:SaveRun, # of the fit
     n_wrong:int=None, # misclassified validation images, with the last weights
     flip_averaged:float=None, # accuracy of the last weights with test-time augmentation by horizontal flip
     calibration:dict=None, # of `run_calibration`
     interrupted:bool=False,
 ) -> dict: # JSON-ready
     "Return the content of `summary.json`"
-    history, config = learn.recorder.history, saved.config
+    history, config = learn.recorder.history, save_run.config
     settings = config['settings']
     best = max(history, key=lambda row: row['accuracy'], default=None)
     return dict(
@@ -183,7 +184,7 @@ def run_summary(
         valid=settings['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=settings['seed'],
-        weights_sha256=hashlib.sha256((saved.path/'model.safetensors').read_bytes()).hexdigest(),
+        weights_sha256=hashlib.sha256((save_run.path/'model.safetensors').read_bytes()).hexdigest(),
         device=_device_name(learn), precision=precision_of(learn),
         **config | dict(environment=environment())) # of the process that has finished the run
 
@@ -192,6 +193,15 @@ not_calibrated = 'not calibrated'
 fitted = 'fitted on the held-out images, which also measure it, so slightly optimistic'
 _same_network = ('device', 'precision', 'compile', 'valid', 'pipeline', 'num_workers', 'checkpoint_minutes', 'log', 'seed', 'out',
                  'data')
+
+def changed_from_recipe(
+    config:dict, # content of `config.json`
+) -> list[str]: # 'data' for other images than CIFAR-10
+    "Return the names of settings that make the network of a run another one than that of its recipe"
+    settings = settings_from(config['settings']).resolved()
+    defaults = asdict(TrainSettings(recipe=settings.recipe).resolved())
+    changed = [name for name in defaults if name not in _same_network and getattr(settings, name) != defaults[name]]
+    return changed + ['data']*(tuple(config['data']['fingerprint']) != cifar10_fingerprint)
 
 def find_temperature(
     config:dict, # content of `config.json`
@@ -204,10 +214,7 @@ def find_temperature(
         except ValueError as e: return 1., f'{not_calibrated}: {e}'
     if settings.recipe not in recipe_temperatures:
         return 1., f'{not_calibrated}: recipe {settings.recipe} has no temperature'
-    defaults = asdict(TrainSettings(recipe=settings.recipe).resolved())
-    changed = [name for name in defaults if name not in _same_network and getattr(settings, name) != defaults[name]]
-    if tuple(config['data']['fingerprint']) != cifar10_fingerprint: changed.append('data')
-    if changed: return 1., f"{not_calibrated}: {', '.join(changed)} changed"
+    if changed := changed_from_recipe(config): return 1., f"{not_calibrated}: {', '.join(changed)} changed"
     return recipe_temperatures[settings.recipe], f'constant of recipe {settings.recipe}'
 
 def run_calibration(
@@ -300,21 +307,22 @@ def settings_learner(
 # %% ../../nbs/43_run.train.ipynb #f69efd88
 def finish_run(
     learn:Learner, # after its fit
-    saved:SaveRun, # of the fit
+    save_run:SaveRun, # of the fit
     tested:tuple=None, # (learning rates, losses, bounds) of the range test
     data:CIFAR10Data=None, # for samples of the images
 ) -> tuple[dict, CifarInterpretation]: # content of `summary.json`, predictions
     "Classify the validation images with the last weights, and write predictions, plots and `summary.json`"
     interp = CifarInterpretation.from_learner(learn)
-    temperature, how = find_temperature(saved.config, interp)
+    temperature, how = find_temperature(save_run.config, interp)
     interp = interp.calibrated(temperature)
-    saved.folder.check()
-    interp.save_predictions(saved.path/'predictions.safetensors')
-    if tested is not None: write_range_test(saved.path, *tested[:2]) # `train` has written it; a fit of your own has not
-    save_plots(saved.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data)
-    summary = run_summary(learn, saved, interp.n_wrong, interp.flip_averaged().accuracy, run_calibration(interp, how))
-    saved.folder.check()
-    write_json(saved.path/'summary.json', summary)
+    save_run.folder.check()
+    interp.save_predictions(save_run.path/'predictions.safetensors')
+    if tested is not None: write_range_test(save_run.path, *tested[:2]) # as `train` did; a fit of your own has not
+    save_plots(save_run.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data)
+    flipped, calibration = interp.flip_averaged().accuracy, run_calibration(interp, how)
+    summary = run_summary(learn, save_run, interp.n_wrong, flipped, calibration)
+    save_run.folder.check()
+    write_json(save_run.path/'summary.json', summary)
     return summary, interp
 
 # %% ../../nbs/43_run.train.ipynb #da3fb527
@@ -340,31 +348,31 @@ def _check_images(processes, data, fingerprint=None): # `None`: that of the firs
 
 # %% ../../nbs/43_run.train.ipynb #b823c9fb
 @lost_worker_in_words()
-def _run(settings, learn, data, saved):
+def _run(settings, learn, data, save_run):
     "Find the bounds, fit, and finish the run; a resumed run skips what is already done"
-    saved.begin()
-    first, explain = learn.processes.from_first, partial(_explain_errors, settings, learn, saved)
-    logs = [TensorBoardLog(saved)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
+    save_run.begin()
+    from_first, explain = learn.processes.from_first, partial(_explain_errors, settings, learn, save_run)
+    logs = [TensorBoardLog(save_run)] if settings.log == 'tensorboard' and learn.processes.rank == 0 else []
     try:
         with StopAfterStep() as stop, learn.processes.train(learn), learn.added_cbs(stop), explain():
-            bounds, tested = _bounds(settings, learn, saved)
-            _fit(settings, learn, bounds, saved, stop, logs)
-        with explain(): return first(partial(_finish, settings, learn, data, tested, saved, logs))
+            bounds, tested = _bounds(settings, learn, save_run)
+            _fit(settings, learn, bounds, save_run, stop, logs)
+        with explain(): return from_first(partial(_finish, settings, learn, data, tested, save_run, logs))
     finally:
         for log in logs: log.close()
-        saved.end()
+        save_run.end()
 
-def _bounds(settings, learn, saved): # -> (`LRBounds`, (learning rates, losses, bounds) or `None`)
+def _bounds(settings, learn, save_run): # -> (`LRBounds`, (learning rates, losses, bounds) or `None`)
     "Find the bounds and record them in the folder, or read those of a resumed run"
-    first = learn.processes.from_first
-    if saved.config['bounds'] is not None: bounds, tested = first(partial(_read_bounds, saved))
+    from_first = learn.processes.from_first
+    if save_run.config['bounds'] is not None: bounds, tested = from_first(partial(_read_bounds, save_run))
     else:
         try: bounds, tested = _find_bounds(settings, learn)
         except BaseException: # a run that fails or is stopped before its first step leaves no folder
-            if not saved.resume and learn.processes.rank == 0 and saved.folder.is_own: saved.folder.remove()
+            if not save_run.resume and learn.processes.rank == 0 and save_run.folder.is_own: save_run.folder.remove()
             raise
-        saved.config['bounds'] = bounds._asdict()
-        first(partial(_write_bounds, saved, tested))
+        save_run.config['bounds'] = bounds._asdict()
+        from_first(partial(_write_bounds, save_run, tested))
     found = [name for name in ('lr_min', 'lr_max') if getattr(settings, name) == 'find']
     how = f', {" and ".join(found)} found by a range test' if tested else ''
     logger.info(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}{how}')
@@ -375,43 +383,45 @@ def _find_bounds(settings, learn):
     bounds, curve = resolve_bounds(learn, settings.lr_min, settings.lr_max)
     return bounds, curve and (*curve, bounds)
 
-def _write_bounds(saved, tested):
-    saved.folder.check()
-    if tested: write_range_test(saved.path, *tested[:2])
-    write_json(saved.path/'config.json', saved.config)
+def _write_bounds(save_run, tested):
+    save_run.folder.check()
+    if tested: write_range_test(save_run.path, *tested[:2])
+    write_json(save_run.path/'config.json', save_run.config)
 
-def _read_bounds(saved):
-    bounds = LRBounds(saved.config['bounds']['lr_min'], saved.config['bounds']['lr_max'])
-    try: return bounds, (*read_range_test(saved.path), bounds)
+def _read_bounds(save_run):
+    bounds = LRBounds(save_run.config['bounds']['lr_min'], save_run.config['bounds']['lr_max'])
+    try: return bounds, (*read_range_test(save_run.path), bounds)
     except (FileNotFoundError, ValueError): return bounds, None # the learning rates were given
 
 # %% ../../nbs/43_run.train.ipynb #c3fc2561
-def _fit(settings, learn, bounds, saved, stop, logs):
+def _fit(settings, learn, bounds, save_run, stop, logs):
     "Train from the first step, or from the newest checkpoint, to the last step"
-    checkpoints = Checkpoints(saved.path/'checkpoint', settings.checkpoint_minutes, resume=saved.resume, run=saved.folder)
+    folder, minutes = save_run.path/'checkpoint', settings.checkpoint_minutes
+    checkpoints = Checkpoints(folder, minutes, resume=save_run.resume, run=save_run.folder)
     cycle = OneCycle(*bounds, settings.peak_epoch, settings.anneal, settings.lr_start or None)
-    try: learn.fit(settings.epochs, cbs=[cycle, FiniteLoss(), saved, checkpoints, *logs])
+    try: learn.fit(settings.epochs, cbs=[cycle, FiniteLoss(), save_run, checkpoints, *logs])
     except (KeyboardInterrupt, SystemExit):
-        if stop.between_steps: _save_interrupted(learn, saved, checkpoints, logs)
+        if stop.between_steps: _save_interrupted(learn, save_run, checkpoints, logs)
         raise
 
-def _save_interrupted(learn, saved, checkpoints, logs):
-    first = learn.processes.from_first
-    first(saved.folder.check)
-    with learn.added_cbs([saved, checkpoints, *logs]):
+def _save_interrupted(learn, save_run, checkpoints, logs):
+    from_first = learn.processes.from_first
+    from_first(save_run.folder.check)
+    with learn.added_cbs([save_run, checkpoints, *logs]):
         checkpoints.save()
-        saved.save_last()
-        first(lambda: write_json(saved.path/'summary.json', run_summary(learn, saved, interrupted=True)))
-    path = printable(saved.path)
+        save_run.save_last()
+        from_first(lambda: write_json(save_run.path/'summary.json', run_summary(learn, save_run, interrupted=True)))
+    path = printable(save_run.path)
     logger.info(f'\ninterrupted: checkpoint, history and last weights are in {path}; cifar_train --resume {path} continues')
 
-def _finish(settings, learn, data, tested, saved, logs):
-    summary, interp = finish_run(learn, saved, tested, data)
+def _finish(settings, learn, data, tested, save_run, logs):
+    summary, interp = finish_run(learn, save_run, tested, data)
     for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
+    best = f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}"
     logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; "
                 f"with test-time augmentation (horizontal flip) {summary['flip_averaged_accuracy']:.2%}; "
-                f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}; {printable(saved.path)}")
+                f"{best}; {printable(save_run.path)}")
     return summary
 
 # %% ../../nbs/43_run.train.ipynb #73f04657
@@ -430,17 +440,17 @@ def _is_out_of_memory(e): # torch has no common class for it
     return isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in ("can't allocate memory", 'out of memory'))
 
 @contextmanager
-def _explain_errors(settings, learn, saved):
+def _explain_errors(settings, learn, save_run):
     "Raise out-of-memory and disk errors with a remedy"
     try:
         with _without_fastai_prefix(): yield
     except RuntimeError as e:
         if not _is_out_of_memory(e): raise
-        remedy = ('a new run with ' if saved.resume else '') + f'--bs {max(2, settings.bs//2)}'
+        remedy = ('a new run with ' if save_run.resume else '') + f'--bs {max(2, settings.bs//2)}'
         raise MemoryError(f'a batch of {settings.bs} images does not fit into the memory of {learn.dls.device}: try {remedy}') from None
     except OSError as e:
-        if e.errno not in _disk_errors or not e.filename or not saved.folder.is_own: raise
-        remedy = f'make room, then cifar_train --resume {saved.path} continues from the last checkpoint'
+        if e.errno not in _disk_errors or not e.filename or not save_run.folder.is_own: raise
+        remedy = f'make room, then cifar_train --resume {save_run.path} continues from the last checkpoint'
         raise OSError(f'{e.strerror}: {e.filename}; {remedy}') from None
 
 # %% ../../nbs/43_run.train.ipynb #6442a584
@@ -490,8 +500,8 @@ def resume(
 
 def _resume(run, changes, data, force, processes):
     config, settings, fingerprint = processes.from_first(lambda: _recorded(run, changes))
-    saved = SaveRun(run, config, resume=True, processes=processes)
-    saved.begin()
+    save_run = SaveRun(run, config, resume=True, processes=processes)
+    save_run.begin()
     try:
         if summary := processes.from_first(lambda: _finished(run)): return summary
         learn, data = settings_learner(settings, data, processes)
@@ -500,8 +510,8 @@ def _resume(run, changes, data, force, processes):
         if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an uninterrupted run', stacklevel=2)
         if not processes.from_first(lambda: checkpoints_in(run/'checkpoint')):
             logger.info('no checkpoint yet: starting over with the recorded settings')
-        return _run(settings, learn, data, saved)
-    finally: saved.end()
+        return _run(settings, learn, data, save_run)
+    finally: save_run.end()
 
 def _check_versions(config, learn, force): # -> properties of the machine that differ
     versions, machine = other_surroundings(config, learn)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import cifar10_classes, cifar10_stats, printable, recipe_temperatures, require_extra
+from ..core import cifar10_classes, cifar10_stats, printable, require_extra
 from ..files import check_file, write_whole
 from ..run.folder import load_run, read_temperature
 from ..models import load_pretrained
@@ -296,9 +296,8 @@ def export_model(
     if format not in _suffixes: raise ValueError(f"format is {format!r}: must be 'onnx' or 'torch'")
     if run is None and weights != 'last': raise ValueError(f'weights is {weights!r}: needs a run folder')
     if format == 'onnx': require_extra('export', 'onnx', 'onnxscript', 'onnxruntime')
-    temperature = recipe_temperatures.get('best', 1.)
     if run is None:
-        model, stats, vocab = load_pretrained(), cifar10_stats, cifar10_classes
+        model, stats, vocab, temperature = load_pretrained(), cifar10_stats, cifar10_classes, 1.
     else:
         model, config = load_run(run, weights)
         stats, vocab = config['data']['stats'], config['data']['vocab']

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
-from ..core import cifar10_classes, cifar10_stats, recipe_temperatures
+from ..core import cifar10_classes, cifar10_stats
 from ..models import load_pretrained
 from ..run.folder import load_run, read_temperature
 from ..look.explain import cam_pictures
@@ -19,7 +19,7 @@ from ..look.interpret import class_probabilities
 
 # %% ../../nbs/55_use.predict.ipynb #a6d20536
 def _load(model, weights): # -> (network, statistics, class names, temperature)
-    if model is None: return load_pretrained(), cifar10_stats, list(cifar10_classes), recipe_temperatures.get('best', 1.)
+    if model is None: return load_pretrained(), cifar10_stats, list(cifar10_classes), 1.
     network, config = load_run(model, weights)
     return network, config['data']['stats'], list(config['data']['vocab']), read_temperature(model, weights)
 
