@@ -6,7 +6,7 @@
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'recipes', 'recipe_temperatures', 'ingredients', 'Norm', 'logger',
            'named_source', 'source_defaults', 'default_peak_epoch', 'check_lr_order', 'Recipe', 'get_recipe',
            'TrainSettings', 'BenchSettings', 'RepeatSettings', 'printable', 'settings_from', 'environment',
-           'peak_memory', 'require_extra', 'printed_log']
+           'peak_memory', 'require_extra', 'printed_log', 'shows_progress']
 
 # %% ../nbs/00_core.ipynb #c9e5aa96
 import logging, math, os, platform, sys
@@ -28,7 +28,7 @@ cifar10_stats = ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 
 data_variable = 'CIFAR_FASTAI_DATA'
 
 def named_source(
-    source=None, # 'cifar10' (or `None`), 'digits', a folder or an archive
+    source=None, # 'cifar10' (or `None`), 'digits', a folder of pictures or of CIFAR-10, or an archive
 ):
     "Return `source`, or the value of `CIFAR_FASTAI_DATA` if it is set and `source` is 'cifar10'; raise `ValueError` for an empty name"
     if isinstance(source, str) and not source:
@@ -160,10 +160,10 @@ class TrainSettings(_Settings):
     """Settings of a run. `None` stands for the value of the recipe or of the data set, which `resolved` fills in.
 
     Raises `ValueError` for invalid values."""
-    data: str = 'cifar10' # cifar10, digits, a folder or an archive
+    data: str = 'cifar10' # cifar10, digits, a folder of pictures or of CIFAR-10, or an archive
     recipe: Literal['best', 'baseline', 'fast', 'quick'] = 'best' # for accuracy; the assignment alone; less arithmetic
     epochs: int|None = None # passes over the training images; None: the recipe's, or 10 for digits
-    bs: int|None = None # batch size; None: the recipe's, 512 for best and baseline, or 64 for digits
+    bs: int|None = None # batch size; None: the recipe's, 512 for best and baseline; 64 for digits, less for few pictures
     peak_epoch: float|None = None # epoch whose last step runs at lr_max; None: epochs*5/24, which is 5 of 24
     lr_max: Literal['find']|float|None = None # learning rate at the peak; find: by a range test; None: the recipe's
     lr_min: Literal['find']|float|None = None # learning rate of the last step; None: the recipe's
@@ -259,7 +259,7 @@ class BenchSettings(_Settings):
     """Settings of a benchmark. `None` stands for the value of the data set or of the device.
 
     Raises `ValueError` for invalid values."""
-    data: str = 'cifar10' # cifar10, digits, a folder or an archive
+    data: str = 'cifar10' # cifar10, digits, a folder of pictures or of CIFAR-10, or an archive
     cases: tuple[Literal[_cases], ...] = _cases # training loops to measure in turns
     bs: int|None = None # batch size; None: 512, or 64 for digits
     steps: int|None = None # training steps of a turn; None: 3 on a processor, 100 on a GPU
@@ -406,3 +406,8 @@ def printed_log():
         logger.removeHandler(handler)
         level, logger.propagate = before
         logger.setLevel(level) # and not by assignment: loggers cache what is enabled
+
+def shows_progress() -> bool:
+    "Is the output a notebook or a terminal, where a progress bar can be drawn?"
+    from fastcore.imports import IN_NOTEBOOK
+    return IN_NOTEBOOK or sys.stdout is not None and sys.stdout.isatty() # a closed stdout is `None`

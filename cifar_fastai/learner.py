@@ -6,7 +6,6 @@
 __all__ = ['SetEpoch', 'Processes', 'CifarLearner', 'no_bar_without_tty', 'new_model', 'cifar_learner']
 
 # %% ../nbs/30_learner.ipynb #ea85e02f
-import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
@@ -15,10 +14,10 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.progress import ProgressCallback
-from fastai.vision.all import IN_NOTEBOOK, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Recorder, accuracy
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Recorder, accuracy
 from fastcore.basics import patch
 
-from .core import Recipe, get_recipe, recipes
+from .core import Recipe, get_recipe, recipes, shows_progress
 from .files import Count, checked
 from .data.loader import SeededDL
 from .data.inspect import _check_data, _device_of, _n_classes, first_images
@@ -182,8 +181,7 @@ def no_bar_without_tty(
     learn:Learner,
 ) -> Learner:
     "Remove the progress bar where the output is a file or a pipe, which get a line per epoch instead"
-    is_seen = IN_NOTEBOOK or sys.stdout is not None and sys.stdout.isatty() # a closed stdout is `None`
-    return learn if is_seen else learn.remove_cbs(ProgressCallback)
+    return learn if shows_progress() else learn.remove_cbs(ProgressCallback)
 
 def new_model(
     dls:DataLoaders,

@@ -15,8 +15,9 @@ from PIL import Image
 
 # %% ../../nbs/02_data.images.ipynb #b3cf245e
 def _digests(x, y) -> list[bytes]:
-    "Return the SHA-256 digest of each label (one byte) followed by the image's 3,072 pixel bytes"
-    return [hashlib.sha256(bytes([label]) + img.tobytes()).digest() for img, label in zip(x, y)]
+    "Return the SHA-256 digest of each label (one byte, or two beyond 255) followed by the bytes of the image's pixels"
+    labels = [int(label).to_bytes(1 if label < 256 else 2, 'little') for label in y]
+    return [hashlib.sha256(label + img.tobytes()).digest() for img, label in zip(x, labels)]
 
 def _fingerprint(x, y) -> str:
     "Return the SHA-256 digest of the sorted digests of all images, in hexadecimal"
@@ -72,7 +73,7 @@ class CIFAR10Data(NamedTuple):
         "Name of the data set: the original CIFAR-10, the digits, or a different set with the start of its fingerprints"
         train, test = self.fingerprint
         if (train, test) == cifar10_fingerprint: return 'the original CIFAR-10'
-        if self.vocab[0] == '0': return "scikit-learn's digits"
+        if self.vocab == list('0123456789'): return "scikit-learn's digits"
         return f'not the original CIFAR-10 (fingerprints {train[:8]}…, {test[:8]}…)'
 
 # %% ../../nbs/02_data.images.ipynb #d5201104

@@ -22,7 +22,8 @@ from filelock import FileLock
 from ..core import data_variable, named_source, printable
 from ..files import check_file, remove_parts, write_whole
 from .images import CIFAR10Data, load_digits
-from .archive import iter_members, list_files, max_source_bytes, read_images
+from .archive import is_cifar10, iter_members, list_files, max_source_bytes, read_images
+from .folder import max_pictures, read_folder, warn_of_duplicates
 
 # %% ../../nbs/05_data.source.ipynb #4aed1124
 cifar10_urls = (URLs.CIFAR, 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
@@ -98,7 +99,7 @@ def find_cifar10(
         try: path = Path(source).expanduser()
         except RuntimeError: path = Path(source) # there is no such user
         if not path.exists():
-            remedy = "give the folder or the archive of CIFAR-10, 'cifar10' or 'digits'"
+            remedy = "give a folder of pictures, the folder or archive of CIFAR-10, 'cifar10' or 'digits'"
             raise FileNotFoundError(f'{printable(path)} does not exist: {remedy}')
         return path
     for kind, name in [('data', 'cifar10'), ('data', 'cifar-10-batches-py'),
@@ -117,9 +118,12 @@ def _state(file) -> tuple|None: # of size and modification time
     except OSError: return None # a broken link
     return info.st_size, info.st_mtime_ns
 
+def _file_names(path): # -> of a folder, relative to it
+    return list_files(path, max_pictures, follow_links=True)
+
 def _cache_file(source:Path) -> Path|None:
     "Return the cache file that belongs to the present state of `source`, or `None` when fastai has no data folder"
-    names = list_files(source) if source.is_dir() else ['']
+    names = _file_names(source) if source.is_dir() else ['']
     files = []
     for name in names:
         state = _state(os.path.join(source, name) if name else source)
@@ -168,17 +172,24 @@ def load_cifar10(
 ) -> CIFAR10Data:
     """Return all images, `uint8` (N, 32, 32, 3), and labels, `int64` (N,), as NumPy arrays in canonical order.
 
-    Raises `FileNotFoundError` when the source does not exist or cannot be downloaded, and `ValueError` when it is
-    damaged or is not CIFAR-10."""
+    A folder is read as CIFAR-10 if it has its batches or its ten classes, and otherwise by `read_folder`, as pictures of
+    your own. Raises `FileNotFoundError` when the source does not exist or cannot be downloaded, and `ValueError` when it
+    is damaged or has neither layout."""
     if isinstance(source, CIFAR10Data): return source
     if str(named_source(source)) == 'digits': return load_digits()
     path = find_cifar10(source, urls)
+    is_own = path.is_dir() and not is_cifar10(_file_names(path))
+    data = _cached(path, read_folder if is_own else read_images)
+    if is_own: warn_of_duplicates(data, path)
+    return data
+
+def _cached(path, read):
     cache = _cache_file(path)
-    if cache is None: return read_images(path)
+    if cache is None: return read(path)
     if (data := _read_cache(cache)) is not None: return data
     with _cache_lock(cache.parent):
         data = _read_cache(cache) # another process may have written it while this one waited
         if data is None:
-            data = read_images(path)
+            data = read(path)
             _write_cache(cache, data)
     return data

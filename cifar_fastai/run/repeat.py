@@ -19,9 +19,8 @@ from scipy import stats
 from ..core import RepeatSettings, ingredients, logger, recipes
 from ..files import write_json
 from ..data.images import CIFAR10Data
-from ..data.source import load_cifar10
 from .folder import read_config, read_history, read_summary
-from .train import differences, resume, train
+from .train import differences, load_data, resume, train
 
 # %% ../../nbs/44_run.repeat.ipynb #1d805e63
 _collected = ('seed', 'accuracy', 'flip_averaged_accuracy', 'seconds', 'device', 'precision', 'weights_sha256',
@@ -65,9 +64,8 @@ def repeat_runs(
 
     `repeat.json` in the folder is written after each run. Raise `ValueError` if the folder holds runs with other
     settings or images."""
-    settings = settings.resolved()
+    settings, data = load_data(settings, data)
     folder = Path(settings.out)
-    data = load_cifar10(settings.data if data is None else data)
     fingerprint = list(data.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     runs = [settings.run(seed, folder) for seed in range(settings.seed, settings.seed + settings.n)]

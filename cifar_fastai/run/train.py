@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['not_calibrated', 'fitted', 'may_change', 'new_run_folder', 'run_environment', 'run_config', 'SaveRun',
            'write_range_test', 'best_is', 'run_summary', 'changed_from_recipe', 'find_temperature', 'run_calibration',
-           'save_plots', 'StopAfterStep', 'settings_learner', 'finish_run', 'train', 'differences',
+           'save_plots', 'StopAfterStep', 'load_data', 'settings_learner', 'finish_run', 'train', 'differences',
            'other_surroundings', 'resume']
 
 # %% ../../nbs/43_run.train.ipynb #62773178
@@ -34,7 +34,7 @@ from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.source import load_cifar10
 from ..data.augment import CropFlipCutout, plot_augmented
 from ..data.loader import lost_worker_in_words, resolve_device
-from ..data.block import cifar_dls
+from ..data.block import cifar_dls, default_bs
 from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bounds
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
@@ -283,17 +283,26 @@ class StopAfterStep(Callback):
     def after_fit(self): self._stop_when_pressed(wait=True) # a signal after the last step
 
 # %% ../../nbs/43_run.train.ipynb #c3d692d8
+def load_data(
+    settings:TrainSettings,
+    data:CIFAR10Data=None, # used in place of the images that `settings` name
+    processes:Processes=Processes(), # that train together
+) -> tuple[TrainSettings, CIFAR10Data]:
+    "Load the images of a run, and return its resolved settings and them; the batch size may depend on their number"
+    precision_callbacks(settings.precision, resolve_device(settings.device)) # raises before anything is downloaded
+    if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
+    data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data))
+    bs = settings.bs or default_bs(data, settings.resolved().bs)
+    return replace(settings, bs=bs).resolved(), data
+
 def settings_learner(
     settings:TrainSettings,
     data:CIFAR10Data=None, # used in place of the images that `settings` name
     processes:Processes=Processes(), # that train together
 ) -> tuple[Learner, CIFAR10Data]:
     "Return a new learner as described by `settings`, and its images, with all random generators seeded"
-    settings = settings.resolved()
+    settings, data = load_data(settings, data, processes)
     device = resolve_device(settings.device)
-    precision_callbacks(settings.precision, device) # raises for an unsupported precision before anything is downloaded
-    if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
-    data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data))
     set_seed(settings.seed, reproducible=True)
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
                     aug=CropFlipCutout(flip=settings.flip, cutout=settings.cutout),
@@ -332,8 +341,8 @@ def train(
     processes:Processes=Processes(), # that train together
 ) -> dict: # content of `summary.json`, in each process
     "Train one run. On Ctrl-C or SIGTERM, save a checkpoint, the history and the weights before raising"
-    settings = settings.resolved()
     run = processes.from_first(lambda: new_run_folder(settings.out))
+    settings, data = load_data(settings, data, processes)
     learn, data = settings_learner(settings, data, processes)
     if processes.n > 1: _check_images(processes, data)
     logger.info(printable(f'{data}, {data.origin}'))

@@ -1,0 +1,188 @@
+"""Folders of pictures of one's own, from the files to a trained run."""
+import re, shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from cifar_fastai.core import cifar10_classes
+from cifar_fastai.data.block import cifar_dls, default_bs
+from cifar_fastai.data.folder import find_pictures, n_duplicates, picture_suffixes, read_folder
+from cifar_fastai.data.images import CIFAR10Data
+from cifar_fastai.data.picture import read_image
+from cifar_fastai.data.source import load_cifar10
+
+photos = [Image.fromarray(img) for img in load_sample_images().images]
+
+def save_squares(folder, n, kind='png', photo=0, seed=0, sides=(40, 90)):
+    "Save `n` squares of a photograph, of several sizes"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng((seed, photo))
+    for i, side in enumerate(rng.integers(*sides, n)):
+        left, top = rng.integers(photos[photo].width - side), rng.integers(photos[photo].height - side)
+        photos[photo].crop((left, top, left + side, top + side)).save(folder/f'{i:04}.{kind}')
+
+@pytest.fixture
+def pets(tmp_path):
+    "A folder of two classes without splits"
+    for photo, name in enumerate(('palace', 'flower')): save_squares(tmp_path/'pets'/name, 20, ('jpg', 'png')[photo], photo)
+    return tmp_path/'pets'
+
+@pytest.fixture
+def split(tmp_path):
+    "A folder of three classes with splits"
+    for k, part in enumerate(('train', 'test')):
+        for i, name in enumerate('abc'): save_squares(tmp_path/'split'/part/name, (8, 3)[k], photo=i%2, seed=10*k + i)
+    return tmp_path/'split'
+
+def refused(folder, *names, by=read_folder):
+    with pytest.raises(ValueError) as e: by(folder)
+    said = str(e.value)
+    assert '\n' not in said and all(name in said for name in names), said
+    return said
+
+# ---- layouts
+
+@pytest.mark.parametrize('valid', ['test', 'valid', 'val', 'Test', 'VAL'])
+def test_each_name_of_the_second_split_is_known(split, valid):
+    (split/'test').rename(split/'t'); (split/'t').rename(split/valid)
+    data = read_folder(split)
+    assert data.vocab == ['a', 'b', 'c'] and np.bincount(data.train_y).tolist() == [8]*3 and np.bincount(data.test_y).tolist() == [3]*3
+
+def test_the_test_images_validate_if_there_are_two_candidates(split):
+    shutil.copytree(split/'test', split/'valid')
+    (split/'valid'/'a'/'0000.png').unlink()
+    assert len(read_folder(split).test_y) == 9
+
+@pytest.mark.parametrize('inside_train', [False, True])
+def test_a_fixed_fifth_of_each_class_validates_without_a_second_split(pets, inside_train, tmp_path):
+    folder = pets
+    if inside_train: folder = shutil.copytree(pets, tmp_path/'other'/'train').parent
+    data = read_folder(folder)
+    assert data.vocab == ['flower', 'palace'] and np.bincount(data.test_y).tolist() == [4, 4] and np.bincount(data.train_y).tolist() == [16, 16]
+    shutil.move(pets/'palace'/'0003.jpg', pets/'palace'/'renamed.JPG')
+    assert read_folder(pets).fingerprint == data.fingerprint # neither names nor the order of files matter
+
+def test_each_image_is_what_prediction_reads(split):
+    data = read_folder(split)
+    expected = {(read_image(file).tobytes(), 'abc'.index(file.parent.name)) for file in split.glob('train/*/*')}
+    assert {(img.tobytes(), label) for img, label in zip(data.train_x, data.train_y)} == expected
+    assert data.train_x.dtype == np.uint8 and data.train_x.shape == (24, 32, 32, 3) and data.train_y.dtype == np.int64
+
+@pytest.mark.parametrize('kind', [suffix[1:] for suffix in picture_suffixes])
+def test_every_suffix_is_read_in_upper_and_lower_case(tmp_path, kind):
+    save_squares(tmp_path/'one', 3, kind); save_squares(tmp_path/'two', 3, kind.upper(), photo=1)
+    assert len(read_folder(tmp_path).train_y) == 4
+
+def test_pictures_of_any_kind_are_brought_to_the_same_form(pets):
+    rotated = Image.Exif(); rotated[274] = 6
+    photos[0].crop((0, 0, 90, 60)).save(pets/'palace'/'turned.jpg', exif=rotated)
+    photos[0].convert('L').crop((0, 0, 300, 40)).save(pets/'palace'/'grey.png')
+    photos[1].convert('CMYK').crop((0, 0, 33, 20)).save(pets/'flower'/'print.jpg')
+    photos[1].convert('P').crop((0, 0, 10, 10)).save(pets/'flower'/'small.gif')
+    assert len(read_folder(pets).train_y) + len(read_folder(pets).test_y) == 44
+
+def test_what_is_no_picture_is_passed_over(pets):
+    (pets/'notes.txt').write_text('mine'); (pets/'palace'/'Thumbs.db').write_bytes(b'\0'); (pets/'cover.jpg').write_bytes(b'no picture')
+    (pets/'palace'/'._0000.jpg').write_bytes(b'\0\5'); (pets/'.git').mkdir()
+    (pets/'__MACOSX'/'palace').mkdir(parents=True); (pets/'__MACOSX'/'palace'/'0000.jpg').write_bytes(b'\0\5')
+    assert read_folder(pets).vocab == ['flower', 'palace']
+
+def test_pictures_in_subfolders_of_a_class_and_links_are_found(pets, tmp_path):
+    (pets/'palace').rename(tmp_path/'elsewhere')
+    (pets/'palace').symlink_to(tmp_path/'elsewhere', target_is_directory=True)
+    (pets/'flower'/'2024').mkdir(); (pets/'flower'/'0000.png').rename(pets/'flower'/'2024'/'0000.png')
+    (pets/'flower'/'circle').symlink_to(pets, target_is_directory=True)
+    data = read_folder(pets)
+    assert (data.vocab, len(data.train_y) + len(data.test_y)) == (['flower', 'palace'], 40)
+
+def test_a_hundred_and_more_than_256_classes_are_read(tmp_path):
+    for i in range(300):
+        (tmp_path/f'{i:03}').mkdir()
+        for k in range(2): Image.new('RGB', (32, 32), (i%256, i//256, k)).save(tmp_path/f'{i:03}'/f'{k}.bmp')
+    data = read_folder(tmp_path)
+    assert data.vocab == [f'{i:03}' for i in range(300)] and sorted(data.train_y) == list(range(300)) == sorted(data.test_y)
+    for img, label in zip(data.train_x, data.train_y): assert int(img[0, 0, 0]) + 256*int(img[0, 0, 1]) == label
+    assert data.fingerprint != data._replace(train_y=(data.train_y + 256)%300).fingerprint
+
+# ---- refusals and warnings
+
+@pytest.mark.parametrize('make', ['empty', 'only text', 'one class', 'no train', 'a flat folder'])
+def test_a_folder_of_another_kind_is_one_sentence(tmp_path, make):
+    if make == 'only text': (tmp_path/'a').mkdir(); (tmp_path/'a'/'b.txt').write_text('b')
+    if make == 'one class': save_squares(tmp_path/'a', 4)
+    if make == 'no train': save_squares(tmp_path/'test'/'a', 4); save_squares(tmp_path/'test'/'b', 4)
+    if make == 'a flat folder': save_squares(tmp_path, 4)
+    refused(tmp_path, str(tmp_path), by=load_cifar10)
+
+def test_an_empty_class_is_named(pets):
+    (pets/'tree').mkdir(); (pets/'tree'/'readme.md').write_text('later')
+    refused(pets, 'tree')
+
+@pytest.mark.parametrize('part', ['train', 'test'])
+def test_a_class_in_one_split_only_is_named(split, part):
+    shutil.rmtree(split/part/'b')
+    refused(split, "b")
+
+def test_a_class_of_one_picture_is_named(pets):
+    for file in list((pets/'flower').iterdir())[1:]: file.unlink()
+    refused(pets, 'flower')
+
+@pytest.mark.parametrize('name', ['<script>alert(1)</script>', 'a\nb', 'a\x1b[31m', 'x'*101, 'a\u202eb'])
+def test_a_class_name_that_cannot_be_shown_is_refused(pets, name):
+    try: (pets/'flower').rename(pets/name.replace('/', '∕'))
+    except OSError: pytest.skip('the file system does not allow this name')
+    assert not re.search('[\x00-\x1f\u202e]', refused(pets))
+
+def test_accents_mean_the_same_in_both_ways_to_write_them(split):
+    (split/'train'/'a').rename(split/'train'/'caf\u00e9'); (split/'test'/'a').rename(split/'test'/'cafe\u0301')
+    assert read_folder(split).vocab == ['b', 'c', 'caf\u00e9']
+
+@pytest.mark.parametrize('damage', [b'', b'no picture', b'cut'])
+def test_unreadable_pictures_are_named_and_left_out_up_to_one_in_a_hundred(tmp_path, damage):
+    for photo, name in enumerate('ab'): save_squares(tmp_path/name, 100, photo=photo, sides=(33, 34))
+    for n, file in enumerate([tmp_path/'a'/'0003.png', tmp_path/'b'/'0099.png', tmp_path/'a'/'0050.png'], 1):
+        file.write_bytes(file.read_bytes()[:-100] if damage == b'cut' else damage)
+        if n == 3: break
+        with pytest.warns(UserWarning, match=f'{n} of 200') as found: data = read_folder(tmp_path)
+        assert file.name in str(found[0].message) and len(data.train_y) + len(data.test_y) == 200 - n
+    refused(tmp_path, '3 of 200')
+
+def test_duplicates_between_the_splits_are_counted_by_content(split):
+    assert n_duplicates(read_folder(split)) == 0
+    shutil.copy(split/'train'/'a'/'0000.png', split/'test'/'a'/'copy.png')
+    Image.open(split/'train'/'b'/'0001.png').save(split/'test'/'c'/'other.bmp') # other format, other class
+    with pytest.warns(UserWarning, match='2 of 11'): data = load_cifar10(split)
+    assert n_duplicates(data) == 2
+    with pytest.warns(UserWarning, match='2 of 11'): load_cifar10(split) # from the cache, too
+
+# ---- as a source like the others
+
+def test_a_folder_with_the_classes_of_cifar10_is_cifar10_and_others_are_not(small_folder, tmp_path):
+    assert load_cifar10(small_folder).vocab == list(cifar10_classes)
+    some = tmp_path/'some'
+    for part in 'train', 'test':
+        for name in 'cat', 'dog': shutil.copytree(small_folder/part/name, some/part/name)
+    data = load_cifar10(some)
+    assert data.vocab == ['cat', 'dog'] and data.origin.startswith('not the original CIFAR-10')
+
+def test_the_folder_is_decoded_once_and_again_after_a_change(empty_home, pets, monkeypatch):
+    first = load_cifar10(pets)
+    def refuse(*args, **kwargs): raise AssertionError('an image was decoded')
+    with monkeypatch.context() as m:
+        m.setattr(Image, 'open', refuse)
+        again = load_cifar10(str(pets))
+    assert again.fingerprint == first.fingerprint and again.vocab == first.vocab
+    save_squares(pets/'palace', 1, 'bmp', seed=5)
+    assert len(load_cifar10(pets).train_y) + len(load_cifar10(pets).test_y) == 41
+
+@pytest.mark.parametrize('n, bs', [(2, 8), (40, 8), (320, 16), (1000, 32), (10_000, 256), (20_000, 512), (10**6, 512)])
+def test_few_pictures_get_a_smaller_batch_and_cifar10_its_own(n, bs):
+    data = CIFAR10Data(np.zeros((0,)), np.zeros(n), None, None, ['a', 'b'])
+    assert default_bs(data) == bs and default_bs(data, 16) == min(bs, 16)
+    assert default_bs(data._replace(vocab=list(cifar10_classes))) == 512
+
+def test_a_folder_trains_from_python_and_its_dataloaders_have_its_classes(pets):
+    dls = cifar_dls(pets, num_workers=0)
+    assert (list(dls.vocab), dls.c, dls.bs) == (['flower', 'palace'], 2, 8) and dls.one_batch()[0].shape == (8, 3, 32, 32)
