@@ -28,15 +28,15 @@ from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, ing
 class _Data: "Images and data loading"
 class _Recipe: "Values that the assignment leaves open; None: the value of the recipe"
 class _Schedule: "Epochs, batch size, learning rate and optimizer"
-class _Network: "Layers of CustomResNet"
+class _Network: "Network, and the layers of CustomResNet"
 class _Run: "Device, checkpoints and output"
 
 option_groups = {
-    _Data: ('data', 'valid', 'pipeline', 'num_workers'),
+    _Data: ('data', 'size', 'valid', 'pipeline', 'num_workers'),
     _Recipe: ('recipe', 'label_smoothing', 'flip', 'cutout', 'ghost', 'logit_scale', 'whiten', 'dirac', 'wd', 'sizes', 'freeze_first',
               'lookahead'),
     _Schedule: ('epochs', 'bs', 'peak_epoch', 'lr_max', 'lr_min', 'lr_start', 'anneal', 'betas', 'eps'),
-    _Network: ('norm', 'n_groups', 'width', 'dropout', 'conv_bias'),
+    _Network: ('model', 'norm', 'n_groups', 'width', 'dropout', 'conv_bias'),
     _Run: ('precision', 'device', 'compile', 'checkpoint_minutes', 'log', 'seed', 'out')}
 
 def _registry(settings, default): # -> rules by which tyro returns a dict of values and groups the options
@@ -297,7 +297,7 @@ def _shift(interp, settings, plots):
 @dataclass(frozen=True)
 class PredictSettings:
     "Images to classify, and the model."
-    images: tyro.conf.Positional[tuple[str, ...]] # image files; shorter side scaled to 32 pixels, centre crop
+    images: tyro.conf.Positional[tuple[str, ...]] # image files; scaled to the size of the network's input, centre crop
     model: str|None = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
 
@@ -317,7 +317,7 @@ def cifar_predict(settings:PredictSettings):
 def _predict(paths, pool, classify, vocab): # -> number of files that were not images
     from cifar_fastai.data.picture import read_image
     def read(path): # -> image or exception
-        try: return read_image(path)
+        try: return read_image(path, classify.size)
         except (ValueError, OSError) as e: return e
     images = list(pool.map(read, paths))
     readable = [image for image in images if not isinstance(image, Exception)]
@@ -433,8 +433,9 @@ def _examples(settings): # -> example images; none if the images of the run are 
     from cifar_fastai.run.folder import read_config
     from cifar_fastai.use.app import find_examples
     is_run = settings.model and Path(settings.model).is_dir()
-    source = settings.data or (settings_from(read_config(settings.model)['settings']).data if is_run else None)
-    try: return find_examples(source)
+    of_run = settings_from(read_config(settings.model)['settings']) if is_run else TrainSettings()
+    source = settings.data or (of_run.data if is_run else None)
+    try: return find_examples(source, size=of_run.size)
     except (ValueError, OSError):
         if settings.data: raise
         return []

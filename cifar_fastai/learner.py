@@ -17,11 +17,12 @@ from fastai.callback.progress import ProgressCallback
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Recorder, accuracy
 from fastcore.basics import patch
 
-from .core import Recipe, get_recipe, recipes, shows_progress
+from .core import Recipe, get_recipe, recipes, shows_progress, sized
 from .files import Count, checked
 from .data.loader import SeededDL
 from .data.inspect import _check_data, _device_of, _n_classes, first_images
-from .models import CustomResNet, dirac_layers, whiten_first_layer
+from .models import dirac_layers, whiten_first_layer
+from .networks import build_network
 from .optimizer import FusedAdam
 from .callback.average import Lookahead
 from .callback.cost import FreezeFirst, ImageSizes
@@ -187,10 +188,11 @@ def new_model(
     dls:DataLoaders,
     whiten:bool, # initialise the first convolution from the first 5,000 training images
     dirac:bool=False, # initialise three convolutions with `dirac_layers`
+    name:str='custom', # of the network, as in `build_network`
     **network, # further arguments of `CustomResNet`
-) -> CustomResNet:
+) -> torch.nn.Module:
     "Return a new network for the classes of `dls`"
-    model = CustomResNet(_n_classes(dls), **network)
+    model = build_network(name, _n_classes(dls), getattr(dls, 'size', 32), **network)
     if whiten: whiten_first_layer(model, first_images(dls).cpu())
     if dirac: dirac_layers(model)
     return model
@@ -220,7 +222,7 @@ def _optimizer(recipe, opt_func, wd, wd_bn_bias, **options): # -> (`opt_func`, `
 # %% ../nbs/30_learner.ipynb #10db38fe
 def cifar_learner(
     dls, # `DataLoaders`, of `cifar_dls` or any others
-    model=None, # gives logits (N, `dls.c`); `None` is a new `CustomResNet` as in the recipe
+    model=None, # gives logits (N, `dls.c`), or a name as in `build_network`; `None` is a new `CustomResNet` as in the recipe
     precision:Literal['auto', 'fp32', 'bf16', 'fp16']='auto', # 'auto' is the fastest that the device supports
     betas=None, # Adam's; `None` is (0.9, 0.99)
     eps:float=None, # Adam's; `None` is 1e-8
@@ -243,11 +245,13 @@ def cifar_learner(
     Raises `ValueError` for an argument that the given `loss_func` or `opt_func` would ignore."""
     if recipe is None: recipe = getattr(dls, 'recipe', 'best')
     recipe = get_recipe(recipe)
-    _check_data(dls, images=model is None, targets=loss_func is None)
+    _check_data(dls, images=model is None or isinstance(model, str), targets=loss_func is None)
     loss_func = _recipe_loss(recipe, label_smoothing, loss_func)
     opt_func, wd = _optimizer(recipe, opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
-    if model is None: model = new_model(dls, recipe.whiten, recipe.dirac, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
+    if isinstance(model, str) and model != 'custom': model = new_model(dls, False, name=model)
+    if model is None or isinstance(model, str): model = new_model(dls, recipe.whiten, recipe.dirac, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
     if compile: model.compile()
+    if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']
     of_recipe = _recipe_callbacks(recipe, sizes=sizes, freeze_first=freeze_first, lookahead=lookahead)
     cbs = [SetEpoch(), *precision_callbacks(precision, _device_of(dls)), *of_recipe, *L(cbs)]
     learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs, **kwargs)

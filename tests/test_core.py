@@ -90,7 +90,7 @@ def test_replacing_the_epochs_moves_the_peak_along(cls):
         assert (settings.epochs, settings.peak_epoch) == (epochs, pytest.approx(peak))
 
 other_values = dict(
-    data='digits', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, lr_start=.1, anneal='cos', norm='group',
+    data='digits', size=64, model='resnet18', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, lr_start=.1, anneal='cos', norm='group',
     n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dirac=True, cutout=4, sizes=(16, 32), freeze_first=2, lookahead=3, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
     label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
     num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
@@ -131,6 +131,7 @@ def test_network_and_optimizer_get_values_and_never_none():
 # ---- refusals
 
 refused = [
+    ('model', ''), ('model', 'os.system()'), ('model', 'timm:hf-hub:a/b'), ('size', 8), ('size', 33), ('size', 136), ('size', 0),
     ('epochs', 0), ('epochs', -1), ('bs', 1), ('bs', 0), ('bs', -64), ('peak_epoch', 0), ('peak_epoch', 24), ('peak_epoch', 30.), ('peak_epoch', math.nan),
     ('lr_max', 0), ('lr_max', -.1), ('lr_max', math.inf), ('lr_max', math.nan), ('lr_max', 'high'), ('lr_min', 0.), ('lr_min', math.nan), ('lr_min', 'low'),
     ('anneal', 'steps'), ('norm', 'nosuch'), ('n_groups', 0), ('n_groups', 3), ('width', 0), ('width', 15), ('width', 2048), ('dropout', -.1), ('dropout', 1), ('dropout', math.nan), ('betas', (0.9,)),
@@ -176,7 +177,7 @@ def test_settings_come_back_from_json(changes, tmp_path):
     assert settings_from(read_json(write_json(tmp_path/'s.json', asdict(s)))) == s
 
 def test_unknown_settings_are_refused_by_name():
-    with pytest.raises(ValueError, match='colour.*size'): settings_from(dict(epochs=3, size=1, colour='red'))
+    with pytest.raises(ValueError, match='colour.*shape'): settings_from(dict(epochs=3, shape=1, colour='red'))
 
 def test_a_run_that_names_no_recipe_is_of_the_one_there_was():
     old = {k: v for k, v in asdict(TrainSettings(recipe='baseline').resolved()).items() if k not in ('recipe', 'label_smoothing', 'flip', 'ghost', 'logit_scale', 'whiten')}

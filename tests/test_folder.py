@@ -6,12 +6,22 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cifar_fastai.core import cifar10_classes
+from cifar_fastai.cli import cifar_interpret, cifar_predict, cifar_train
+from cifar_fastai.core import TrainSettings, cifar10_classes
+from cifar_fastai.files import read_json
+from cifar_fastai.data.augment import ItemAugment
 from cifar_fastai.data.block import cifar_dls, default_bs
 from cifar_fastai.data.folder import find_pictures, n_duplicates, picture_suffixes, read_folder
 from cifar_fastai.data.images import CIFAR10Data
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.data.source import load_cifar10
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.look.interpret import CifarInterpretation
+from cifar_fastai.look.report import write_report
+from cifar_fastai.models import CustomResNet
+from cifar_fastai.run.train import train
+from cifar_fastai.use.export import export_model
+from cifar_fastai.use.predict import load_classifier
 
 photos = [Image.fromarray(img) for img in load_sample_images().images]
 
@@ -186,3 +196,86 @@ def test_few_pictures_get_a_smaller_batch_and_cifar10_its_own(n, bs):
 def test_a_folder_trains_from_python_and_its_dataloaders_have_its_classes(pets):
     dls = cifar_dls(pets, num_workers=0)
     assert (list(dls.vocab), dls.c, dls.bs) == (['flower', 'palace'], 2, 8) and dls.one_batch()[0].shape == (8, 3, 32, 32)
+
+# ---- other sizes than 32×32
+
+@pytest.mark.parametrize('size', [16, 64])
+def test_pictures_are_read_at_the_size_that_is_asked_for(pets, size):
+    data = load_cifar10(pets, size=size)
+    assert data.size == size and data.train_x.shape == (32, size, size, 3)
+    expected = {read_image(file, size).tobytes() for file in pets.glob('*/*')}
+    assert {img.tobytes() for img in (*data.train_x, *data.test_x)} == expected
+    assert load_cifar10(pets).size == 32 # each size has a cache of its own
+
+@pytest.mark.parametrize('size', [0, 8, 33, 136, 32., '32', True])
+def test_a_size_that_cannot_be_trained_on_is_refused(pets, size):
+    for make in (lambda: load_cifar10(pets, size=size), lambda: TrainSettings(size=size), lambda: cifar_dls(pets, size=size)):
+        with pytest.raises(ValueError, match='size is'): make()
+
+@pytest.mark.parametrize('source', ['digits', 'small_archive', 'small_folder'])
+def test_images_of_32_pixels_have_no_other_size(source, request):
+    if source != 'digits': source = request.getfixturevalue(source)
+    with pytest.raises(ValueError, match='size is 64'): load_cifar10(source, size=64)
+
+def aug_of(dls): return next(t for t in dls.train.after_item.fs if isinstance(t, ItemAugment)).aug
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_augmentation_and_recipe_follow_the_size(pets, pipeline):
+    dls = cifar_dls(pets, size=64, recipe='quick', pipeline=pipeline, num_workers=0, bs=16)
+    aug = aug_of(dls)
+    assert (aug.size, aug.pad, aug.cutout) == (64, 8, 0)
+    x, _ = dls.one_batch()
+    assert x.shape == (16, 3, 64, 64)
+    learn = cifar_learner(dls, CustomResNet(2, width=8), 'fp32')
+    assert learn.image_sizes.sizes == (40, 48, 56, 64)
+    settings = TrainSettings(str(pets), size=64).resolved()
+    assert (settings.cutout, settings.sizes) == (16, ()) and TrainSettings(size=48, cutout=40).resolved().cutout == 40
+    with pytest.raises(ValueError, match='cutout is 65'): TrainSettings(size=64, cutout=65)
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A run on pictures of 48×48 in three classes"
+    folder = tmp_path_factory.mktemp('own')
+    for photo, name in enumerate(('palace & co', 'flower', 'zebra')): save_squares(folder/'pictures'/name, 24, photo=photo%2, seed=photo)
+    settings = TrainSettings(str(folder/'pictures'), size=48, epochs=2, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(folder/'run'))
+    train(settings)
+    return folder/'run', folder/'pictures'
+
+def test_a_run_records_size_and_batch_size_and_everything_reads_them(trained, tmp_path):
+    run, pictures = trained
+    settings = read_json(run/'config.json')['settings']
+    assert (settings['size'], settings['bs'], settings['cutout']) == (48, 8, 12)
+    interp = CifarInterpretation.from_run(run)
+    assert interp.vocab == ['flower', 'palace & co', 'zebra'] and interp.image(0).shape == (48, 48, 3)
+    classify, vocab = load_classifier(run)
+    file = next((pictures/'zebra').iterdir())
+    probs = classify([read_image(file, classify.size)])
+    assert classify.size == 48 and probs.shape == (1, 3) and vocab == interp.vocab
+    report = write_report(run).read_text()
+    assert 'palace &amp; co' in report and 'palace & co' not in report
+    assert "--size 48" in report
+
+def test_a_run_is_resumed_predicted_and_interpreted_by_the_commands(trained, capsys):
+    run, pictures = trained
+    files = [str(file) for file in list((pictures/'flower').iterdir())[:2]]
+    cifar_predict(['--model', str(run), *files])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    cifar_interpret([str(run)])
+    cifar_train(['--resume', str(run)])
+    assert 'palace & co' in capsys.readouterr().out
+
+def test_an_export_takes_images_of_the_size_of_its_run(trained, tmp_path):
+    pytest.importorskip('onnxruntime', reason='the extra export is not installed')
+    run, pictures = trained
+    exported, vocab = load_classifier(export_model(run, 'onnx', tmp_path/'own.onnx'))
+    classify, _ = load_classifier(run)
+    images = np.stack([read_image(file, 48) for file in (pictures/'zebra').iterdir()])
+    assert exported.size == 48 and vocab == ['flower', 'palace & co', 'zebra'] and np.allclose(exported(images), classify(images), atol=1e-4)
+    with pytest.raises(ValueError, match='32'): exported(images[:, :32, :32])
+    program = export_model(run, 'torch', tmp_path/'own.pt2')
+    assert program.stat().st_size > 0
+
+def test_digits_are_not_flipped_and_pictures_are(digits, pets):
+    assert TrainSettings('digits').resolved().flip == 'none' and TrainSettings(str(pets)).resolved().flip == 'alternate'
+    assert aug_of(cifar_dls('digits', num_workers=0)).flip == aug_of(cifar_dls(digits, num_workers=0)).flip == 'none'
+    assert aug_of(cifar_dls(pets, num_workers=0)).flip == 'alternate'

@@ -41,10 +41,11 @@ max_source_bytes = 400*2**20 # of all files of a data set, packed or unpacked
 # %% ../../nbs/04_data.archive.ipynb #15a67b31
 def list_files(
     folder:Path,
-    most:int=max_files, # files and folders
+    most:int=None, # files and folders; `None` is `max_files`
     follow_links:bool=False, # also into folders that are links
 ) -> list[str]: # relative to `folder`, sorted
     "Return the names of all files below a folder that can be read; raise `ValueError` for more than `most`"
+    most = most or max_files
     names, folders, n, seen = [], [''], 0, set()
     for parent in folders: # the list grows during the loop
         try:

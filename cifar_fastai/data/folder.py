@@ -6,7 +6,7 @@
 __all__ = ['picture_suffixes', 'max_pictures', 'PictureFiles', 'find_pictures', 'read_folder', 'n_duplicates',
            'warn_of_duplicates']
 
-# %% ../../nbs/04_data.folder.ipynb #f7010ef2
+# %% ../../nbs/04_data.folder.ipynb #d958b9d3
 import hashlib, os, warnings
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from unicodedata import normalize
 import numpy as np
 from fastcore.all import defaults, parallel
 
-from ..core import printable, shows_progress
+from ..core import check_size, printable, shows_progress
 from .images import CIFAR10Data, canonical_sort, first_of_each_class
 from .picture import one_line, read_image
 from .archive import list_files
@@ -81,13 +81,13 @@ def find_pictures(
     labelled = [[(file, label) for label, name in enumerate(vocab) for file in split[name]] for split in splits]
     return PictureFiles(folder, vocab, labelled)
 
-# %% ../../nbs/04_data.folder.ipynb #e0a5856f
+# %% ../../nbs/04_data.folder.ipynb #ee99c230
 _most_unreadable = .01 # share of the pictures
 
-def _read_all(folder, files, show_progress): # -> (images, is each readable)
-    x, messages = np.empty((len(files), 32, 32, 3), np.uint8), [None]*len(files)
+def _read_all(folder, files, size, show_progress): # -> (images, is each readable)
+    x, messages = np.empty((len(files), size, size, 3), np.uint8), [None]*len(files)
     def read(i):
-        try: x[i] = read_image(folder/files[i])
+        try: x[i] = read_image(folder/files[i], size)
         except (OSError, ValueError) as e: messages[i] = one_line(e)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
@@ -103,23 +103,25 @@ def _report_unreadable(folder, messages, n):
         raise ValueError(f'{of_all}, more than {_most_unreadable:.0%}: remove or repair them: {shown}')
     warnings.warn(f'{of_all}, so they are left out: {shown}', stacklevel=4)
 
-# %% ../../nbs/04_data.folder.ipynb #89db680d
+# %% ../../nbs/04_data.folder.ipynb #da6f758c
 _valid_share = .2
 
 def read_folder(
     folder:str|Path, # as for `find_pictures`
+    size:int=32, # of a side of the images, in pixels: a multiple of 8 from 16 to 128
     show_progress:bool=None, # show a progress bar; `None`: in a notebook or a terminal
-) -> CIFAR10Data: # images `uint8` (N, 32, 32, 3), in canonical order
+) -> CIFAR10Data: # images `uint8` (N, size, size, 3), in canonical order
     """Decode all pictures of a folder. Without a folder to validate on, a fixed fifth of each class validates.
 
     Unreadable pictures are left out with a warning, up to 1 %. Raises `ValueError` for more of them, for a class
     without a picture in each split, and for what `find_pictures` refuses."""
+    check_size(size)
     found = find_pictures(folder)
     files = [file for split in found.splits for file, _ in split]
     labels = np.array([label for split in found.splits for _, label in split], dtype=np.int64)
     is_valid = np.arange(len(files)) >= len(found.splits[0])
     if show_progress is None: show_progress = shows_progress()
-    x, is_read = _read_all(found.folder, files, show_progress)
+    x, is_read = _read_all(found.folder, files, size, show_progress)
     x, y, is_valid = x[is_read], labels[is_read], is_valid[is_read]
     if len(found.splits) == 1:
         x, y = canonical_sort(x, y)

@@ -38,7 +38,9 @@ cifar10_fingerprint = ('16212d65187a450ef0e5cd9f20e82e6ab85d8eee74a7e4fc4075e858
                        '3cc5ab92249153bb2bcd379241839865d9f260ecbdb0dc56db859307cea09d9f')
 
 class CIFAR10Data(NamedTuple):
-    "Both splits in canonical order: images `uint8` (N, 32, 32, 3), labels `int64` (N,), and the class names"
+    """Both splits in canonical order: images `uint8` (N, 32, 32, 3), labels `int64` (N,), and the class names.
+
+    Pictures of your own may have another size than 32×32."""
     train_x: np.ndarray
     train_y: np.ndarray
     test_x: np.ndarray
@@ -53,6 +55,11 @@ class CIFAR10Data(NamedTuple):
         "Return the first images of each split, a fair sample of all classes"
         train, test = (self.train_x[:n_train], self.train_y[:n_train]), (self.test_x[:n_test], self.test_y[:n_test])
         return CIFAR10Data(*train, *test, self.vocab)
+
+    @property
+    def size(self) -> int:
+        "Pixels of a side of the images"
+        return self.train_x.shape[1]
 
     @property
     def fingerprint(self) -> tuple[str, str]:

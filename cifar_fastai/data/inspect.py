@@ -132,10 +132,10 @@ def first_images(
     return images.to(_device_of(dls)).as_subclass(torch.Tensor)
 
 # %% ../../nbs/09_data.inspect.ipynb #0e7b52ad
-def _check_image(x):
-    if tuple(x.shape[1:]) == (3, 32, 32): return
-    raise ValueError(f'the images are {_shape_text(x[0])} and CustomResNet takes 3×32×32: '
-                     'load them as RGB with item_tfms=Resize(32), or pass a model')
+def _check_image(x, size): # `size` is what `cifar_dls` was asked for
+    if tuple(x.shape[1:]) == (3, size, size): return
+    raise ValueError(f'the images are {_shape_text(x[0])} and CustomResNet takes 3×{size}×{size}: '
+                     f'load them as RGB with item_tfms=Resize({size}), or pass a model')
 
 def _is_class(y):
     "Return whether `y` holds one integer per image"
@@ -160,5 +160,5 @@ def _check_data(
     if not images and not targets: return
     batch = _first_batches(dls, 1)[0]
     n_inputs = getattr(dls, 'n_inp', max(1, len(batch) - 1)) # as in `Learner`
-    if images: _check_image(batch[0])
+    if images: _check_image(batch[0], getattr(dls, 'size', 32))
     if targets: _check_targets(batch[n_inputs:])

@@ -8,7 +8,7 @@ __all__ = ['cifar10_urls', 'fetch_cifar10', 'find_cifar10', 'load_cifar10']
 # %% ../../nbs/05_data.source.ipynb #86b4854e
 import hashlib, io, os, time, warnings
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import ContentTooShortError, HTTPError
@@ -19,7 +19,7 @@ from fastai.data.external import URLs, fastai_cfg
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 
-from ..core import data_variable, named_source, printable
+from ..core import check_size, data_variable, named_source, printable
 from ..files import check_file, remove_parts, write_whole
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, iter_members, list_files, max_source_bytes, read_images
@@ -121,14 +121,15 @@ def _state(file) -> tuple|None: # of size and modification time
 def _file_names(path): # -> of a folder, relative to it
     return list_files(path, max_pictures, follow_links=True)
 
-def _cache_file(source:Path) -> Path|None:
+def _cache_file(source:Path, size:int=32) -> Path|None:
     "Return the cache file that belongs to the present state of `source`, or `None` when fastai has no data folder"
     names = _file_names(source) if source.is_dir() else ['']
     files = []
     for name in names:
         state = _state(os.path.join(source, name) if name else source)
         if state: files.append((name, *state))
-    key = hashlib.sha256(repr((str(source.resolve()), files)).encode()).hexdigest()[:32]
+    state = (str(source.resolve()), files) if size == 32 else (str(source.resolve()), files, size)
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
     try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
     except (OSError, RuntimeError) as e: # the folder cannot be made, for example in a read-only home folder
         _warn_uncached(str(e))
@@ -140,7 +141,8 @@ def _read_cache(file:Path) -> CIFAR10Data|None:
         with open(check_file(file, 2**30), 'rb') as f, np.load(f, allow_pickle=False) as arrays:
             data = CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
         for x, y in (data[:2], data[2:4]):
-            if (x.dtype, x.shape, y.dtype, y.shape) != (np.uint8, (len(y), 32, 32, 3), np.int64, (len(x),)): return None
+            expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
+            if (x.dtype, x.shape, y.dtype, y.shape) != expected: return None
         return data
     except Exception: return None # a damaged file may raise anything
 
@@ -169,6 +171,7 @@ def _cache_lock(folder:Path):
 def load_cifar10(
     source=None, # 'cifar10' (or `None`), 'digits', a folder, an archive, or `CIFAR10Data`, which is returned as it is
     urls=cifar10_urls, # addresses to download from when nothing is found
+    size:int=32, # pixels of a side of pictures of your own; all others are 32×32
 ) -> CIFAR10Data:
     """Return all images, `uint8` (N, 32, 32, 3), and labels, `int64` (N,), as NumPy arrays in canonical order.
 
@@ -176,15 +179,21 @@ def load_cifar10(
     your own. Raises `FileNotFoundError` when the source does not exist or cannot be downloaded, and `ValueError` when it
     is damaged or has neither layout."""
     if isinstance(source, CIFAR10Data): return source
-    if str(named_source(source)) == 'digits': return load_digits()
+    check_size(size)
+    if str(named_source(source)) == 'digits': return _of_32_pixels(load_digits, size)
     path = find_cifar10(source, urls)
     is_own = path.is_dir() and not is_cifar10(_file_names(path))
-    data = _cached(path, read_folder if is_own else read_images)
-    if is_own: warn_of_duplicates(data, path)
+    if not is_own: return _of_32_pixels(partial(_cached, path, read_images), size)
+    data = _cached(path, partial(read_folder, size=size), size)
+    warn_of_duplicates(data, path)
     return data
 
-def _cached(path, read):
-    cache = _cache_file(path)
+def _of_32_pixels(load, size):
+    if size == 32: return load()
+    raise ValueError(f'size is {size}: the images of CIFAR-10 and the digits have 32 pixels; pictures of your own can have others')
+
+def _cached(path, read, size=32):
+    cache = _cache_file(path, size)
     if cache is None: return read(path)
     if (data := _read_cache(cache)) is not None: return data
     with _cache_lock(cache.parent):

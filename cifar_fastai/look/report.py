@@ -19,7 +19,7 @@ from fastai.vision.all import DataLoaders
 from ..core import TrainSettings, named_source
 from ..files import write_whole
 from ..data.images import cifar10_fingerprint
-from ..data.augment import (CropFlipCutout, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels,
+from ..data.augment import (augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, sized_augment,
                                        unpack_pixels)
 from ..callback.schedule import one_cycle_lr, peak_step_of, plot_range_test
 from .calibration import draw_confidences, draw_reliability
@@ -36,9 +36,9 @@ def changed_settings(
     settings:TrainSettings,
 ) -> dict: # name → value
     "Return the settings that differ from the defaults of their data set, recipe and number of epochs"
-    settings, own = settings.resolved(), TrainSettings(settings.data, settings.recipe)
+    settings, own = settings.resolved(), TrainSettings(settings.data, settings.recipe, size=settings.size)
     defaults = asdict(replace(own, epochs=settings.epochs).resolved()) # the default of peak_epoch depends on epochs
-    defaults |= dict(data=TrainSettings.data, recipe=TrainSettings.recipe, epochs=own.resolved().epochs)
+    defaults |= dict(data=TrainSettings.data, recipe=TrainSettings.recipe, size=TrainSettings.size, epochs=own.resolved().epochs)
     return {name: value for name, value in asdict(settings).items() if name != 'out' and value != defaults[name]}
 
 def repeat_command(
@@ -135,11 +135,12 @@ def _plots(
 # %% ../../nbs/51_look.report.ipynb #f4a4c244
 def augmented_images(
     record:RunRecord,
-    imgs, # `uint8` training images (N, 32, 32, 3)
+    imgs, # `uint8` training images (N, size, size, 3)
     n_epoch:int=8, # augmented versions of each image, one per epoch
-) -> np.ndarray: # `uint8` (N, n_epoch, 32, 32, 3)
+) -> np.ndarray: # `uint8` (N, n_epoch, size, size, 3)
     "Return images as the augmentation of the run makes them, epoch by epoch"
-    aug, n, seed = CropFlipCutout(flip=record.settings.flip), len(imgs), record.settings.seed
+    s, n = record.settings, len(imgs)
+    aug, seed = sized_augment(s.size, s.cutout, s.flip), s.seed
     pixels, fill = pack_pixels(imgs), pack_colour(record.data['stats'][0])
     versions = []
     for epoch in range(n_epoch):
@@ -321,7 +322,7 @@ def report_page(
         name=record.name, origin=_origin(record), vocab=list(interp.vocab), n_train=record.data['n_train'],
         n_valid=n_valid, images=_valid_images(record), accuracy=_percent(record.summary['accuracy']),
         n_wrong=interp.n_wrong, figures=_figures(record, interp), command=repeat_command(record.settings),
-        settings=_settings(record), lr_text=_lr_text(record), aug=CropFlipCutout(flip=record.settings.flip),
+        settings=_settings(record), lr_text=_lr_text(record), aug=sized_augment(record.settings.size, record.settings.cutout, record.settings.flip),
         smoothing=f' (label smoothing {smoothing:g})' if smoothing else '', machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),
         gallery=_gallery(interp, most, explain) if dls else None,

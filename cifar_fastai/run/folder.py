@@ -19,14 +19,15 @@ from fastai.vision.all import Learner
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from pydantic import Field
+from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
 from ..core import printable, settings_from
 from ..files import Count, Positive, Share, Text, ThreeNumbers, check_file, checked, read_json, write_json
 from ..data.source import load_cifar10
-from ..data.augment import CropFlipCutout
+from ..data.augment import sized_augment
 from ..data.block import cifar_dls
-from ..models import CustomResNet
+from ..networks import build_network
 from ..callback.checkpoint import load_weights
 from ..learner import cifar_learner, no_bar_without_tty
 
@@ -271,7 +272,7 @@ def remove(self:RunFolder):
 def load_run(
     run:str|Path, # run folder
     weights:Literal['last', 'best']='last', # after the last epoch, or after the best by validation accuracy
-) -> tuple[CustomResNet, dict]: # network in evaluation mode on the CPU; content of `config.json`
+) -> tuple[nn.Module, dict]: # network in evaluation mode on the CPU; content of `config.json`
     """Return the network of a run and its configuration.
 
     Raises `FileNotFoundError` if a file is missing, and `ValueError`, which names it, if one is damaged."""
@@ -279,7 +280,7 @@ def load_run(
     if weights not in ('last', 'best'): raise ValueError(f"weights is {weights!r}: give 'last' or 'best'")
     config = read_config(run)
     settings, vocab = settings_from(config['settings']), config['data']['vocab']
-    model = CustomResNet(len(vocab), **settings.network)
+    model = build_network(settings.model, len(vocab), settings.size, **settings.network)
     file = dict(last='model.safetensors', best='best.safetensors')[weights]
     return load_weights(model, run/file).eval(), config
 
@@ -295,12 +296,12 @@ def learner_from_run(
     if the classes of the data are not those of the run."""
     model, config = load_run(run, weights)
     settings = settings_from(config['settings']).resolved()
-    data = load_cifar10(settings.data if data is None else data)
+    data = load_cifar10(settings.data if data is None else data, size=settings.size)
     facts = config['data']
     if data.vocab != facts['vocab']:
         raise ValueError(f"the classes of the run are {', '.join(facts['vocab'])}, and those of the data "
                          f"{', '.join(data.vocab)}: give the data of the run")
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
-                    aug=CropFlipCutout(flip=settings.flip, cutout=settings.cutout), stats=facts['stats'], num_workers=settings.num_workers,
-                    recipe=settings.recipe)
+                    aug=sized_augment(settings.size, settings.cutout, settings.flip), stats=facts['stats'],
+                    num_workers=settings.num_workers, recipe=settings.recipe)
     return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **settings.optimization))

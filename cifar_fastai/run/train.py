@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['not_calibrated', 'fitted', 'may_change', 'new_run_folder', 'run_environment', 'run_config', 'SaveRun',
            'write_range_test', 'best_is', 'run_summary', 'changed_from_recipe', 'find_temperature', 'run_calibration',
-           'save_plots', 'StopAfterStep', 'load_data', 'settings_learner', 'finish_run', 'train', 'differences',
-           'other_surroundings', 'resume']
+           'save_plots', 'StopAfterStep', 'load_data', 'unused_ingredients', 'settings_learner', 'finish_run', 'train',
+           'differences', 'other_surroundings', 'resume']
 
 # %% ../../nbs/43_run.train.ipynb #62773178
 import errno, hashlib, signal, warnings
@@ -27,14 +27,14 @@ from fastai.vision.all import Callback, Learner, set_seed
 from fastcore.basics import patch
 from typing_extensions import TypedDict
 
-from ..core import (TrainSettings, environment, logger, peak_memory, printable, recipe_temperatures, require_extra,
-                               settings_from)
+from ..core import (TrainSettings, environment, get_recipe, logger, not_of_other_models, peak_memory, printable,
+                               recipe_temperatures, require_extra, settings_from)
 from ..files import Count, checked, own_folder, remove_parts, write_json, write_whole
 from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.source import load_cifar10
-from ..data.augment import CropFlipCutout, plot_augmented
+from ..data.augment import plot_augmented, sized_augment
 from ..data.loader import lost_worker_in_words, resolve_device
-from ..data.block import cifar_dls, default_bs
+from ..data.block import cifar_dls, default_bs, default_flip
 from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bounds
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
@@ -288,12 +288,22 @@ def load_data(
     data:CIFAR10Data=None, # used in place of the images that `settings` name
     processes:Processes=Processes(), # that train together
 ) -> tuple[TrainSettings, CIFAR10Data]:
-    "Load the images of a run, and return its resolved settings and them; the batch size may depend on their number"
+    "Load the images of a run, and return its resolved settings and them; batch size and flips may depend on the images"
     precision_callbacks(settings.precision, resolve_device(settings.device)) # raises before anything is downloaded
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
-    data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data))
-    bs = settings.bs or default_bs(data, settings.resolved().bs)
-    return replace(settings, bs=bs).resolved(), data
+    data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data, size=settings.size))
+    settings = replace(settings, size=data.size)
+    defaults = settings.resolved()
+    bs, flip = settings.bs or default_bs(data, defaults.bs), settings.flip or default_flip(data, defaults.flip)
+    return replace(settings, bs=bs, flip=flip).resolved(), data
+
+def unused_ingredients(
+    settings:TrainSettings,
+) -> list[str]:
+    "Return the ingredients of the recipe that the model of a run has no use for"
+    recipe = get_recipe(settings.recipe)
+    values = {} if settings.model == 'custom' else not_of_other_models
+    return [name for name, value in values.items() if getattr(recipe, name) != value]
 
 def settings_learner(
     settings:TrainSettings,
@@ -305,10 +315,11 @@ def settings_learner(
     device = resolve_device(settings.device)
     set_seed(settings.seed, reproducible=True)
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
-                    aug=CropFlipCutout(flip=settings.flip, cutout=settings.cutout),
+                    aug=sized_augment(settings.size, settings.cutout, settings.flip),
                     num_workers=settings.num_workers, device=device, recipe=settings.recipe)
     processes.check(dls)
-    model = new_model(dls, settings.whiten, settings.dirac, **settings.network)
+    model = new_model(dls, settings.whiten, settings.dirac, settings.model, **settings.network)
+    if unused := unused_ingredients(settings): logger.info(f"model {settings.model} has no use for {', '.join(unused)} of the recipe")
     learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
     learn.processes = processes
     return no_bar_without_tty(learn), data

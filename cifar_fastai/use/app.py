@@ -49,6 +49,7 @@ def save_examples(
 def find_examples(
     source=None, # as for `load_cifar10`; `None` uses CIFAR-10 where it is found without a download
     folder=None, # for the PNG files; `None` is a temporary folder that is deleted when Python exits
+    size:int=32, # as for `load_cifar10`
 ) -> list[Path]:
     """Save example images from `source`; return an empty list if `source` is `None` and CIFAR-10 is not found.
 
@@ -56,7 +57,7 @@ def find_examples(
     if source is None:
         try: source = find_cifar10(urls=())
         except FileNotFoundError: return []
-    return save_examples(load_cifar10(source), folder or tempfile.mkdtemp(dir=_temporary_folder()))
+    return save_examples(load_cifar10(source, size=size), folder or tempfile.mkdtemp(dir=_temporary_folder()))
 
 # %% ../../nbs/61_use.app.ipynb #b7968e42
 def _file_in(folder, path): # -> `Path` or `None`
@@ -82,6 +83,7 @@ def _predict_upload(
     classify, # `uint8` (N, 32, 32, 3) -> probabilities (N, classes)
     vocab, # class names
     explain=None, # images and labels -> images with Grad-CAM maps
+    size=32, # pixels of a side of the network's input
 ): # -> (HTML that shows the network's input, {class name: probability})
     "Classify an uploaded image; raise `gradio.Error`, whose message the page shows, if it cannot be read"
     import gradio as gr
@@ -89,12 +91,12 @@ def _predict_upload(
     path = _file_in(folder, upload.get('path') or '')
     if path is None: raise gr.Error('file not found: upload an image', print_exception=False)
     name = (upload.get('orig_name') or path.name)[:200]
-    try: image = read_image(path)
+    try: image = read_image(path, size)
     except (ValueError, OSError) as e:
         message = ' '.join(str(e).replace(str(path), name).split())
         raise gr.Error(escape(message), print_exception=False) from None
     probs = classify(image[None])[0]
-    shown = _picture(image, 'the image, resized to 32×32 pixels and cropped to a square')
+    shown = _picture(image, f'the image, resized to {size}×{size} pixels and cropped to a square')
     if explain:
         label, [picture] = int(probs.argmax()), explain(image[None], [int(probs.argmax())])
         shown += _picture(picture, f'where the network finds evidence for {vocab[label]}')
@@ -107,7 +109,7 @@ def _picture(image, alt): # -> HTML
 
 # %% ../../nbs/61_use.app.ipynb #7a10c0d8
 def build_app(
-    classify, # `uint8` (N, 32, 32, 3) -> probabilities (N, classes)
+    classify, # `uint8` (N, 32, 32, 3) -> probabilities (N, classes); its attribute `size`, if any, is another size
     vocab, # class names
     title='Image classifier', # plain text
     explain=None, # images and labels -> images with Grad-CAM maps, as `load_explainer` returns it
@@ -115,9 +117,9 @@ def build_app(
 ): # -> `gradio.Blocks`, for `launch_app`
     "Build the page: an image goes in, the network's view of it and the probability of each class come out"
     gr = _import_gradio()
-    folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
+    folder, size = Path(tempfile.mkdtemp(dir=_temporary_folder())), getattr(classify, 'size', 32)
     pool = ThreadPoolExecutor(2) # Python waits for these threads at exit; PyTorch aborts in a thread that is cut off
-    def answer(upload): return pool.submit(_predict_upload, upload, folder, classify, vocab, explain).result()
+    def answer(upload): return pool.submit(_predict_upload, upload, folder, classify, vocab, explain, size).result()
 
     intro = (f'<h1>{escape(title)}</h1><p>The network assigns an image to one of {len(vocab)} classes: '
              f'{escape(", ".join(vocab))}. It always chooses one of them, even if the image shows something else.</p>')
@@ -134,7 +136,7 @@ def build_app(
                                 examples_per_page=20, elem_id='examples')
             with gr.Column():
                 # HTML that holds the pixels: an image component would write files, and requests would share them
-                seen = gr.HTML(label='Network input: 32×32 pixels', show_label=True, container=True, min_height=300)
+                seen = gr.HTML(label=f'Network input: {size}×{size} pixels', show_label=True, container=True, min_height=300)
                 label = gr.Label(label='Predicted class and probabilities', num_top_classes=len(vocab))
         picture.change(answer, picture, [seen, label], api_name='predict', concurrency_limit=2,
                        show_progress='minimal', preprocess=False)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import cifar10_classes, cifar10_stats, printable, require_extra
+from ..core import cifar10_classes, cifar10_stats, printable, require_extra, settings_from
 from ..files import check_file, write_whole
 from ..run.folder import load_run, read_temperature
 from ..models import load_pretrained
@@ -24,10 +24,10 @@ from ..look.calibration import check_temperature
 class ImagesToProbabilities(nn.Module):
     """Turn decoded images into class probabilities: normalisation, network, temperature and softmax in one module.
 
-    Takes `uint8` RGB images (N, 32, 32, 3) and returns `float32` probabilities (N, classes). It holds a copy of `model`
+    Takes `uint8` RGB images (N, H, W, 3) and returns `float32` probabilities (N, classes). It holds a copy of `model`
     on the CPU, in fp32 and in evaluation mode; `model` itself is not changed."""
     def __init__(self,
-        model:nn.Module, # takes normalised images (N, 3, 32, 32), returns logits (N, classes)
+        model:nn.Module, # takes normalised images (N, 3, H, W), returns logits (N, classes)
         stats, # (means, standard deviations) that the network was trained with, for pixels in [0, 1]
         temperature:float=1., # by which the logits are divided
     ):
@@ -40,20 +40,20 @@ class ImagesToProbabilities(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images:torch.Tensor) -> torch.Tensor:
-        "Return probabilities (N, classes) of `uint8` images (N, 32, 32, 3)"
+        "Return probabilities (N, classes) of `uint8` images (N, H, W, 3)"
         x = images.permute(0, 3, 1, 2).float()/255
         logits = self.model((x - self.mean)/self.std)
         return (logits if self.temperature == 1 else logits/self.temperature).softmax(dim=1)
 
 # %% ../../nbs/60_use.export.ipynb #fce29dc5
-def _example() -> dict: # arguments for both exporters
-    "Return an example batch of two images, with the batch size declared as variable"
-    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+def _example(size) -> dict: # arguments for both exporters
+    "Return an example batch of two images of `size`×`size`, with the batch size declared as variable"
+    images = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     return dict(args=(images,), dynamic_shapes=dict(images={0: torch.export.Dim('N')}))
 
-def _torch_bytes(net, facts) -> bytes:
+def _torch_bytes(net, facts, size=32) -> bytes:
     "Return the content of a .pt2 file with the network `net`; each of `facts` becomes an extra file in JSON"
-    program = torch.export.export(net, **_example())
+    program = torch.export.export(net, **_example(size))
     for node in program.graph.nodes: node.meta.pop('stack_trace', None) # it contains paths of this machine
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={f'{name}.json': json.dumps(value) for name, value in facts.items()})
@@ -69,11 +69,11 @@ def _tidy(graph): # what torch 2.6 leaves in a graph, and later versions do not
         for node in idle: graph.node.remove(node)
     for unused in [weights for weights in graph.initializer if weights.name not in used]: graph.initializer.remove(unused)
 
-def _onnx_bytes(net, facts) -> bytes:
+def _onnx_bytes(net, facts, size=32) -> bytes:
     "Return the content of an ONNX file with `net` and its weights; each of `facts` becomes a metadata entry in JSON"
     import onnx
     from onnx import inliner
-    program = torch.onnx.export(net, **_example(), dynamo=True, verbose=False,
+    program = torch.onnx.export(net, **_example(size), dynamo=True, verbose=False,
                                 input_names=['images'], output_names=['probabilities'])
     model = inliner.inline_local_functions(program.model_proto)
     graph = model.graph
@@ -81,7 +81,7 @@ def _onnx_bytes(net, facts) -> bytes:
         for note in ('metadata_props', 'doc_string'): part.ClearField(note) # they contain paths of this machine
     _tidy(graph)
     n_classes = len(facts['vocab'])
-    model.doc_string = (f'uint8 RGB images (N, 32, 32, 3) -> float32 probabilities (N, {n_classes}); '
+    model.doc_string = (f'uint8 RGB images (N, {size}, {size}, 3) -> float32 probabilities (N, {n_classes}); '
                         'the names of the classes are in the metadata, as JSON')
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
     content = model.SerializeToString(deterministic=True)
@@ -128,7 +128,7 @@ try:
     vocab = session.get_modelmeta().custom_metadata_map.get('vocab', 'null')
     answer(b'+', json.dumps([describe(session.get_inputs()), describe(session.get_outputs()), vocab]).encode())
     while True:
-        images = np.frombuffer(read_request(), np.uint8).reshape(-1, 32, 32, 3)
+        images = np.frombuffer(read_request(), np.uint8).reshape(-1, *session.get_inputs()[0].shape[1:])
         [probs] = session.run(['probabilities'], dict(images=images))
         if probs.size > 10_000*len(images): raise ValueError('its output is too large to be probabilities')
         answer(b'+', probs.astype(np.float32).tobytes())
@@ -179,16 +179,18 @@ def _check_interface(
     inputs, # (name, type, shape) of each
     outputs, # the same
     vocab:str, # JSON
-) -> list: # class names
-    "Return the class names of an ONNX file; raise `ValueError` unless its input and output are those of `export_model`"
-    if _without_batch(inputs) != [('images', 'tensor(uint8)', [32, 32, 3])]:
-        raise ValueError(f'its input is {_described(inputs)}: must be images uint8 (N, 32, 32, 3)')
+) -> tuple: # (class names, pixels of a side of an image)
+    "Return what an ONNX file classifies; raise `ValueError` unless its input and output are those of `export_model`"
+    size = next((shape[1] for _, _, shape in inputs if len(shape) == 4), None)
+    is_size = type(size) is int and 16 <= size <= 128 and size % 8 == 0
+    if not is_size or _without_batch(inputs) != [('images', 'tensor(uint8)', [size, size, 3])]:
+        raise ValueError(f'its input is {_described(inputs)}: must be images uint8 (N, 32, 32, 3), or squares of 16 to 128 pixels')
     vocab = json.loads(vocab)
     if not isinstance(vocab, list) or not vocab or not all(map(_is_name, vocab)):
         raise ValueError('its metadata has no list of the names of the classes')
     if _without_batch(outputs) != [('probabilities', 'tensor(float)', [len(vocab)])]:
         raise ValueError(f'its output is {_described(outputs)}: must be probabilities float (N, {len(vocab)})')
-    return vocab
+    return vocab, size
 
 def _without_batch(nodes): return [(name, type, shape[1:]) for name, type, shape in nodes]
 
@@ -198,9 +200,10 @@ def _described(nodes): return ', '.join(f'{name} {type} {shape}' for name, type,
 
 # %% ../../nbs/60_use.export.ipynb #b8e35fc9
 class OnnxClassifier:
-    """Classify images with an ONNX file, which ONNX Runtime runs in a separate process; `vocab` holds the class names.
+    """Classify images with an ONNX file, which ONNX Runtime runs in a separate process.
 
-    Call it with `uint8` RGB images (N, 32, 32, 3), an array or a list; it returns `float32` probabilities (N, classes).
+    `vocab` holds the class names, and `size` the pixels of a side of the images that it takes. Call it with `uint8` RGB
+    images (N, size, size, 3), an array or a list; it returns `float32` probabilities (N, classes).
     A request that exceeds `timeout` seconds or, on Linux, 4 GB ends the process and raises `ValueError`. An unpickled
     copy loads the file again in a process of its own."""
     def __init__(self,
@@ -215,8 +218,8 @@ class OnnxClassifier:
         self._worker = _OnnxProcess(timeout)
         self.process = self._worker.process
         try:
-            self.vocab = _check_interface(*json.loads(self._worker.ask(content)))
-            self._probabilities(np.zeros((2, 32, 32, 3), np.uint8))
+            self.vocab, self.size = _check_interface(*json.loads(self._worker.ask(content)))
+            self._probabilities(np.zeros((2, self.size, self.size, 3), np.uint8))
         except BaseException as e:
             self._worker.close()
             if not isinstance(e, Exception): raise
@@ -227,8 +230,8 @@ class OnnxClassifier:
 
     def __call__(self, images) -> np.ndarray:
         images = np.asarray(images)
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-            raise ValueError(f'images are {images.dtype} {images.shape}: must be uint8 (N, 32, 32, 3)')
+        if images.dtype != np.uint8 or images.shape[1:] != (self.size, self.size, 3):
+            raise ValueError(f'images are {images.dtype} {images.shape}: must be uint8 (N, {self.size}, {self.size}, 3)')
         starts = range(0, len(images), 500) or [0] # without images, one empty batch
         try: return np.concatenate([self._probabilities(images[i:i + 500]) for i in starts])
         except Exception as e: raise ValueError(f'{printable(self.path)} could not run: {_in_one_line(e)}') from None
@@ -248,7 +251,7 @@ def load_onnx(
     path, # ONNX file written by `export_model`
     timeout:float=60, # seconds for loading the file, and for each batch of 500 images
 ) -> OnnxClassifier:
-    """Load an ONNX file as a function from `uint8` images (N, 32, 32, 3) to probabilities (N, classes).
+    """Load an ONNX file as a function from `uint8` images (N, size, size, 3) to probabilities (N, classes).
 
     Raises `FileNotFoundError`, `ValueError` if the file is not one of `export_model`, or `ModuleNotFoundError` without
     ONNX Runtime, each with a message of one sentence."""
@@ -265,10 +268,10 @@ def _load_exported(format, path): # -> function: `uint8` images -> probabilities
     with open(path, 'rb') as f: program = torch.export.load(f).module()
     return lambda images: program(torch.from_numpy(images)).numpy()
 
-def _check_agreement(predict, net, tolerance=1e-4):
+def _check_agreement(predict, net, size=32, tolerance=1e-4):
     "Raise `ValueError` if `predict` and `net` differ on random images of 8×8 coloured squares, in batches of 1 and 7"
     squares = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
-    images = squares.repeat(4, axis=1).repeat(4, axis=2)
+    images = squares.repeat(size//8, axis=1).repeat(size//8, axis=2)
     for n in (1, 7):
         difference = np.abs(predict(images[:n]) - net(torch.from_numpy(images[:n])).numpy()).max()
         if not difference <= tolerance: # not `>`, which is false for nan
@@ -297,18 +300,18 @@ def export_model(
     if run is None and weights != 'last': raise ValueError(f'weights is {weights!r}: needs a run folder')
     if format == 'onnx': require_extra('export', 'onnx', 'onnxscript', 'onnxruntime')
     if run is None:
-        model, stats, vocab, temperature = load_pretrained(), cifar10_stats, cifar10_classes, 1.
+        model, stats, vocab, temperature, size = load_pretrained(), cifar10_stats, cifar10_classes, 1., 32
     else:
         model, config = load_run(run, weights)
         stats, vocab = config['data']['stats'], config['data']['vocab']
-        temperature = read_temperature(run, weights)
+        temperature, size = read_temperature(run, weights), settings_from(config['settings']).size
     name = 'best' if run is None or weights == 'best' else 'model'
     out = Path(run or '')/f'{name}{_suffixes[format]}' if out is None else Path(out)
     _check_out(out, _suffixes[format])
     net = ImagesToProbabilities(model, stats, temperature)
-    if not net(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).isfinite().all():
+    if not net(torch.zeros(1, size, size, 3, dtype=torch.uint8)).isfinite().all():
         raise ValueError(f"{run or 'the network'} gives probabilities that are nan: choose a run that did not diverge")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # the exporters' warnings are for their developers
-        content = dict(onnx=_onnx_bytes, torch=_torch_bytes)[format](net, dict(vocab=list(vocab), stats=stats))
-        return write_whole(out, content, lambda part: _check_agreement(_load_exported(format, part), net))
+        content = dict(onnx=_onnx_bytes, torch=_torch_bytes)[format](net, dict(vocab=list(vocab), stats=stats), size)
+        return write_whole(out, content, lambda part: _check_agreement(_load_exported(format, part), net, size))

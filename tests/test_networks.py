@@ -1,0 +1,136 @@
+"""Networks by name, in a learner, in a run folder and in the commands."""
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_fastai.cli import cifar_predict, cifar_train
+from cifar_fastai.core import RepeatSettings, TrainSettings, recipes
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.block import cifar_dls
+from cifar_fastai.data.picture import read_image
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.look.explain import grad_cam
+from cifar_fastai.look.interpret import CifarInterpretation
+from cifar_fastai.look.report import write_report
+from cifar_fastai.models import CustomResNet
+from cifar_fastai.networks import build_network
+from cifar_fastai.run.folder import load_run
+from cifar_fastai.run.train import resume, train, unused_ingredients
+from cifar_fastai.use.export import export_model
+from cifar_fastai.use.predict import load_classifier
+
+needs_timm = pytest.mark.skipif(find_spec('timm') is None, reason='the extra models is not installed')
+def n_params(model): return sum(p.numel() for p in model.parameters())
+
+# ---- by name
+
+@pytest.mark.parametrize('name, n', [('custom', 6_573_130), ('resnet18', 11_173_962), ('resnet34', 21_282_122)])
+def test_the_number_of_parameters_is_the_published_one(name, n):
+    model = build_network(name)
+    assert n_params(model) == n and model.training and model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+def test_resnet18_is_that_of_torchvision_but_for_its_beginning():
+    from torchvision.models import resnet18
+    torch.manual_seed(0); ours = build_network('resnet18', 1000)
+    torch.manual_seed(0); theirs = resnet18(weights=None)
+    assert ours.conv1.stride == (1, 1) and ours.conv1.kernel_size == (3, 3)
+    theirs.conv1, theirs.maxpool = ours.conv1, torch.nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(ours.eval()(x), theirs.eval()(x))
+    with torch.no_grad(): assert ours.conv1.weight.std().item() == pytest.approx((2/(64*9))**.5, rel=.1)
+
+@pytest.mark.parametrize('name, size', [('mobilenet_v2', 32), ('shufflenet_v2_x0_5', 32), ('squeezenet1_1', 32), ('vit_b_32', 64), ('resnet50', 16)])
+def test_models_of_torchvision_give_logits(name, size):
+    model = build_network(name, 7, size)
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+@needs_timm
+@pytest.mark.parametrize('name', ['timm:resnet10t', 'timm:vit_tiny_patch16_224', 'timm:convnext_atto'])
+def test_models_of_timm_give_logits(name):
+    assert build_network(name, 4, 32)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+
+@pytest.mark.parametrize('name', ['resnet99', 'os.system', 'torchvision.models', '__import__', 'timm:', 'timm:hf-hub:a/b', 'timm:local-dir:/tmp', 'timm:no_such', '', 'fcn_resnet50', 'a b', '../m'])
+def test_other_names_are_refused_and_nothing_is_imported(name):
+    import sys
+    before = set(sys.modules)
+    with pytest.raises((ValueError, ModuleNotFoundError)) as e: build_network(name)
+    assert 'model is' in str(e.value) or 'timm' in str(e.value)
+    assert not {m for m in set(sys.modules) - before if not m.startswith(('timm', 'torchvision', 'torch', 'huggingface', 'yaml', 'requests', 'urllib3', 'httpx', 'tqdm', 'fsspec'))} & {'os.system', 'm'}
+
+@pytest.mark.parametrize('name', ['inception_v3', 'alexnet'])
+def test_a_model_that_does_not_take_the_size_is_one_sentence(name):
+    with pytest.raises(ValueError, match=rf"model is '{name}'.*16×16") as e: build_network(name, 10, 16)
+    assert '\n' not in str(e.value)
+
+# ---- settings
+
+def test_what_belongs_to_custom_resnet_is_neutral_for_others_and_cannot_be_given():
+    settings = TrainSettings(model='resnet18').resolved()
+    assert (settings.ghost, settings.logit_scale, settings.whiten, settings.dirac) == (0, 1., False, False)
+    assert settings.label_smoothing == recipes['best'].label_smoothing and settings.lookahead == recipes['best'].lookahead
+    assert unused_ingredients(settings) == ['ghost', 'logit_scale', 'whiten'] and unused_ingredients(TrainSettings()) == []
+    assert unused_ingredients(TrainSettings(model='resnet18', recipe='baseline')) == []
+    for given in dict(norm='layer'), dict(width=32), dict(ghost=8), dict(whiten=True), dict(dropout=.1), dict(conv_bias=True), dict(logit_scale=.5):
+        [name] = given
+        with pytest.raises(ValueError, match=f'{name} is .*resnet18'): TrainSettings(model='resnet18', **given)
+    assert RepeatSettings(model='resnet18').run(0, 'runs').model == 'resnet18'
+
+# ---- in a learner and in a run
+
+def test_a_learner_takes_a_name(digits):
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0, recipe='baseline')
+    learn = cifar_learner(dls, 'resnet18', 'fp32')
+    assert n_params(learn.model) == 11_173_962
+    assert type(cifar_learner(dls, 'custom', 'fp32').model) is CustomResNet
+    with pytest.raises(ValueError, match='resnet99'): cifar_learner(dls, 'resnet99')
+
+@pytest.fixture(scope='module')
+def run(digits, tmp_path_factory):
+    run = tmp_path_factory.mktemp('runs')/'other'
+    settings = TrainSettings('digits', model='shufflenet_v2_x0_5', epochs=2, bs=64, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(run))
+    train(settings, digits.first(256, 64))
+    return run
+
+def test_every_reader_of_a_run_builds_its_network(run, digits, tmp_path):
+    model, config = load_run(run)
+    assert type(model).__name__ == 'ShuffleNetV2' and not model.training and config['settings']['model'] == 'shufflenet_v2_x0_5'
+    few = digits.first(256, 64)
+    interp = CifarInterpretation.from_run(run, few)
+    assert interp.probs.shape == (64, 10)
+    classify, vocab = load_classifier(run)
+    assert np.allclose(classify(few.test_x), interp.raw_probs, atol=1e-4) and len(vocab) == 10
+    assert 'shufflenet_v2_x0_5' in write_report(run, data=few).read_text()
+    program = torch.export.load(export_model(run, 'torch', tmp_path/'m.pt2')).module()
+    assert np.allclose(program(torch.from_numpy(few.test_x[:4])), classify(few.test_x[:4]), atol=1e-4)
+
+def test_a_run_with_another_network_resumes_to_the_same_weights(run, digits, tmp_path):
+    import shutil
+    few, again = digits.first(256, 64), shutil.copytree(run, tmp_path/'again')
+    expected = read_json(run/'summary.json')['weights_sha256']
+    (again/'summary.json').unlink()
+    for file in sorted((again/'checkpoint').glob('*.safetensors'))[1:]: file.unlink()
+    assert resume(again, data=few)['weights_sha256'] == expected
+
+def test_a_config_with_a_name_from_elsewhere_is_refused(run, tmp_path):
+    import shutil
+    other = shutil.copytree(run, tmp_path/'other')
+    for name in 'os.system', 'timm:hf-hub:someone/model', 'CustomResNet; import os', 5, None, '../x':
+        config = read_json(run/'config.json')
+        config['settings']['model'] = name
+        write_json(other/'config.json', config)
+        with pytest.raises((ValueError, ModuleNotFoundError)): load_run(other)
+
+def test_grad_cam_explains_another_network(run, digits):
+    pytest.importorskip('captum', reason='the extra explain is not installed')
+    maps = grad_cam(build_network('resnet18'), torch.randn(2, 3, 32, 32), 3)
+    assert maps.shape == (2, 32, 32)
+
+def test_the_command_trains_another_network_and_says_what_it_leaves_out(tmp_path, capsys, folder_of_its_own):
+    cifar_train('--data digits --model shufflenet_v2_x0_5 --epochs 1 --lr_min 1e-3 --lr_max 1e-2 --precision fp32 --num_workers 0 --out run'.split())
+    said = capsys.readouterr().out
+    assert 'whiten' in said and 'shufflenet_v2_x0_5' in said
+    with pytest.raises(SystemExit) as e: cifar_train('--data digits --model resnet99 --out other'.split())
+    assert 'resnet99' in str(e.value) and not (tmp_path/'other').exists()
