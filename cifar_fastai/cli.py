@@ -214,19 +214,20 @@ def cifar_lr_find(settings:LRFindSettings):
     "Find LRMIN and LRMAX with a range test, print them and save the plot."
     from cifar_fastai.callback.schedule import bounds_from, plot_range_test, range_test
     from cifar_fastai.data.loader import lost_worker_in_words
-    from cifar_fastai.look.plots import save_figure
+    from cifar_fastai.look.plots import figure_format, save_figure
     from cifar_fastai.run.train import settings_learner
     if not Path(settings.plot).absolute().parent.is_dir() or Path(settings.plot).is_dir():
         raise ValueError(f'plot is {settings.plot}: must be a file in an existing folder')
-    settings = settings.resolved()
+    figure_format(settings.plot) # raises before the test
     _tune_allocator(settings)
     with lost_worker_in_words(): lrs, losses = range_test(settings_learner(settings)[0])
     bounds = bounds_from(lrs, losses)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}', flush=True) # before the plot, which may fail
     save_figure(plot_range_test(lrs, losses, bounds).figure, settings.plot)
     print(f'plot {printable(settings.plot)}')
-    if settings.lr_min == 'find': return
-    print(f'with these settings, cifar_train begins and ends at {settings.lr_min:g}; '
+    lr_min = settings.resolved().lr_min
+    if lr_min == 'find': return
+    print(f'with these settings, cifar_train begins and ends at {lr_min:g}; '
           'with --lr_min find, at the rate above')
 
 # %% ../nbs/80_cli.ipynb #e3abe7ca
@@ -249,6 +250,7 @@ def cifar_interpret(settings:InterpretSettings):
     from cifar_fastai.look.interpret import CifarInterpretation
     from cifar_fastai.look.plots import save_figure
     from cifar_fastai.run.folder import read_config, read_history
+    if settings.k < 0: raise ValueError(f'k is {settings.k}: must be 0 or more')
     if settings.cam: require_extra('explain', 'captum')
     if settings.label_issues: require_extra('explain', 'cleanlab')
     from cifar_fastai.run.train import best_is, save_plots
@@ -256,6 +258,7 @@ def cifar_interpret(settings:InterpretSettings):
     with lost_worker_in_words():
         interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
         averaged = interp.flip_averaged().accuracy if settings.flip_average else None
+    _say_if_unfinished('cifar_interpret', settings.run)
     valid = settings_from(read_config(settings.run)['settings']).valid
     chosen = f', with the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
     print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}')
@@ -269,7 +272,7 @@ def cifar_interpret(settings:InterpretSettings):
     if settings.cam: save_figure(interp.plot_misclassified(25, cam=True), plots/'cam.png')
     if settings.label_issues: _label_issues(interp, settings.k, plots)
     if settings.shift: _shift(interp, settings, plots)
-    print(printable(f'\nplots {Path(settings.run)/"plots"}'.strip()))
+    print('\n' + printable(f'plots {plots}'))
 
 # %% ../nbs/80_cli.ipynb #e8072b58
 def _label_issues(interp, k, plots):
@@ -307,12 +310,18 @@ def cifar_predict(settings:PredictSettings):
     from cifar_fastai.use.predict import load_classifier
     if not settings.images: raise ValueError('no image: give one or more files')
     classify, vocab = load_classifier(settings.model, settings.weights)
+    _say_if_unfinished('cifar_predict', settings.model)
     n_refused = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
         for start in range(0, len(settings.images), 256):
             n_refused += _predict(settings.images[start:start + 256], pool, classify, vocab)
     if n_refused: sys.exit(1)
+
+def _say_if_unfinished(command, run):
+    from cifar_fastai.run.folder import unfinished
+    if run is None or not Path(run).is_dir(): return
+    if said := unfinished(run): print(f'{command}: {said}', file=sys.stderr)
 
 def _predict(paths, pool, classify, vocab): # -> number of files that were not images
     from cifar_fastai.data.picture import read_image
@@ -421,6 +430,7 @@ def cifar_app(settings:AppSettings):
     from cifar_fastai.use.serve import check_serving, exit_on_signals, launch_app
     check_serving(settings.host, settings.port, settings.max_mb)
     classify, vocab = load_classifier(settings.model, settings.weights)
+    _say_if_unfinished('cifar_app', settings.model)
     with exit_on_signals():
         examples = _examples(settings)
         app = build_app(classify, vocab, explain=load_explainer(settings.model, settings.weights), examples=examples)
@@ -454,6 +464,7 @@ def cifar_export(settings:ExportSettings):
     "Write a model as one file that maps images to probabilities, and compare its output with PyTorch."
     from cifar_fastai.use.export import export_model
     path = export_model(settings.run, settings.format, settings.out, settings.weights)
+    _say_if_unfinished('cifar_export', settings.run)
     print(f'saved {printable(path)}, {path.stat().st_size/1e6:.1f} MB')
 
 # %% ../nbs/80_cli.ipynb #a2e5ce52

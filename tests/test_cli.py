@@ -378,3 +378,47 @@ def test_repeat_prints_a_table_and_continues_where_it_was(small_archive, capsys)
 def test_repeat_refuses_invalid_values(args, message, folder_of_its_own):
     assert message in refused(cifar_repeat, '--out', 'runs', *args)
     assert list(folder_of_its_own.iterdir()) == []
+
+# ---- mistakes that were once accepted
+
+def test_an_unfinished_run_is_used_with_a_warning(finished, images, tmp_path, capsys):
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    (run/'summary.json').unlink()
+    history = (run/'history.csv').read_text().splitlines(keepends=True)
+    (run/'history.csv').write_text(''.join(history[:2]))
+    cifar_predict(['--model', str(run), *images])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == len(images) and 'epoch 1 of' in err and len(err.splitlines()) == 1
+    cifar_predict(['--model', str(finished[0]), *images])
+    assert not capsys.readouterr().err
+
+@pytest.mark.parametrize('name', ['page', 'p.png', 'page.txt'])
+def test_a_comparison_is_written_to_an_html_file_alone(finished, tmp_path, name):
+    other = shutil.copytree(finished[0], tmp_path/'other')
+    Path(name).write_bytes(b'mine')
+    assert name in refused(cifar_report, finished[0], other, '--out', name)
+    assert Path(name).read_bytes() == b'mine'
+
+def test_a_run_is_not_compared_with_itself(finished):
+    assert 'twice' in refused(cifar_report, finished[0], f'{finished[0]}/.')
+
+def test_repeated_runs_get_a_folder_of_their_own(finished, tmp_path):
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'thesis.tex').write_text('mine'); Path('file').write_text('mine')
+    for out in finished[0], tmp_path/'full', 'file':
+        assert str(out) in refused(cifar_repeat, '--data', 'digits', '--n', 2, '--out', out)
+    assert not list(finished[0].glob('seed-*'))
+
+def test_a_negative_number_of_pairs_is_refused(finished): assert 'k is -1' in refused(cifar_interpret, finished[0], '--k', -1)
+
+@pytest.mark.parametrize('plot', ['p.txt', 'p.', 'folder/p.png'])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_range_test(plot, monkeypatch):
+    def refuse(*args, **kwargs): raise AssertionError('the test has begun')
+    monkeypatch.setattr('cifar_fastai.callback.schedule.range_test', refuse)
+    if plot == 'p.': pytest.skip('a name without a suffix is a PNG file')
+    assert plot in refused(cifar_lr_find, '--data', 'digits', '--plot', plot)
+
+@pytest.mark.parametrize('command', [cifar_train, cifar_repeat])
+def test_a_folder_below_a_file_is_refused_by_name(command):
+    Path('file').write_text('mine')
+    said = refused(command, '--data', 'digits', '--out', 'file/run')
+    assert 'file/run' in said and '.part' not in said

@@ -123,8 +123,9 @@ def write_comparison(
     Raises `FileNotFoundError` or `ValueError` with a message of one sentence; an existing file is then kept."""
     runs, out = list(runs), Path(out)
     if len(runs) < 2: raise ValueError(f'runs has {len(runs)} run folders: give two or more run folders to compare')
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f'out is {out}: give a file in a folder that exists')
+    if out.is_dir() or not out.absolute().parent.is_dir() or out.suffix.lower() not in ('.html', '.htm'):
+        raise ValueError(f'out is {out}: give a file that ends in .html, in a folder that exists')
+    if len({Path(run).resolve() for run in runs}) < len(runs): raise ValueError('runs names a run twice: give each run once')
     records = [read_run(run) for run in runs]
     interps = [run_predictions(record) for record in records]
     for (a, i), (b, j) in combinations(zip(records, interps), 2):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'read_config', 'read_summary', 'read_temperature', 'read_csv_exact', 'read_history',
-           'read_range_test', 'RunFolder', 'load_run', 'learner_from_run']
+           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'learner_from_run']
 
 # %% ../../nbs/40_run.folder.ipynb #ab1e0160
 import csv, os, shutil, stat
@@ -283,6 +283,17 @@ def load_run(
     model = build_network(settings.model, len(vocab), settings.size, **settings.network)
     file = dict(last='model.safetensors', best='best.safetensors')[weights]
     return load_weights(model, run/file).eval(), config
+
+# %% ../../nbs/40_run.folder.ipynb #fe5b9f68
+def unfinished(
+    run:str|Path, # run folder
+) -> str|None: # one sentence; `None` for a finished run
+    "Say after which epoch an unfinished run has stopped"
+    try: summary = read_summary(run)
+    except (FileNotFoundError, ValueError): summary = dict(interrupted=True)
+    if not summary.get('interrupted'): return None
+    n, epochs = len(read_history(run)), settings_from(read_config(run)['settings']).resolved().epochs
+    return printable(f'{run} is not finished: these are its weights after epoch {n} of {epochs}')
 
 # %% ../../nbs/40_run.folder.ipynb #297373bc
 def learner_from_run(

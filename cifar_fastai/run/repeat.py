@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from ..core import RepeatSettings, ingredients, logger, recipes
+from ..core import RepeatSettings, ingredients, logger, printable, recipes
 from ..files import write_json
 from ..data.images import CIFAR10Data
 from .folder import read_config, read_history, read_summary
@@ -56,6 +56,13 @@ def _check_same_run(
     if config['data']['fingerprint'] != fingerprint: other.append('its images differ from those given')
     if other: raise ValueError(f'{run.out} holds another run ({"; ".join(other)}): give another folder')
 
+def _check_folder(folder):
+    "Raise `ValueError` unless a folder is new, empty, or one of repeated runs"
+    if not folder.exists(): return
+    if not folder.is_dir(): raise ValueError(f'out is {folder}: must be a folder')
+    others = [file.name for file in folder.iterdir() if not file.name.startswith(('seed-', 'repeat.json', '.'))]
+    if others: raise ValueError(f'out is {folder}: it has {printable(sorted(others)[0])}, so it is no folder of repeated runs')
+
 def repeat_runs(
     settings:RepeatSettings, # `out` is the folder of the run folders
     data:CIFAR10Data=None, # images to use instead of those that the settings name
@@ -64,8 +71,9 @@ def repeat_runs(
 
     `repeat.json` in the folder is written after each run. Raise `ValueError` if the folder holds runs with other
     settings or images."""
-    settings, data = load_data(settings, data)
     folder = Path(settings.out)
+    _check_folder(folder)
+    settings, data = load_data(settings, data)
     fingerprint = list(data.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     runs = [settings.run(seed, folder) for seed in range(settings.seed, settings.seed + settings.n)]
@@ -91,7 +99,7 @@ def mean_interval(
 
 # %% ../../nbs/44_run.repeat.ipynb #4c29c023
 def _spread(points): # accuracies in per cent -> dict of columns of `repeat_table`
-    low, high = mean_interval(points)
+    low, high = np.clip(mean_interval(points), 0, 100)
     sd = np.std(points, ddof=1) if len(points) > 1 else np.nan
     return {'mean': np.mean(points), 'sd': sd, '95 % from': low, 'to': high, 'least': np.min(points)}
 

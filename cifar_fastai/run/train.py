@@ -52,6 +52,8 @@ def new_run_folder(
     "Return the path of a new run folder; raise `FileExistsError` if it exists"
     run = Path(out) if out else Path('runs')/datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
     if run.exists() or run.is_symlink(): raise FileExistsError(f'{run} exists already: give another run folder with --out')
+    above = next(folder for folder in run.absolute().parents if folder.exists())
+    if not above.is_dir(): raise NotADirectoryError(f'out is {run}: {above} is not a folder')
     return run
 
 def _device_name(learn):
@@ -549,5 +551,5 @@ def _finished(run): # -> summary of a finished run, or `None`
     try: summary = read_summary(run)
     except (FileNotFoundError, ValueError): return # missing or incomplete
     if summary.get('interrupted'): return
-    logger.info(f"{printable(run)} is finished: {summary.get('epochs')} epochs, accuracy {summary.get('accuracy')}")
+    logger.info(f"{printable(run)} is finished: {summary['epochs']} epochs, accuracy {summary['accuracy']:.2%}")
     return summary
