@@ -32,7 +32,7 @@ class _Network: "Network, and the layers of CustomResNet"
 class _Run: "Device, checkpoints and output"
 
 option_groups = {
-    _Data: ('data', 'size', 'valid', 'pipeline', 'num_workers'),
+    _Data: ('data', 'size', 'class_weights', 'valid', 'pipeline', 'num_workers'),
     _Recipe: ('recipe', 'label_smoothing', 'flip', 'cutout', 'ghost', 'logit_scale', 'whiten', 'dirac', 'wd', 'sizes', 'freeze_first',
               'lookahead'),
     _Schedule: ('epochs', 'bs', 'peak_epoch', 'lr_max', 'lr_min', 'lr_start', 'anneal', 'betas', 'eps'),

@@ -90,7 +90,7 @@ def test_replacing_the_epochs_moves_the_peak_along(cls):
         assert (settings.epochs, settings.peak_epoch) == (epochs, pytest.approx(peak))
 
 other_values = dict(
-    data='digits', size=64, model='resnet18', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, lr_start=.1, anneal='cos', norm='group',
+    data='digits', class_weights=True, size=64, model='resnet18', recipe='baseline', epochs=7, bs=32, peak_epoch=2.5, lr_max=.2, lr_min=1e-3, lr_start=.1, anneal='cos', norm='group',
     n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dirac=True, cutout=4, sizes=(16, 32), freeze_first=2, lookahead=3, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
     label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
     num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
@@ -149,7 +149,7 @@ def test_invalid_values_are_refused_by_name_value_and_remedy(name, value):
     assert re.fullmatch(rf'{name} is {re.escape(repr(value))}: .+', message) # and not a line break
 
 def test_every_setting_but_names_and_switches_has_a_refusal():
-    assert {f.name for f in fields(TrainSettings)} - {name for name, _ in refused} == {'data', 'device', 'conv_bias', 'compile', 'out'} # a device is looked for when the data are brought to it
+    assert {f.name for f in fields(TrainSettings)} - {name for name, _ in refused} == {'data', 'device', 'conv_bias', 'compile', 'class_weights', 'out'} # a device is looked for when the data are brought to it
 
 @pytest.mark.parametrize('name', ['epochs', 'bs', 'peak_epoch', 'dropout', 'n_groups', 'eps', 'wd', 'num_workers', 'seed', 'betas'])
 def test_a_value_of_another_type_is_refused_by_name(name):

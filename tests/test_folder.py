@@ -3,6 +3,7 @@ import re, shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -19,7 +20,8 @@ from cifar_fastai.learner import cifar_learner
 from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.report import write_report
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.run.train import train
+from cifar_fastai.run.folder import balanced_loss, learner_from_run
+from cifar_fastai.run.train import settings_learner, train
 from cifar_fastai.use.export import export_model
 from cifar_fastai.use.predict import load_classifier
 
@@ -279,3 +281,25 @@ def test_digits_are_not_flipped_and_pictures_are(digits, pets):
     assert TrainSettings('digits').resolved().flip == 'none' and TrainSettings(str(pets)).resolved().flip == 'alternate'
     assert aug_of(cifar_dls('digits', num_workers=0)).flip == aug_of(cifar_dls(digits, num_workers=0)).flip == 'none'
     assert aug_of(cifar_dls(pets, num_workers=0)).flip == 'alternate'
+
+# ---- classes of different sizes
+
+def test_class_weights_make_the_loss_the_mean_of_the_classes():
+    labels = np.repeat([0, 1, 2], [6, 3, 1])
+    logits, targs = torch.randn(10, 3), torch.from_numpy(labels)
+    plain = torch.nn.functional.cross_entropy(logits, targs, reduction='none')
+    expected = np.mean([plain[targs == label].mean().item() for label in range(3)])
+    assert balanced_loss(labels)(logits, targs).item() == pytest.approx(expected, rel=1e-5)
+    assert balanced_loss(labels, .2).func.label_smoothing == .2
+
+def test_a_run_weighs_its_classes_on_request_and_the_report_has_the_balanced_accuracy(tmp_path):
+    for name, n in dict(many=40, few=10).items(): save_squares(tmp_path/'p'/name, n, photo=len(name)%2, seed=n)
+    settings = dict(epochs=1, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32')
+    learn, data = settings_learner(TrainSettings(str(tmp_path/'p'), class_weights=True, **settings))
+    n_few, n_many = np.bincount(data.train_y)
+    assert data.vocab == ['few', 'many'] and torch.allclose(learn.loss_func.func.weight, torch.tensor([40/(2*n_few), 40/(2*n_many)], dtype=torch.float32))
+    train(TrainSettings(str(tmp_path/'p'), class_weights=True, out=str(tmp_path/'run'), **settings))
+    interp = CifarInterpretation.from_run(tmp_path/'run')
+    assert torch.equal(learner_from_run(tmp_path/'run').loss_func.func.weight, learn.loss_func.func.weight)
+    assert interp.balanced_accuracy == pytest.approx(interp.per_class()['recall'].mean())
+    assert 'balanced accuracy' in write_report(tmp_path/'run').read_text()

@@ -19,11 +19,12 @@ from fastai.data.external import URLs, fastai_cfg
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 
-from ..core import check_size, data_variable, named_source, printable
+from ..core import check_size, data_variable, named_sets, named_source, printable
 from ..files import check_file, remove_parts, write_whole
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, iter_members, list_files, max_source_bytes, read_images
 from .folder import max_pictures, read_folder, warn_of_duplicates
+from .named import find_named, read_named
 
 # %% ../../nbs/05_data.source.ipynb #4aed1124
 cifar10_urls = (URLs.CIFAR, 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
@@ -99,7 +100,7 @@ def find_cifar10(
         try: path = Path(source).expanduser()
         except RuntimeError: path = Path(source) # there is no such user
         if not path.exists():
-            remedy = "give a folder of pictures, the folder or archive of CIFAR-10, 'cifar10' or 'digits'"
+            remedy = f"give a folder of pictures, the folder or archive of CIFAR-10, or a name: cifar10, digits, {', '.join(named_sets)}"
             raise FileNotFoundError(f'{printable(path)} does not exist: {remedy}')
         return path
     for kind, name in [('data', 'cifar10'), ('data', 'cifar-10-batches-py'),
@@ -121,14 +122,14 @@ def _state(file) -> tuple|None: # of size and modification time
 def _file_names(path): # -> of a folder, relative to it
     return list_files(path, max_pictures, follow_links=True)
 
-def _cache_file(source:Path, size:int=32) -> Path|None:
+def _cache_file(source:Path, *kind) -> Path|None:
     "Return the cache file that belongs to the present state of `source`, or `None` when fastai has no data folder"
     names = _file_names(source) if source.is_dir() else ['']
     files = []
     for name in names:
         state = _state(os.path.join(source, name) if name else source)
         if state: files.append((name, *state))
-    state = (str(source.resolve()), files) if size == 32 else (str(source.resolve()), files, size)
+    state = str(source.resolve()), files, *kind
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
     try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{key}.npz'
     except (OSError, RuntimeError) as e: # the folder cannot be made, for example in a read-only home folder
@@ -169,7 +170,7 @@ def _cache_lock(folder:Path):
 
 # %% ../../nbs/05_data.source.ipynb #14938ad6
 def load_cifar10(
-    source=None, # 'cifar10' (or `None`), 'digits', a folder, an archive, or `CIFAR10Data`, which is returned as it is
+    source=None, # 'cifar10' (or `None`), 'digits', one of `named_sets`, a folder, an archive, or `CIFAR10Data`, which is returned as it is
     urls=cifar10_urls, # addresses to download from when nothing is found
     size:int=32, # pixels of a side of pictures of your own; all others are 32×32
 ) -> CIFAR10Data:
@@ -181,19 +182,24 @@ def load_cifar10(
     if isinstance(source, CIFAR10Data): return source
     check_size(size)
     if str(named_source(source)) == 'digits': return _of_32_pixels(load_digits, size)
+    if str(named_source(source)) in named_sets: return _of_32_pixels(partial(_load_named, source, bool(urls)), size)
     path = find_cifar10(source, urls)
     is_own = path.is_dir() and not is_cifar10(_file_names(path))
     if not is_own: return _of_32_pixels(partial(_cached, path, read_images), size)
-    data = _cached(path, partial(read_folder, size=size), size)
+    data = _cached(path, partial(read_folder, size=size), *[size]*(size != 32))
     warn_of_duplicates(data, path)
     return data
 
 def _of_32_pixels(load, size):
     if size == 32: return load()
-    raise ValueError(f'size is {size}: the images of CIFAR-10 and the digits have 32 pixels; pictures of your own can have others')
+    raise ValueError(f'size is {size}: data sets by name and CIFAR-10 have images of 32 pixels; pictures of your own can have others')
 
-def _cached(path, read, size=32):
-    cache = _cache_file(path, size)
+def _load_named(name, download):
+    folder = find_named(named_source(name), download=download)
+    return _cached(folder, lambda folder: read_named(named_source(name)), named_source(name))
+
+def _cached(path, read, *kind): # `kind` tells several caches of the same files apart
+    cache = _cache_file(path, *kind)
     if cache is None: return read(path)
     if (data := _read_cache(cache)) is not None: return data
     with _cache_lock(cache.parent):

@@ -202,6 +202,11 @@ def per_class(self:CifarInterpretation) -> pd.DataFrame: # one row per class
     columns = dict(zip(['precision', 'recall', 'f1', 'images'], scores))
     return pd.DataFrame(columns, index=pd.Index(self.vocab, name='class'))
 
+@patch(as_prop=True)
+def balanced_accuracy(self:CifarInterpretation) -> float:
+    "Return the mean recall of the classes, in which a class of few images counts as much as one of many"
+    return float(metrics.balanced_accuracy_score(self.targs, self.decoded))
+
 @patch
 def print_classification_report(self:CifarInterpretation) -> None:
     "Print scikit-learn's classification report"

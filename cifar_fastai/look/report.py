@@ -171,6 +171,12 @@ def _duration(seconds) -> str:
     if seconds < 120: return f'{seconds:.0f} s'
     return f'{minutes} min' if minutes < 120 else f'{hours:.1f} h'
 
+def _balanced(interp): # -> the balanced accuracy, if some classes have more images than others
+    counts = interp.targs.bincount()
+    if counts.max() <= 1.2*counts[counts > 0].min(): return []
+    note = f'mean recall of the classes, which have {counts.min():,} to {counts.max():,} images'
+    return [('balanced accuracy', _percent(interp.balanced_accuracy), note)]
+
 def _figures(record, interp) -> list[dict]: # name, value, note
     "Return the headline figures"
     s, images, device = record.summary, _valid_images(record), record.summary.get('device')
@@ -180,6 +186,7 @@ def _figures(record, interp) -> list[dict]: # name, value, note
     rows = [
         ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch'),
         ('misclassified', f"{s['n_wrong']:,}", f'of {len(interp.targs):,} {images}'),
+        *_balanced(interp),
         ('accuracy with TTA', _percent(s.get('flip_averaged_accuracy')), tta),
         ('best accuracy', _percent(s['best_accuracy']), f"after epoch {s['best_epoch']}, {s.get('best_is')}"),
         ('calibration error', error, 'expected calibration error, in 15 bins of confidence'),

@@ -40,7 +40,7 @@ from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
 from ..callback.tensorboard import TensorBoardLog
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
-from .folder import RunFolder, history_columns, read_config, read_range_test, read_summary
+from .folder import RunFolder, history_columns, learner_options, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
 from ..look.plots import plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
@@ -322,7 +322,7 @@ def settings_learner(
     processes.check(dls)
     model = new_model(dls, settings.whiten, settings.dirac, settings.model, **settings.network)
     if unused := unused_ingredients(settings): logger.info(f"model {settings.model} has no use for {', '.join(unused)} of the recipe")
-    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
+    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **learner_options(settings, data, device))
     learn.processes = processes
     return no_bar_without_tty(learn), data
 
