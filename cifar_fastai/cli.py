@@ -432,20 +432,19 @@ def cifar_app(settings:AppSettings):
     classify, vocab = load_classifier(settings.model, settings.weights)
     _say_if_unfinished('cifar_app', settings.model)
     with exit_on_signals():
-        examples = _examples(settings)
+        examples = _examples(settings, classify.size)
         app = build_app(classify, vocab, explain=load_explainer(settings.model, settings.weights), examples=examples)
         with launch_app(app, settings.host, settings.port, settings.max_mb, settings.hosts) as server:
             hint = '' if examples else '; no example images: give --data'
             print(f'{server.address} (Ctrl-C ends it){hint}', flush=True)
             server.block_thread()
 
-def _examples(settings): # -> example images; none if the images of the run are not available
+def _examples(settings, size): # -> example images; none if the images of the run are not available
     from cifar_fastai.run.folder import read_config
     from cifar_fastai.use.app import find_examples
     is_run = settings.model and Path(settings.model).is_dir()
-    of_run = settings_from(read_config(settings.model)['settings']) if is_run else TrainSettings()
-    source = settings.data or (of_run.data if is_run else None)
-    try: return find_examples(source, size=of_run.size)
+    source = settings.data or (settings_from(read_config(settings.model)['settings']).data if is_run else None)
+    try: return find_examples(source, size=size)
     except (ValueError, OSError):
         if settings.data: raise
         return []

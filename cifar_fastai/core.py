@@ -89,7 +89,8 @@ def _check(ok, name, value, remedy):
 
 def check_size(size):
     "Raise `ValueError` unless images of `size`×`size` can be trained on"
-    _check(_has_type(size, int) and 16 <= size <= 128 and size % 8 == 0, 'size', size, 'must be a multiple of 8 from 16 to 128')
+    is_size = _has_type(size, int) and 16 <= size <= 128 and size % 8 == 0
+    _check(is_size, 'size', size, 'must be a multiple of 8 from 16 to 128')
 
 def check_lr_order(lr_min, lr_max):
     "Raise `ValueError` unless both are positive and finite and `lr_min` is less than `lr_max`"
@@ -149,7 +150,7 @@ def sized(
     return dict(cutout=recipe.cutout*size//32, sizes=tuple(side*size//32 for side in recipe.sizes))
 
 # Values of a recipe that change `CustomResNet` alone, as they are for other models, and further settings of it.
-not_of_other_models = dict(ghost=0, logit_scale=1., whiten=False, dirac=False)
+not_of_other_models = dict(ghost=0, logit_scale=1., whiten=False, dirac=False, freeze_first=0)
 _not_given = dict(norm='batch', n_groups=2, width=64, dropout=0., conv_bias=False)
 
 def _one_of_the_recipes(name):
@@ -276,10 +277,10 @@ def check_train_settings(s): # resolved values
     _check(s.checkpoint_minutes >= 0, 'checkpoint_minutes', s.checkpoint_minutes, 'must be 0 or more')
     _check(0 <= s.seed < 2**32, 'seed', s.seed, 'must be in [0, 2**32)')
     is_name = re.fullmatch(r'(timm:)?[a-z0-9_.]+', s.model)
-    _check(is_name, 'model', s.model, 'must be custom, resnet18, resnet34, the name of a model of torchvision, or timm:NAME')
+    _check(is_name, 'model', s.model, 'must be custom, resnet18, resnet34, a model of torchvision, or timm:NAME')
     for name, value in (not_of_other_models | _not_given).items():
         is_own = s.model == 'custom' or getattr(s, name) == value
-        _check(is_own, name, getattr(s, name), f'must be left out with model {s.model}, since it belongs to CustomResNet')
+        _check(is_own, name, getattr(s, name), f'must be left out with model {s.model}')
 
 # %% ../nbs/00_core.ipynb #df423139
 _cases = 'plain', 'fastai', 'package', 'bare', 'limit'
@@ -326,7 +327,9 @@ class RepeatSettings(TrainSettings):
 
     def _removed(self) -> dict: # the baseline's values of what is named in `without`
         without = self.without if isinstance(self.without, tuple) else () # other types are refused later
-        return {name: value for name, value in asdict(recipes['baseline']).items() if name in without}
+        size = self.size if _has_type(self.size, int) else 32
+        baseline = asdict(recipes['baseline']) | sized(recipes['baseline'], size)
+        return {name: value for name, value in baseline.items() if name in without}
 
     def _defaults(self):
         removed = {name: value for name, value in self._removed().items() if getattr(self, name) is None}
@@ -341,8 +344,9 @@ class RepeatSettings(TrainSettings):
         if not s.ablate: return
         _check(s.valid == 'holdout', 'valid', s.valid, 'must be holdout for an ablation, which must not use the test images')
         _check(s.recipe != 'baseline', 'recipe', s.recipe, 'has no ingredients: must be another recipe for an ablation')
+        of_recipe = TrainSettings(s.data, s.recipe, size=s.size, model=s.model).resolved()
         for name in ingredients:
-            value, own = getattr(s, name), getattr(recipes[s.recipe], name)
+            value, own = getattr(s, name), getattr(of_recipe, name)
             _check(value == own, name, value, f'must be {own}, the value of {s.recipe}, for an ablation')
 
     def run(self,
@@ -361,7 +365,7 @@ def printable(text) -> str:
 
 # %% ../nbs/00_core.ipynb #4e0edf67
 _before_they_were_recorded = dict(logit_scale=1., whiten=False, lr_start=0., dirac=False, cutout=8, sizes=(),
-                                  freeze_first=0, lookahead=0)
+                                  freeze_first=0, lookahead=0, flip='random')
 
 def settings_from(
     config:dict, # as `config.json` has it under 'settings'

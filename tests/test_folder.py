@@ -1,5 +1,5 @@
 """Folders of pictures of one's own, from the files to a trained run."""
-import re, shutil
+import os, re, shutil
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cifar_fastai.cli import cifar_interpret, cifar_predict, cifar_train
-from cifar_fastai.core import TrainSettings, cifar10_classes
-from cifar_fastai.files import read_json
-from cifar_fastai.data.augment import ItemAugment
-from cifar_fastai.data.block import cifar_dls, default_bs
+from cifar_fastai.core import RepeatSettings, TrainSettings, cifar10_classes, settings_from
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.data.augment import CropFlipCutout, ItemAugment, sized_augment
+from cifar_fastai.data.block import cifar_block, cifar_dls, default_bs
 from cifar_fastai.data.folder import find_pictures, n_duplicates, picture_suffixes, read_folder
 from cifar_fastai.data.images import CIFAR10Data
 from cifar_fastai.data.picture import read_image
@@ -65,7 +65,8 @@ def test_each_name_of_the_second_split_is_known(split, valid):
 def test_the_test_images_validate_if_there_are_two_candidates(split):
     shutil.copytree(split/'test', split/'valid')
     (split/'valid'/'a'/'0000.png').unlink()
-    assert len(read_folder(split).test_y) == 9
+    with pytest.warns(UserWarning, match='valid'): data = read_folder(split)
+    assert len(data.test_y) == 9
 
 @pytest.mark.parametrize('inside_train', [False, True])
 def test_a_fixed_fifth_of_each_class_validates_without_a_second_split(pets, inside_train, tmp_path):
@@ -189,7 +190,7 @@ def test_the_folder_is_decoded_once_and_again_after_a_change(empty_home, pets, m
     save_squares(pets/'palace', 1, 'bmp', seed=5)
     assert len(load_cifar10(pets).train_y) + len(load_cifar10(pets).test_y) == 41
 
-@pytest.mark.parametrize('n, bs', [(2, 8), (40, 8), (320, 16), (1000, 32), (10_000, 256), (20_000, 512), (10**6, 512)])
+@pytest.mark.parametrize('n, bs', [(2, 8), (40, 8), (320, 16), (1000, 32), (9, 7), (10_000, 256), (20_000, 512), (10**6, 512)])
 def test_few_pictures_get_a_smaller_batch_and_cifar10_its_own(n, bs):
     data = CIFAR10Data(np.zeros((0,)), np.zeros(n), None, None, ['a', 'b'])
     assert default_bs(data) == bs and default_bs(data, 16) == min(bs, 16)
@@ -246,7 +247,7 @@ def trained(tmp_path_factory):
 def test_a_run_records_size_and_batch_size_and_everything_reads_them(trained, tmp_path):
     run, pictures = trained
     settings = read_json(run/'config.json')['settings']
-    assert (settings['size'], settings['bs'], settings['cutout']) == (48, 8, 12)
+    assert (settings['size'], settings['bs'], settings['cutout']) == (48, 6, 12) # 57 images: 8 or 7 would leave one over
     interp = CifarInterpretation.from_run(run)
     assert interp.vocab == ['flower', 'palace & co', 'zebra'] and interp.image(0).shape == (48, 48, 3)
     classify, vocab = load_classifier(run)
@@ -303,3 +304,115 @@ def test_a_run_weighs_its_classes_on_request_and_the_report_has_the_balanced_acc
     assert torch.equal(learner_from_run(tmp_path/'run').loss_func.func.weight, learn.loss_func.func.weight)
     assert interp.balanced_accuracy == pytest.approx(interp.per_class()['recall'].mean())
     assert 'balanced accuracy' in write_report(tmp_path/'run').read_text()
+
+# ---- faults that were found by others
+
+@pytest.mark.parametrize('train, valid', [('training', 'testing'), ('Train', 'validation'), ('TRAINING', 'Dev'), ('train', 'eval')])
+def test_other_names_of_the_splits_are_known(split, train, valid):
+    (split/'train').rename(split/'t'); (split/'t').rename(split/train); (split/'test').rename(split/'v'); (split/'v').rename(split/valid)
+    assert read_folder(split).vocab == ['a', 'b', 'c'] and len(read_folder(split).test_y) == 9
+
+def test_folders_beside_the_splits_are_refused_by_name(split, pets):
+    save_squares(split/'unlabelled', 3)
+    refused(split, 'unlabelled')
+    shutil.copytree(pets/'palace', pets/'test')
+    refused(pets, 'test')
+
+def test_a_split_that_is_not_used_is_named_and_one_without_classes_is_not_taken(split):
+    (split/'test').rename(split/'valid')
+    save_squares(split/'test', 5) # pictures without labels
+    with pytest.warns(UserWarning, match='test'): data = read_folder(split)
+    assert len(data.test_y) == 9
+
+def test_pictures_of_both_spellings_of_a_class_are_kept(split):
+    for k, name in enumerate(('caf\u00e9', 'cafe\u0301')): save_squares(split/'train'/name, 4 + k, seed=50 + k)
+    save_squares(split/'test'/'caf\u00e9', 2, seed=60)
+    assert np.bincount(read_folder(split).train_y).tolist() == [8, 8, 8, 9]
+
+@pytest.mark.parametrize('link, real', [('a', 'z'), ('z', 'a')])
+def test_a_picture_behind_a_link_has_the_class_of_its_own_folder(tmp_path, link, real):
+    for k, name in enumerate((link, real)): save_squares(tmp_path/name, 4, photo=k)
+    save_squares(tmp_path/real/'more', 3, seed=9)
+    (tmp_path/link/'more').symlink_to(tmp_path/real/'more', target_is_directory=True)
+    data = read_folder(tmp_path)
+    counts = dict(zip(data.vocab, np.bincount(np.concatenate([data.train_y, data.test_y]))))
+    assert counts == {link: 4, real: 7}
+
+def test_folders_that_change_places_are_read_again(empty_home, tmp_path):
+    for k, name in enumerate('ab'):
+        (tmp_path/'p'/name).mkdir(parents=True)
+        for i in range(3):
+            file = tmp_path/'p'/name/f'{i}.bmp'
+            Image.new('RGB', (32, 32), (255*k, 0, i)).save(file)
+            os.utime(file, (0, 0))
+    assert (load_cifar10(tmp_path/'p').train_x[..., 0].max(axis=(1, 2)) == 255*load_cifar10(tmp_path/'p').train_y).all()
+    (tmp_path/'p'/'a').rename(tmp_path/'t'); (tmp_path/'p'/'b').rename(tmp_path/'p'/'a'); (tmp_path/'t').rename(tmp_path/'p'/'b')
+    data = load_cifar10(tmp_path/'p')
+    assert (data.train_x[..., 0].max(axis=(1, 2)) == 255*(1 - data.train_y)).all()
+
+def test_pictures_that_could_not_be_read_are_tried_again_the_next_time(empty_home, tmp_path):
+    for photo, name in enumerate('ab'): save_squares(tmp_path/'p'/name, 100, photo=photo, sides=(33, 34))
+    file = tmp_path/'p'/'a'/'0001.png'
+    content, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(content[::-1]); os.utime(file, ns=times)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match='1 of 200'): assert len(load_cifar10(tmp_path/'p').train_y) == 159
+    file.write_bytes(content); os.utime(file, ns=times)
+    data = load_cifar10(tmp_path/'p')
+    assert len(data.train_y) + len(data.test_y) == 200
+
+def test_a_hold_out_that_takes_the_last_image_of_a_class_is_refused_by_name(tmp_path):
+    for k, name in enumerate(('many', 'rare')): save_squares(tmp_path/'train'/name, (20, 1)[k], photo=k); save_squares(tmp_path/'test'/name, 2, photo=k, seed=3)
+    with pytest.raises(ValueError, match='rare'): cifar_dls(tmp_path, valid='holdout')
+    assert cifar_dls(tmp_path).train.n == 21
+
+def test_own_classes_from_0_to_9_are_no_digits_of_scikit_learn(tmp_path):
+    for i in range(10): save_squares(tmp_path/str(i), 6, photo=i%2, seed=i)
+    data = load_cifar10(tmp_path)
+    assert 'scikit' not in data.origin and default_bs(data) == 8 and default_bs(load_cifar10('digits'), 64) == 64
+
+@pytest.mark.parametrize('n', [9, 17, 57, 161, 1009])
+def test_no_batch_of_one_image_is_left_over_by_default(n):
+    data = CIFAR10Data(np.zeros((0,)), np.zeros(n), None, None, ['a', 'b'])
+    assert n%default_bs(data) != 1 and default_bs(data) >= 5
+
+def test_a_run_folder_among_the_pictures_is_refused(pets, monkeypatch):
+    monkeypatch.chdir(pets)
+    with pytest.raises(SystemExit) as e: cifar_train('--data . --epochs 1 --out runs/a'.split())
+    assert 'runs/a' in str(e.value) and not (pets/'runs').exists()
+
+def test_a_run_whose_pictures_have_changed_is_not_interpreted_with_others(trained, tmp_path):
+    run, pictures = shutil.copytree(trained[0], tmp_path/'run'), shutil.copytree(trained[1], tmp_path/'pictures')
+    config = read_json(run/'config.json'); config['settings']['data'] = str(pictures); write_json(run/'config.json', config)
+    assert CifarInterpretation.from_run(run).accuracy >= 0
+    next((pictures/'zebra').iterdir()).unlink()
+    with pytest.raises(ValueError, match='pictures'): CifarInterpretation.from_run(run)
+    assert CifarInterpretation.from_run(run, pictures).accuracy >= 0 # given, they are meant
+
+def test_a_constant_channel_and_names_with_dollars_train_to_the_end(tmp_path):
+    for name, green in {'$10_$20': 80, '$20_$50': 200}.items():
+        (tmp_path/'p'/name).mkdir(parents=True)
+        for i in range(10): Image.new('RGB', (32, 32), (0, green + i, 0)).save(tmp_path/'p'/name/f'{i}.png')
+    train(TrainSettings(str(tmp_path/'p'), epochs=1, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(tmp_path/'run')))
+    assert '$10_$20' in write_report(tmp_path/'run').read_text()
+
+@pytest.mark.parametrize('flip, cutout, words', [('none', 0, 'not flipped'), ('alternate', 6, 'every other epoch'), ('random', 6, 'at random')])
+def test_the_report_says_how_the_images_were_augmented(pets, tmp_path, flip, cutout, words):
+    train(TrainSettings(str(pets), flip=flip, cutout=cutout, epochs=1, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(tmp_path/'run')))
+    page = write_report(tmp_path/'run').read_text()
+    assert words in page and ('cutout of' in page) == (cutout > 0)
+
+def test_runs_of_digits_from_before_flips_were_recorded_keep_theirs():
+    assert settings_from(dict(data='digits', epochs=5, bs=64)).resolved().flip == 'random' and TrainSettings('digits').resolved().flip == 'none'
+
+def test_an_ablation_starts_from_the_values_of_data_size_and_model(pets):
+    for given in dict(data='digits'), dict(data=str(pets), size=64), dict(model='resnet18'):
+        assert RepeatSettings(ablate=True, valid='holdout', **given).resolved().n == 5
+    assert RepeatSettings(data=str(pets), recipe='quick', without=('cutout',), size=64).resolved().cutout == 16
+
+def test_the_block_reads_pictures_at_the_size_that_it_is_told(pets):
+    data = load_cifar10(pets, size=64)
+    dls = cifar_block(data.stats, data.vocab, sized_augment(64, 0, 'none'), size=64).dataloaders(pets, bs=4, num_workers=0)
+    assert {np.asarray(item[0]).tobytes() for item in dls.valid_ds.items} == {img.tobytes() for img in data.test_x}
+    smaller = cifar_block(data.stats, data.vocab, CropFlipCutout(size=28)).dataloaders(pets, bs=4, num_workers=0) # a crop of 32×32
+    assert smaller.one_batch()[0].shape[-1] == 28 and smaller.valid.one_batch()[0].shape[-1] == 32

@@ -16,10 +16,10 @@ from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.report import write_report
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.networks import build_network
-from cifar_fastai.run.folder import load_run
-from cifar_fastai.run.train import resume, train, unused_ingredients
+from cifar_fastai.run.folder import load_run, unfinished
+from cifar_fastai.run.train import resume, settings_learner, train, unused_ingredients
 from cifar_fastai.use.export import export_model
-from cifar_fastai.use.predict import load_classifier
+from cifar_fastai.use.predict import load_classifier, load_explainer
 
 needs_timm = pytest.mark.skipif(find_spec('timm') is None, reason='the extra models is not installed')
 def n_params(model): return sum(p.numel() for p in model.parameters())
@@ -71,7 +71,7 @@ def test_what_belongs_to_custom_resnet_is_neutral_for_others_and_cannot_be_given
     settings = TrainSettings(model='resnet18').resolved()
     assert (settings.ghost, settings.logit_scale, settings.whiten, settings.dirac) == (0, 1., False, False)
     assert settings.label_smoothing == recipes['best'].label_smoothing and settings.lookahead == recipes['best'].lookahead
-    assert unused_ingredients(settings) == ['ghost', 'logit_scale', 'whiten'] and unused_ingredients(TrainSettings()) == []
+    assert unused_ingredients(settings) == ['ghost', 'logit_scale', 'whiten'] and unused_ingredients(TrainSettings(model='resnet18', recipe='quick')) == ['ghost', 'logit_scale', 'whiten', 'dirac', 'freeze_first'] and unused_ingredients(TrainSettings()) == []
     assert unused_ingredients(TrainSettings(model='resnet18', recipe='baseline')) == []
     for given in dict(norm='layer'), dict(width=32), dict(ghost=8), dict(whiten=True), dict(dropout=.1), dict(conv_bias=True), dict(logit_scale=.5):
         [name] = given
@@ -134,3 +134,40 @@ def test_the_command_trains_another_network_and_says_what_it_leaves_out(tmp_path
     assert 'whiten' in said and 'shufflenet_v2_x0_5' in said
     with pytest.raises(SystemExit) as e: cifar_train('--data digits --model resnet99 --out other'.split())
     assert 'resnet99' in str(e.value) and not (tmp_path/'other').exists()
+
+# ---- faults that were found by others
+
+def test_a_recipe_does_not_freeze_the_first_part_of_another_network(digits):
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0, recipe='quick')
+    other, own = cifar_learner(dls, 'mobilenet_v3_small', 'fp32'), cifar_learner(dls, CustomResNet(width=8), 'fp32')
+    assert not hasattr(other, 'freeze_first') and hasattr(own, 'freeze_first')
+    assert hasattr(cifar_learner(dls, 'mobilenet_v3_small', 'fp32', freeze_first=1), 'freeze_first') # asked for
+
+@needs_timm
+def test_a_network_without_maps_has_a_report_and_an_app_without_them(digits, tmp_path):
+    few, run = digits.first(64, 32), tmp_path/'vit'
+    train(TrainSettings('digits', model='timm:vit_tiny_patch16_224', epochs=1, bs=32, lr_min=1e-4, lr_max=1e-3, num_workers=0, precision='fp32', out=str(run)), few)
+    assert load_explainer(run) is None and 'vit_tiny' in write_report(run, data=few).read_text()
+
+@needs_timm
+def test_sizes_that_a_network_does_not_take_are_refused_before_training(digits):
+    with pytest.raises(ValueError, match='vit_tiny.*20×20|vit_tiny.*2.×2.'):
+        settings_learner(TrainSettings('digits', model='timm:vit_tiny_patch16_224', recipe='quick'), digits.first(64, 32))
+
+@pytest.mark.parametrize('name', ['maxvit_t', 'inception_v3'])
+def test_what_a_model_refuses_itself_is_one_sentence_that_names_it(name):
+    with pytest.raises(ValueError, match=f"model is '{name}'"): build_network(name, 10, 32)
+
+def test_a_network_too_large_for_an_onnx_file_is_refused_before_the_export(run, tmp_path, monkeypatch):
+    pytest.importorskip('onnx', reason='the extra export is not installed')
+    monkeypatch.setattr('cifar_fastai.use.export.max_onnx_bytes', 1000)
+    with pytest.raises(ValueError, match='1,000'): export_model(run, 'onnx', tmp_path/'m.onnx')
+    assert not list(tmp_path.glob('*.onnx*'))
+
+def test_a_folder_with_weights_alone_still_predicts(run, digits, tmp_path):
+    import shutil
+    (tmp_path/'bare').mkdir()
+    for name in 'config.json', 'model.safetensors': shutil.copy(run/name, tmp_path/'bare'/name)
+    assert unfinished(tmp_path/'bare') is None and unfinished(run) is None
+    classify, _ = load_classifier(tmp_path/'bare')
+    assert classify(digits.test_x[:2]).shape == (2, 10)

@@ -31,9 +31,9 @@ def _is_wanted(name): return bool(_png_name.search(name) or _batch_name.search(n
 def is_cifar10(
     names, # of the files of a folder
 ) -> bool:
-    "Is a folder meant as CIFAR-10? It has batches, or PNG files in folders of all ten classes"
+    "Is a folder meant as CIFAR-10? It has batches, or PNG files in folders of its ten classes and of no others"
     pngs = filter(None, map(_png_name.search, names))
-    return any(map(_batch_name.search, names)) or {png[2] for png in pngs} >= set(cifar10_classes)
+    return any(map(_batch_name.search, names)) or {png[2] for png in pngs} == set(cifar10_classes)
 
 # %% ../../nbs/04_data.archive.ipynb #ab040004
 max_source_bytes = 400*2**20 # of all files of a data set, packed or unpacked
@@ -46,8 +46,9 @@ def list_files(
 ) -> list[str]: # relative to `folder`, sorted
     "Return the names of all files below a folder that can be read; raise `ValueError` for more than `most`"
     most = most or max_files
-    names, folders, n, seen = [], [''], 0, set()
-    for parent in folders: # the list grows during the loop
+    names, folders, links, n, seen = [], [''], [], 0, set()
+    while folders or links: # links last, so that a folder has its own place
+        parent = folders.pop() if folders else links.pop(0)
         try:
             state = os.stat(folder/parent)
             if (state.st_dev, state.st_ino) in seen: continue # links may lead in a circle
@@ -58,7 +59,8 @@ def list_files(
             for entry in entries:
                 n += 1
                 if n > most: raise ValueError(f'{folder} has more than {most:,} files and folders: {_give_less}')
-                if entry.is_dir(follow_symlinks=follow_links): folders.append(f'{parent}{entry.name}/')
+                if entry.is_dir(follow_symlinks=False): folders.append(f'{parent}{entry.name}/')
+                elif follow_links and entry.is_dir(): links.append(f'{parent}{entry.name}/')
                 elif not os.path.isdir(entry.path): names.append(parent + entry.name)
     return sorted(names)
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, FuncSplitter, IntToFloatTensor, ItemGetter, Normalize,
-                               TransformBlock)
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, FuncSplitter, IntToFloatTensor, ItemGetter,
+                               Normalize, TransformBlock)
 
 from ..core import Recipe, cifar10_classes, cifar10_stats, get_recipe, sized, source_defaults
 from .images import CIFAR10Data, first_of_each_class
@@ -33,11 +33,14 @@ def split_images(
     x, y = data.train_x, data.train_y
     if valid == 'test': return (x, y), (data.test_x, data.test_y)
     is_valid = first_of_each_class(y, 0.1)
+    if lost := set(y) - set(y[~is_valid]):
+        name = data.vocab[min(lost)]
+        raise ValueError(f"valid is 'holdout': class {name} has 1 training image, and needs 2 or more")
     return (x[~is_valid], y[~is_valid]), (x[is_valid], y[is_valid])
 
 # %% ../../nbs/08_data.block.ipynb #eb2ea697
-def _items(source, valid): # -> list of (image, class name, is it for validation)
-    data = load_cifar10(source)
+def _items(source, valid, size=32): # -> list of (image, class name, is it for validation)
+    data = load_cifar10(source, size=size)
     parts = split_images(data, valid)
     return [(x, data.vocab[y], is_valid) for is_valid, (xs, ys) in zip((False, True), parts) for x, y in zip(xs, ys)]
 
@@ -46,11 +49,13 @@ def cifar_block(
     vocab=cifar10_classes, # class names in label order
     aug:CropFlipCutout=CropFlipCutout(), # augmentation of a training image
     valid:Literal['test', 'holdout']='test', # which images validate
+    size:int=32, # pixels of a side of an image before it is augmented
 ) -> DataBlock: # on anything that `load_cifar10` takes
     "Return a `DataBlock` from images to classes that augments training items and normalises batches"
     if valid not in ('test', 'holdout'): raise ValueError(f"valid is {valid!r}: must be 'test' or 'holdout'")
-    return DataBlock(blocks=(TransformBlock(OpenPicture(aug.size), batch_tfms=IntToFloatTensor), CategoryBlock(vocab=list(vocab), sort=False)),
-                     get_items=partial(_items, valid=valid),
+    pictures = TransformBlock(OpenPicture(size), batch_tfms=IntToFloatTensor)
+    return DataBlock(blocks=(pictures, CategoryBlock(vocab=list(vocab), sort=False)),
+                     get_items=partial(_items, valid=valid, size=size),
                      get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=FuncSplitter(itemgetter(2)),
                      item_tfms=ItemAugment(aug, stats[0]), batch_tfms=Normalize.from_stats(*stats))
 
@@ -72,8 +77,11 @@ def default_bs(
 
     That is the largest power of two that makes 20 batches of the training images, but at least 8: with fewer steps per
     epoch, the epochs of a recipe are too few."""
-    if data.vocab in (list(cifar10_classes), _digits): return most
-    return min(most, max(8, 2**int(math.log2(max(1, len(data.train_y)/20)))))
+    n = len(data.train_y)
+    if data.vocab == list(cifar10_classes): return most
+    bs = min(most, max(8, 2**int(math.log2(max(1, n/20)))))
+    while n > bs and n%bs == 1: bs -= 1 # batch norm needs more than one image
+    return bs
 
 def cifar_dls(
     source='cifar10', # 'cifar10', 'digits', a folder of pictures or of CIFAR-10, an archive, or a `CIFAR10Data`
@@ -81,14 +89,14 @@ def cifar_dls(
     pipeline:Literal['batch', 'item']='batch', # augment whole batches on the device, or one image at a time
     valid:Literal['test', 'holdout']='test', # validate on the test images, or on a fixed tenth of the training images
     seed:int=None, # of order and augmentation; `None` draws one from torch's global generator
-    aug:CropFlipCutout=None, # augmentation of training images; `None` is the assignment's, with the flips and the cutout of the recipe
+    aug:CropFlipCutout=None, # augmentation of training images; `None` is that of the recipe
     stats=None, # (means, standard deviations) to normalise with; `None` is those of the training images
     num_workers:int=None, # processes that prepare items in the item pipeline; fastai's default is one per core
     device='auto', # 'auto' is a GPU if there is one
     recipe:str|Recipe='best', # the name of one of `recipes`, or a `Recipe`; kept as `dls.recipe`
     size:int=32, # pixels of a side of pictures of your own: a multiple of 8 from 16 to 128
 ) -> DataLoaders: # with `train`, `valid`, `vocab`, `c` and `recipe`
-    """Return images as fastai `DataLoaders`, with batches of `TensorImage` (N, 3, size, size), normalised, and `TensorCategory` (N,).
+    """Return images as fastai `DataLoaders`: `TensorImage` (N, 3, size, size), normalised, and `TensorCategory` (N,).
 
     Raises `FileNotFoundError` or `ValueError` if the images cannot be loaded, and `ValueError` for invalid arguments."""
     if pipeline not in ('batch', 'item'): raise ValueError(f"pipeline is {pipeline!r}: must be 'batch' or 'item'")
@@ -98,7 +106,7 @@ def cifar_dls(
     data = load_cifar10(source, size=size)
     if bs is None: bs = default_bs(data, source_defaults('loaded' if source is data else source, bs=recipe.bs)['bs'])
     aug = aug or sized_augment(data.size, sized(recipe, data.size)['cutout'], default_flip(data, recipe.flip))
-    block = cifar_block(stats or data.stats, data.vocab, aug, valid)
+    block = cifar_block(stats or data.stats, data.vocab, aug, valid, data.size)
     kwargs = dict(bs=bs, drop_last=False, seed=seed, num_workers=num_workers, device=resolve_device(device))
     if pipeline == 'item': dls = block.dataloaders(data, dl_type=SeededDL, **kwargs)
     else: # the first element of `dl_kwargs` goes to the training loader, the second to the validation loader

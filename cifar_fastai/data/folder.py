@@ -20,10 +20,11 @@ from .images import CIFAR10Data, canonical_sort, first_of_each_class
 from .picture import one_line, read_image
 from .archive import list_files
 
-# %% ../../nbs/04_data.folder.ipynb #2253be7d
+# %% ../../nbs/04_data.folder.ipynb #0e4cb630
 picture_suffixes = '.png', '.jpg', '.jpeg', '.gif', '.bmp', '.webp', '.tif', '.tiff' # in upper or lower case
 max_pictures = 2_000_000 # files in a folder
-_valid_names = 'test', 'valid', 'val' # the first one that exists validates
+_train_names = 'train', 'training' # in upper or lower case
+_valid_names = 'test', 'testing', 'valid', 'validation', 'val', 'dev', 'eval' # the first one with classes validates
 
 class PictureFiles(NamedTuple):
     "The pictures of a folder"
@@ -46,16 +47,33 @@ def _classes(folder, names, split): # -> {class name: files}
         parts = name.removeprefix(prefix).split('/')
         if name.startswith(prefix) and len(parts) > 1: found[f'{prefix}{parts[0]}/'].append(name)
     for name, files in found.items():
-        if not files: raise ValueError(f'{folder}: class folder {printable(name)} has no pictures: add some, or remove it')
-    return {_class_name(folder, name.removeprefix(prefix)[:-1]): files for name, files in found.items()}
+        if files: continue
+        raise ValueError(f'{folder}: class folder {printable(name)} has no pictures: add some, or remove it')
+    classes = {}
+    for name, files in found.items(): classes.setdefault(_class_name(folder, name.removeprefix(prefix)[:-1]), []).extend(files)
+    return classes
 
 def _class_name(folder, name): # macOS and Linux write accents in different ways
     name = normalize('NFC', name)
-    if name.isprintable() and not set('<>') & set(name) and len(name) <= 100: return name
-    raise ValueError(f'{folder}: class folder {printable(name)[:100]} has a character that is no part of a name (<, > or '
-                     'a control character), or more than 100 characters: rename it')
+    if name.isprintable() and name.strip() and not set('<>') & set(name) and len(name) <= 100: return name
+    reason = 'has <, > or a control character, or more than 100 characters'
+    raise ValueError(f'{folder}: the name of class folder {printable(name)[:100]} {reason}: rename it')
 
-# %% ../../nbs/04_data.folder.ipynb #3324f824
+# %% ../../nbs/04_data.folder.ipynb #cd5e83ac
+def _split_folders(folder): # -> names of the folders of both splits, of one, or [''] without splits
+    tops = _subfolders(folder)
+    named = {kind: [name for name in tops if name.lower() in names] for kind, names in dict(train=_train_names, valid=_valid_names).items()}
+    splits, others = named['train'] + named['valid'], [name for name in tops if name not in named['train'] + named['valid']]
+    if not splits: return ['']
+    if not named['train']: raise ValueError(f'{folder} has {", ".join(splits)}, but no train folder')
+    if len(named['train']) > 1: raise ValueError(f'{folder} has {" and ".join(named["train"])}: keep one of them')
+    if others: raise ValueError(f'{folder} has {others[0]} beside {", ".join(splits)}: is it a class or a split? Move it elsewhere')
+    with_classes = [name for name in sorted(named['valid'], key=lambda name: _valid_names.index(name.lower())) if _subfolders(folder/name)]
+    for name in named['valid']:
+        if name not in with_classes[:1]: warnings.warn(f'{folder}: {name} is not used', stacklevel=4)
+    return named['train'] + with_classes[:1]
+
+# %% ../../nbs/04_data.folder.ipynb #da878c92
 def find_pictures(
     folder:str|Path,
 ) -> PictureFiles:
@@ -65,11 +83,7 @@ def find_pictures(
     two classes, a class without pictures or in one split only, and a class name that cannot be shown."""
     folder = Path(folder)
     names = list(filter(_is_picture, list_files(folder, max_pictures, follow_links=True)))
-    tops = {name.lower(): name for name in _subfolders(folder)}
-    valid = next((tops[name] for name in _valid_names if name in tops), None)
-    if 'train' in tops: parts = [tops['train'], valid] if valid else [tops['train']]
-    elif tops and not tops.keys() - set(_valid_names): raise ValueError(f'{folder} has {", ".join(tops)} but no train folder')
-    else: parts = ['']
+    parts = _split_folders(folder)
     splits = [_classes(folder, names, part) for part in parts]
     vocab = sorted(splits[0])
     for name in sorted(set(vocab) ^ set(splits[-1])):
@@ -103,7 +117,7 @@ def _report_unreadable(folder, messages, n):
         raise ValueError(f'{of_all}, more than {_most_unreadable:.0%}: remove or repair them: {shown}')
     warnings.warn(f'{of_all}, so they are left out: {shown}', stacklevel=4)
 
-# %% ../../nbs/04_data.folder.ipynb #da6f758c
+# %% ../../nbs/04_data.folder.ipynb #23b10717
 _valid_share = .2
 
 def read_folder(
@@ -129,11 +143,12 @@ def read_folder(
     for label, name in enumerate(found.vocab):
         n_train, n_valid = ((y == label) & (is_valid == split) for split in (False, True))
         if n_train.any() and n_valid.any(): continue
-        raise ValueError(f'{folder}: class {name} has too few pictures that can be read: each class needs one or more to '
-                         'train on, and one or more to validate on')
-    return CIFAR10Data(*canonical_sort(x[~is_valid], y[~is_valid]), *canonical_sort(x[is_valid], y[is_valid]), found.vocab)
+        need = 'one or more to train on, and one or more to validate on'
+        raise ValueError(f'{folder}: class {name} has too few pictures that can be read: each class needs {need}')
+    train, valid = (canonical_sort(x[part], y[part]) for part in (~is_valid, is_valid))
+    return CIFAR10Data(*train, *valid, found.vocab)
 
-# %% ../../nbs/04_data.folder.ipynb #96ec4ad1
+# %% ../../nbs/04_data.folder.ipynb #db292c95
 def n_duplicates(
     data:CIFAR10Data,
 ) -> int:
@@ -148,5 +163,5 @@ def warn_of_duplicates(
 ):
     "Warn if validation images are also training images"
     if not (n := n_duplicates(data)): return
-    warnings.warn(f'{source}: {n:,} of {len(data.test_y):,} validation images are also training images, which inflates the accuracy: '
-                  'remove the copies', stacklevel=3)
+    both = f'{n:,} of {len(data.test_y):,} validation images are also training images'
+    warnings.warn(f'{source}: {both}, which inflates the accuracy: remove the copies', stacklevel=3)

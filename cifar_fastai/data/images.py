@@ -73,14 +73,15 @@ class CIFAR10Data(NamedTuple):
         counts = np.stack([torch.bincount(pixels[..., c].flatten(), minlength=256) for c in range(3)])
         values, n = np.arange(256)/255, self.train_x[..., 0].size
         mean = counts@values/n
-        return tuple(map(float, mean)), tuple(map(float, np.sqrt(counts@values**2/n - mean**2)))
+        std = np.sqrt((counts@values**2/n - mean**2).clip(0))
+        return tuple(map(float, mean)), tuple(map(float, np.where(std > 1e-6, std, 1))) # a channel may be constant
 
     @property
     def origin(self) -> str:
         "Name of the data set: the original CIFAR-10, the digits, or a different set with the start of its fingerprints"
         train, test = self.fingerprint
         if (train, test) == cifar10_fingerprint: return 'the original CIFAR-10'
-        if self.vocab == list('0123456789'): return "scikit-learn's digits"
+        if self.vocab == list('0123456789') and (train, test) == load_digits().fingerprint: return "scikit-learn's digits"
         return f'not the original CIFAR-10 (fingerprints {train[:8]}…, {test[:8]}…)'
 
 # %% ../../nbs/02_data.images.ipynb #d5201104

@@ -24,7 +24,8 @@ class _Named(NamedTuple):
     root: str # argument of the class, below fastai's data folder
 
 _kinds = dict(cifar100=_Named(datasets.CIFAR100, 'cifar-100-python', ''), mnist=_Named(datasets.MNIST, 'MNIST/raw', ''),
-              fashion_mnist=_Named(datasets.FashionMNIST, 'FashionMNIST/raw', ''), svhn=_Named(datasets.SVHN, 'SVHN', 'SVHN'))
+              fashion_mnist=_Named(datasets.FashionMNIST, 'FashionMNIST/raw', ''),
+              svhn=_Named(datasets.SVHN, 'SVHN', 'SVHN'))
 _kinds['cifar100_coarse'] = _kinds['cifar100']
 
 def find_named(
@@ -37,13 +38,14 @@ def find_named(
     try: _open(name, root, download)
     except Exception as e: # of the network, of a checksum, or of a file
         how = 'could not be downloaded' if download else 'are not there, or their checksums differ'
-        raise FileNotFoundError(f"data is '{name}': its files {how}; looked in {root/kind.folder}: {one_line(e)[:300]}") from None
+        where = f'looked in {root/kind.folder}: {one_line(e)[:300]}'
+        raise FileNotFoundError(f"data is '{name}': its files {how}; {where}") from None
     return root/kind.folder
 
 def _open(name, root, download=False): # -> (training set, test set), of torchvision
     kind = _kinds[name]
-    if name == 'svhn': return [kind.torchvision(root/kind.root, split=split, download=download) for split in ('train', 'test')]
-    return [kind.torchvision(root/kind.root, train=train, download=download) for train in (True, False)]
+    splits = [dict(split='train'), dict(split='test')] if name == 'svhn' else [dict(train=True), dict(train=False)]
+    return [kind.torchvision(root/kind.root, **split, download=download) for split in splits]
 
 # %% ../../nbs/04_data.named.ipynb #2c97c65e
 def read_named(

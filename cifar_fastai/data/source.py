@@ -100,7 +100,8 @@ def find_cifar10(
         try: path = Path(source).expanduser()
         except RuntimeError: path = Path(source) # there is no such user
         if not path.exists():
-            remedy = f"give a folder of pictures, the folder or archive of CIFAR-10, or a name: cifar10, digits, {', '.join(named_sets)}"
+            names = ', '.join(['cifar10', 'digits', *named_sets])
+            remedy = f'give a folder of pictures, the folder or archive of CIFAR-10, or a name: {names}'
             raise FileNotFoundError(f'{printable(path)} does not exist: {remedy}')
         return path
     for kind, name in [('data', 'cifar10'), ('data', 'cifar-10-batches-py'),
@@ -114,10 +115,10 @@ def find_cifar10(
 def _warn_uncached(reason:str):
     warnings.warn(f'the decoded images are not cached, so the next start is slow: {reason}', stacklevel=4)
 
-def _state(file) -> tuple|None: # of size and modification time
+def _state(file) -> tuple|None: # what changes with the content, or if another file gets the name
     try: info = os.stat(file)
     except OSError: return None # a broken link
-    return info.st_size, info.st_mtime_ns
+    return info.st_size, info.st_mtime_ns, info.st_ino
 
 def _file_names(path): # -> of a folder, relative to it
     return list_files(path, max_pictures, follow_links=True)
@@ -139,7 +140,7 @@ def _cache_file(source:Path, *kind) -> Path|None:
 def _read_cache(file:Path) -> CIFAR10Data|None:
     "Return the cached data, or `None` when the file is missing or damaged"
     try:
-        with open(check_file(file, 2**30), 'rb') as f, np.load(f, allow_pickle=False) as arrays:
+        with open(check_file(file, 2**36), 'rb') as f, np.load(f, allow_pickle=False) as arrays:
             data = CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
         for x, y in (data[:2], data[2:4]):
             expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
@@ -170,15 +171,15 @@ def _cache_lock(folder:Path):
 
 # %% ../../nbs/05_data.source.ipynb #14938ad6
 def load_cifar10(
-    source=None, # 'cifar10' (or `None`), 'digits', one of `named_sets`, a folder, an archive, or `CIFAR10Data`, which is returned as it is
+    source=None, # 'cifar10' (or `None`), 'digits', one of `named_sets`, a folder, an archive, or `CIFAR10Data`
     urls=cifar10_urls, # addresses to download from when nothing is found
     size:int=32, # pixels of a side of pictures of your own; all others are 32×32
 ) -> CIFAR10Data:
     """Return all images, `uint8` (N, 32, 32, 3), and labels, `int64` (N,), as NumPy arrays in canonical order.
 
-    A folder is read as CIFAR-10 if it has its batches or its ten classes, and otherwise by `read_folder`, as pictures of
-    your own. Raises `FileNotFoundError` when the source does not exist or cannot be downloaded, and `ValueError` when it
-    is damaged or has neither layout."""
+    `CIFAR10Data` is returned as it is. A folder is read as CIFAR-10 if it has its batches or its ten classes, and
+    otherwise by `read_folder`, as pictures of your own. Raises `FileNotFoundError` when the source does not exist or
+    cannot be downloaded, and `ValueError` when it is damaged or has neither layout."""
     if isinstance(source, CIFAR10Data): return source
     check_size(size)
     if str(named_source(source)) == 'digits': return _of_32_pixels(load_digits, size)
@@ -192,7 +193,8 @@ def load_cifar10(
 
 def _of_32_pixels(load, size):
     if size == 32: return load()
-    raise ValueError(f'size is {size}: data sets by name and CIFAR-10 have images of 32 pixels; pictures of your own can have others')
+    others = 'data sets by name and CIFAR-10 have images of 32 pixels'
+    raise ValueError(f'size is {size}: {others}; pictures of your own can have others')
 
 def _load_named(name, download):
     folder = find_named(named_source(name), download=download)
@@ -204,7 +206,8 @@ def _cached(path, read, *kind): # `kind` tells several caches of the same files 
     if (data := _read_cache(cache)) is not None: return data
     with _cache_lock(cache.parent):
         data = _read_cache(cache) # another process may have written it while this one waited
-        if data is None:
-            data = read(path)
-            _write_cache(cache, data)
+        if data is not None: return data
+        with warnings.catch_warnings(record=True) as found: data = read(path)
+        if not found: _write_cache(cache, data) # pictures that could not be read may be readable the next time
+    for warning in found: warnings.warn(warning.message, stacklevel=3)
     return data

@@ -67,7 +67,10 @@ def _text_width(text, size):
 
 def _shorten(text, n=36):
     "Shorten `text` to `n` characters by an ellipsis in its middle, since class names often differ only at their ends"
-    return text if len(text) <= n else f'{text[:n//2 - 1]}…{text[-n//2:]}'
+    short = text if len(text) <= n else f'{text[:n//2 - 1]}…{text[-n//2:]}'
+    return _without_math(short)
+
+def _without_math(text): return text.replace('$', r'\$') # matplotlib would set what is between two $ as a formula
 
 # %% ../../nbs/41_look.plots.ipynb #abca32a7
 def _size_in_inches(height, width): # of an image in pixels -> (width, height); wide images have up to twice the width
@@ -81,7 +84,8 @@ def plot_images(
 ) -> plt.Figure:
     "Plot small images in a grid, enlarged without interpolation, each below its caption"
     rows = max(1, -(-len(imgs)//cols))
-    titles = ['\n'.join(part for line in title.split('\n') for part in wrap(line, 36)) for title in titles]
+    wrapped = ['\n'.join(part for line in title.split('\n') for part in wrap(line, 36)) for title in titles]
+    titles = list(map(_without_math, wrapped))
     # Sizes in inches, of the images and of a cell of the grid. All images share one axes, whose unit is an inch.
     sizes = [_size_in_inches(*img.shape[:2]) for img in imgs]
     widest, tallest = np.max(sizes, axis=0) if sizes else (1.6, 1.6)

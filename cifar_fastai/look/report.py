@@ -25,7 +25,7 @@ from ..callback.schedule import one_cycle_lr, peak_step_of, plot_range_test
 from .calibration import draw_confidences, draw_reliability
 from .plots import plot_lrs
 from ..run.folder import load_run
-from .explain import cam_pictures
+from .explain import explainer
 from .interpret import CifarInterpretation
 from .shift import plot_shift_rows, read_shift_table, shifts
 from .page import (RunRecord, _percent, _template, _thinned, _valid_images, image_uri, page_plot,
@@ -38,7 +38,8 @@ def changed_settings(
     "Return the settings that differ from the defaults of their data set, recipe and number of epochs"
     settings, own = settings.resolved(), TrainSettings(settings.data, settings.recipe, size=settings.size)
     defaults = asdict(replace(own, epochs=settings.epochs).resolved()) # the default of peak_epoch depends on epochs
-    defaults |= dict(data=TrainSettings.data, recipe=TrainSettings.recipe, size=TrainSettings.size, epochs=own.resolved().epochs)
+    defaults |= {name: getattr(TrainSettings, name) for name in ('data', 'recipe', 'size')}
+    defaults['epochs'] = own.resolved().epochs
     return {name: value for name, value in asdict(settings).items() if name != 'out' and value != defaults[name]}
 
 def repeat_command(
@@ -133,14 +134,15 @@ def _plots(
                 accuracy_plot=page_plot(_curves(history, accuracies, 'accuracy'), accuracy_alt))
 
 # %% ../../nbs/51_look.report.ipynb #f4a4c244
+def _augmentation(record): return sized_augment(record.settings.size, record.settings.cutout, record.settings.flip)
+
 def augmented_images(
     record:RunRecord,
     imgs, # `uint8` training images (N, size, size, 3)
     n_epoch:int=8, # augmented versions of each image, one per epoch
 ) -> np.ndarray: # `uint8` (N, n_epoch, size, size, 3)
     "Return images as the augmentation of the run makes them, epoch by epoch"
-    s, n = record.settings, len(imgs)
-    aug, seed = sized_augment(s.size, s.cutout, s.flip), s.seed
+    aug, n, seed = _augmentation(record), len(imgs), record.settings.seed
     pixels, fill = pack_pixels(imgs), pack_colour(record.data['stats'][0])
     versions = []
     for epoch in range(n_epoch):
@@ -267,10 +269,9 @@ def _cams(interp, wrong, explain):
     return [tuple(image_uri(picture, 50) for picture in pictures) for pictures in zip(*of_classes)]
 
 def _explainer(record): # -> function: images and labels → images with Grad-CAM maps; `None` without Captum or weights
-    if find_spec('captum') is None: return None
     try: model, config = load_run(record.path)
     except (ValueError, OSError): return None
-    return lambda images, labels: cam_pictures(model, images, labels, config['data']['stats'])
+    return explainer(model, config['data']['stats'], record.settings.size)
 
 def _label_issues(interp, k=24): # -> list of dicts: uri, idx, given, suggested; `None` without cleanlab
     if find_spec('cleanlab') is None: return None
@@ -329,7 +330,7 @@ def report_page(
         name=record.name, origin=_origin(record), vocab=list(interp.vocab), n_train=record.data['n_train'],
         n_valid=n_valid, images=_valid_images(record), accuracy=_percent(record.summary['accuracy']),
         n_wrong=interp.n_wrong, figures=_figures(record, interp), command=repeat_command(record.settings),
-        settings=_settings(record), lr_text=_lr_text(record), aug=sized_augment(record.settings.size, record.settings.cutout, record.settings.flip),
+        settings=_settings(record), lr_text=_lr_text(record), aug=_augmentation(record),
         smoothing=f' (label smoothing {smoothing:g})' if smoothing else '', machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),
         gallery=_gallery(interp, most, explain) if dls else None,

@@ -295,9 +295,9 @@ def unfinished(
     "Say after which epoch an unfinished run has stopped"
     try: summary = read_summary(run)
     except (FileNotFoundError, ValueError): summary = dict(interrupted=True)
-    if not summary.get('interrupted'): return None
+    if not summary.get('interrupted') or not (Path(run)/'history.csv').exists(): return None
     n, epochs = len(read_history(run)), settings_from(read_config(run)['settings']).resolved().epochs
-    return printable(f'{run} is not finished: these are its weights after epoch {n} of {epochs}')
+    return printable(f'{run} is not finished: it has epoch {n} of {epochs}')
 
 # %% ../../nbs/40_run.folder.ipynb #a6588724
 def balanced_loss(
@@ -329,14 +329,17 @@ def learner_from_run(
     """Return a learner with the network of a run and the data that it was trained and validated on.
 
     Raises `FileNotFoundError` or `ValueError` if a file of the run or the data is missing or damaged, and `ValueError`
-    if the classes of the data are not those of the run."""
+    if the classes of the data are not those of the run, or its pictures have changed."""
     model, config = load_run(run, weights)
     settings = settings_from(config['settings']).resolved()
+    changed = data is None and Path(settings.data).is_dir() # pictures of your own may have changed since
     data = load_cifar10(settings.data if data is None else data, size=settings.size)
     facts = config['data']
     if data.vocab != facts['vocab']:
         raise ValueError(f"the classes of the run are {', '.join(facts['vocab'])}, and those of the data "
                          f"{', '.join(data.vocab)}: give the data of the run")
+    if changed and list(data.fingerprint) != list(facts['fingerprint']):
+        raise ValueError(f'the images in {settings.data} are no longer those of the run, so others may validate: give them as data')
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
                     aug=sized_augment(settings.size, settings.cutout, settings.flip), stats=facts['stats'],
                     num_workers=settings.num_workers, recipe=settings.recipe)

@@ -32,13 +32,14 @@ from ..core import (TrainSettings, environment, get_recipe, logger, not_of_other
 from ..files import Count, checked, own_folder, remove_parts, write_json, write_whole
 from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.source import load_cifar10
-from ..data.augment import plot_augmented, sized_augment
+from ..data.augment import CropFlipCutout, plot_augmented, sized_augment
 from ..data.loader import lost_worker_in_words, resolve_device
 from ..data.block import cifar_dls, default_bs, default_flip
 from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bounds
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
 from ..callback.tensorboard import TensorBoardLog
+from ..networks import check_output
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
 from .folder import RunFolder, history_columns, learner_options, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
@@ -236,6 +237,7 @@ def save_plots(
     lrs=None, # learning rate of each step
     tested:tuple=None, # (learning rates, losses, bounds) of the range test
     data:CIFAR10Data=None, # for samples of the images
+    aug:CropFlipCutout=None, # of the run, for samples of augmented images
 ) -> list[Path]:
     "Write the plots of a run as PNG files"
     folder = own_folder(folder)
@@ -246,7 +248,7 @@ def save_plots(
     if tested is not None: figures['range_test'] = plot_range_test(*tested).figure
     if data is not None:
         figures['samples'] = plot_classes(data.train_x, data.train_y, data.vocab)
-        figures['augmented'] = plot_augmented(data.train_x[0], mean=data.stats[0])
+        figures['augmented'] = plot_augmented(data.train_x[0], aug or sized_augment(data.size), data.stats[0])
     for name, fig in figures.items():
         save_figure(fig, folder/f'{name}.png')
         plt.close(fig)
@@ -296,7 +298,8 @@ def load_data(
     data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data, size=settings.size))
     settings = replace(settings, size=data.size)
     defaults = settings.resolved()
-    bs, flip = settings.bs or default_bs(data, defaults.bs), settings.flip or default_flip(data, defaults.flip)
+    flip = settings.flip or (defaults.flip if 'flip' in getattr(settings, 'without', ()) else default_flip(data, defaults.flip))
+    bs = settings.bs or default_bs(data, defaults.bs)
     return replace(settings, bs=bs, flip=flip).resolved(), data
 
 def unused_ingredients(
@@ -321,8 +324,12 @@ def settings_learner(
                     num_workers=settings.num_workers, device=device, recipe=settings.recipe)
     processes.check(dls)
     model = new_model(dls, settings.whiten, settings.dirac, settings.model, **settings.network)
-    if unused := unused_ingredients(settings): logger.info(f"model {settings.model} has no use for {', '.join(unused)} of the recipe")
-    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **learner_options(settings, data, device))
+    if settings.model != 'custom':
+        for size in set(settings.sizes): check_output(model, settings.model, dls.c, size)
+    if unused := ', '.join(unused_ingredients(settings)):
+        logger.info(f'model {settings.model} has no use for {unused} of the recipe')
+    options = learner_options(settings, data, device)
+    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **options)
     learn.processes = processes
     return no_bar_without_tty(learn), data
 
@@ -340,7 +347,9 @@ def finish_run(
     save_run.folder.check()
     interp.save_predictions(save_run.path/'predictions.safetensors')
     if tested is not None: write_range_test(save_run.path, *tested[:2]) # as `train` did; a fit of your own has not
-    save_plots(save_run.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data)
+    s = settings_from(save_run.config['settings']).resolved()
+    aug = sized_augment(s.size, s.cutout, s.flip)
+    save_plots(save_run.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data, aug)
     flipped, calibration = interp.flip_averaged().accuracy, run_calibration(interp, how)
     summary = run_summary(learn, save_run, interp.n_wrong, flipped, calibration)
     save_run.folder.check()
@@ -355,6 +364,9 @@ def train(
 ) -> dict: # content of `summary.json`, in each process
     "Train one run. On Ctrl-C or SIGTERM, save a checkpoint, the history and the weights before raising"
     run = processes.from_first(lambda: new_run_folder(settings.out))
+    folder = Path(settings.data).absolute()
+    if folder.is_dir() and folder in run.absolute().parents:
+        raise ValueError(f'out is {run}: it is in the folder of the images, {settings.data}, and would be a class of its own')
     settings, data = load_data(settings, data, processes)
     learn, data = settings_learner(settings, data, processes)
     if processes.n > 1: _check_images(processes, data)

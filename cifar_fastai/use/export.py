@@ -278,6 +278,12 @@ def _check_agreement(predict, net, size=32, tolerance=1e-4):
             raise ValueError(f"the exported network's probabilities differ from PyTorch's by up to {difference:.2g}: "
                              f'no file was written, since more than {tolerance:g} is not accepted')
 
+def _check_bytes(model, format):
+    "Raise `ValueError` for a network whose ONNX file `load_onnx` would refuse"
+    n_bytes = sum(4*p.numel() for p in model.parameters())
+    if format != 'onnx' or n_bytes < max_onnx_bytes: return
+    raise ValueError(f"format is 'onnx': the network has {n_bytes:,} bytes, and {max_onnx_bytes:,} are the most: export it as torch")
+
 def _check_out(out:Path, suffix):
     "Raise `ValueError` or `FileExistsError` unless `out` is a new file with this suffix in an existing folder"
     if out.suffix != suffix: raise ValueError(f'out is {out}: must end in {suffix}')
@@ -308,6 +314,7 @@ def export_model(
     name = 'best' if run is None or weights == 'best' else 'model'
     out = Path(run or '')/f'{name}{_suffixes[format]}' if out is None else Path(out)
     _check_out(out, _suffixes[format])
+    _check_bytes(model, format)
     net = ImagesToProbabilities(model, stats, temperature)
     if not net(torch.zeros(1, size, size, 3, dtype=torch.uint8)).isfinite().all():
         raise ValueError(f"{run or 'the network'} gives probabilities that are nan: choose a run that did not diverge")

@@ -8,9 +8,7 @@ __all__ = ['Classifier', 'load_classifier', 'load_explainer']
 # %% ../../nbs/55_use.predict.ipynb #6f4f7bf6
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from torch import nn
@@ -18,7 +16,7 @@ from torch import nn
 from ..core import cifar10_classes, cifar10_stats, settings_from
 from ..models import load_pretrained
 from ..run.folder import load_run, read_temperature
-from ..look.explain import cam_pictures
+from ..look.explain import explainer
 from ..look.interpret import class_probabilities
 
 # %% ../../nbs/55_use.predict.ipynb #a6d20536
@@ -62,10 +60,7 @@ def load_explainer(
     model=None, # as in `load_classifier`
     weights='last', # as in `load_classifier`
 ) -> Callable|None: # `uint8` images (N, size, size, 3) and labels (N,) → images with Grad-CAM maps, `uint8`
-    "Return a function that explains predictions with Grad-CAM; `None` for an ONNX file, and if Captum is not installed"
-    if _is_onnx(model) or find_spec('captum') is None: return None
-    network, stats, *_ = _load(model, weights)
-    lock = Lock() # Grad-CAM has hooks on the network, which threads would share
-    def explain(images, labels):
-        with lock: return cam_pictures(network, list(images), labels, stats)
-    return explain
+    "Return a function that explains predictions with Grad-CAM; `None` for an ONNX file, and as for `explainer`"
+    if _is_onnx(model): return None
+    network, stats, _, _, size = _load(model, weights)
+    return explainer(network, stats, size)
