@@ -243,6 +243,11 @@ class InterpretSettings:
     label_issues: bool = False # also print and plot the images whose labels are most likely to be wrong
     shift: bool = False # also measure accuracy and calibration on 500 images that are compressed, blurred, noisy, …
 
+def _say_if_unfinished(command, run):
+    from cifar_fastai.run.folder import unfinished
+    if run is None or not Path(run).is_dir(): return
+    if said := unfinished(run): print(f'{command}: {said}', file=sys.stderr)
+
 @_command
 def cifar_interpret(settings:InterpretSettings):
     "Classify the validation images of a run, print accuracy and mistakes, and write the plots."
@@ -317,11 +322,6 @@ def cifar_predict(settings:PredictSettings):
         for start in range(0, len(settings.images), 256):
             n_refused += _predict(settings.images[start:start + 256], pool, classify, vocab)
     if n_refused: sys.exit(1)
-
-def _say_if_unfinished(command, run):
-    from cifar_fastai.run.folder import unfinished
-    if run is None or not Path(run).is_dir(): return
-    if said := unfinished(run): print(f'{command}: {said}', file=sys.stderr)
 
 def _predict(paths, pool, classify, vocab): # -> number of files that were not images
     from cifar_fastai.data.picture import read_image

@@ -21,7 +21,7 @@ from .core import Recipe, get_recipe, recipes, shows_progress, sized
 from .files import Count, checked
 from .data.loader import SeededDL
 from .data.inspect import _check_data, _device_of, _n_classes, first_images
-from .models import CustomResNet, dirac_layers, whiten_first_layer
+from .models import dirac_layers, whiten_first_layer
 from .networks import build_network
 from .optimizer import FusedAdam
 from .callback.average import Lookahead
@@ -236,7 +236,7 @@ def cifar_learner(
     metrics=accuracy, # of both sets
     wd_bn_bias:bool=False, # decay norms and biases, too
     sizes=None, # of `ImageSizes`, () for images as they are; `None` is the recipe's
-    freeze_first:int=None, # epochs of `FreezeFirst`, 0 for none; `None` is the recipe's, for `CustomResNet`
+    freeze_first:int=None, # epochs of `FreezeFirst`, 0 for none; `None` is the recipe's, or 0 for a model that is given by name
     lookahead:int=None, # steps of `Lookahead`, 0 for none; `None` is the recipe's
     **kwargs, # further arguments of fastai's `Learner`
 ) -> CifarLearner:
@@ -248,11 +248,12 @@ def cifar_learner(
     _check_data(dls, images=model is None or isinstance(model, str), targets=loss_func is None)
     loss_func = _recipe_loss(recipe, label_smoothing, loss_func)
     opt_func, wd = _optimizer(recipe, opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
-    if isinstance(model, str) and model != 'custom': model = new_model(dls, False, name=model)
+    if isinstance(model, str) and model != 'custom':
+        model = new_model(dls, False, name=model)
+        freeze_first = freeze_first or 0 # its first part may be nearly all of it
     if model is None or isinstance(model, str): model = new_model(dls, recipe.whiten, recipe.dirac, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
     if compile: model.compile()
     if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']
-    if freeze_first is None and not isinstance(model, CustomResNet): freeze_first = 0 # the first part may be nearly all
     of_recipe = _recipe_callbacks(recipe, sizes=sizes, freeze_first=freeze_first, lookahead=lookahead)
     cbs = [SetEpoch(), *precision_callbacks(precision, _device_of(dls)), *of_recipe, *L(cbs)]
     learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs, **kwargs)

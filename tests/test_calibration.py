@@ -1,5 +1,6 @@
 """Probabilities: measures against NumPy and scikit-learn, the temperature, and where it is applied."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss
 
-from cifar_fastai.core import TrainSettings, recipe_temperatures, recipes
+from cifar_fastai.core import Recipe, TrainSettings, cifar10_classes, cifar10_stats, recipe_temperatures, recipes
 from cifar_fastai.files import read_json, write_json
-from cifar_fastai.data.images import cifar10_fingerprint
-from cifar_fastai.look.calibration import apply_temperature, calibration, fit_temperature, plot_reliability
+from cifar_fastai.data.block import cifar_dls
+from cifar_fastai.data.images import CIFAR10Data, cifar10_fingerprint, first_of_each_class
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.look.calibration import apply_temperature, calibration, fit_temperature, log_probabilities, plot_reliability
 from cifar_fastai.look.interpret import CifarInterpretation, class_probabilities
 from cifar_fastai.look.page import read_run, run_predictions
 from cifar_fastai.run.folder import load_run, read_summary, read_temperature
-from cifar_fastai.run.train import find_temperature, run_config, train
+from cifar_fastai.models import load_pretrained
+from cifar_fastai.run.train import find_temperature, run_calibration, train
 from cifar_fastai.use.predict import load_classifier
 
 def draw(n=2000, classes=5, scale=1., seed=0): # -> (logits, labels): labels are drawn from the softmax of the logits, so scale 1 is calibrated
@@ -218,3 +222,72 @@ def test_an_invalid_temperature_in_a_summary_is_refused_by_name(finished, tmp_pa
     summary['calibration']['temperature'] = value
     write_json(run/'summary.json', summary)
     with pytest.raises(ValueError, match=r'calibration\.temperature'): read_temperature(run)
+
+# ---- the temperatures of the recipes, and the network that ships
+
+benchmarks = Path(__file__).parent.parent/'benchmarks'
+
+def recorded_seeds(recipe): # -> list of (probabilities, labels) of the test images
+    targs = load_file(benchmarks/'runs/24-epochs/predictions.safetensors')['targs']
+    logits = load_file(benchmarks/f'runs/h100/{recipe}.safetensors')
+    return [(logits[name].float().softmax(dim=1), targs) for name in logits if not name.endswith('flips')]
+
+@pytest.mark.parametrize('recipe', recipe_temperatures)
+def test_the_temperature_of_a_recipe_has_its_evidence(recipe):
+    found = [record for record in read_json(benchmarks/'temperatures.json') if record['recipe'] == recipe]
+    assert found and recipe_temperatures[recipe] == pytest.approx(np.mean([record['temperature'] for record in found]), abs=5e-4)
+    for record in found:
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in record['settings'].items()}
+        assert Recipe(**settings) == recipes[recipe], 'the recipe has changed since: measure its temperature again'
+        assert record['n_images'] >= 5000 and record['temperature'] in pytest.approx(record['temperature_of_halves'], rel=.1)
+
+@pytest.mark.parametrize('recipe', recipe_temperatures)
+def test_the_temperature_of_a_recipe_calibrates_each_recorded_seed_on_the_test_images(recipe):
+    for probs, targs in recorded_seeds(recipe):
+        calibrated, before = apply_temperature(probs, recipe_temperatures[recipe]), calibration(probs, targs)
+        after = calibration(calibrated, targs)
+        assert after.ece <= .03 and after.nll <= before.nll and torch.equal(calibrated.argmax(dim=1), probs.argmax(dim=1))
+
+@pytest.fixture(scope='module')
+def some_test_images(real_cifar): # 2,000, the same share of each class
+    chosen = first_of_each_class(real_cifar.test_y, .2)
+    return real_cifar.test_x[chosen], real_cifar.test_y[chosen]
+
+def shown_by_predict(images): return load_classifier()[0](images)
+
+def shown_by_export(images, tmp_path):
+    pytest.importorskip('onnxruntime', reason='the extra export is not installed')
+    from cifar_fastai.use.export import export_model
+    return load_classifier(export_model(None, 'onnx', tmp_path/'best.onnx'))[0](images)
+
+def shown_by_captions(images, labels, digits):
+    data = CIFAR10Data(digits.train_x[:64], digits.train_y[:64], images, labels, cifar10_classes)
+    learn = cifar_learner(cifar_dls(data, 64, num_workers=0, stats=cifar10_stats), load_pretrained(), 'fp32')
+    with learn.no_bar(): interp = CifarInterpretation.from_learner(learn)
+    shown = {m.idx: m.probability for m in interp.misclassified()}
+    assert shown == {i: float(interp.probs[i].max()) for i in shown} and len(shown) == interp.n_wrong
+    return interp.probs
+
+def test_the_network_that_ships_shows_calibrated_probabilities_in_predictions_captions_and_exports(some_test_images, digits, tmp_path):
+    images, labels = some_test_images
+    shown = dict(predict=shown_by_predict(images), captions=shown_by_captions(images, labels, digits), export=shown_by_export(images, tmp_path))
+    for place, probs in shown.items():
+        found = calibration(torch.as_tensor(probs), torch.as_tensor(labels))
+        assert found.ece <= .03, place
+        assert np.allclose(probs, shown['predict'], atol=1e-4), place # the app and its examples show those of `load_classifier`
+
+@pytest.mark.slow
+def test_the_network_that_ships_is_calibrated_on_all_test_images(real_cifar):
+    probs, targs = torch.as_tensor(shown_by_predict(real_cifar.test_x)), torch.as_tensor(real_cifar.test_y)
+    assert calibration(probs, targs).ece <= .03
+    logits = log_probabilities(probs)*recipe_temperatures['best'] # as trained
+    recorded, _ = recorded_seeds('best')[0]
+    assert (logits.argmax(dim=1) == recorded.argmax(dim=1)).float().mean() > .998 # in bf16 on a GPU
+    assert calibration(logits.softmax(dim=1), targs).ece > .15
+
+def test_the_report_of_a_run_of_the_recipe_shows_calibrated_probabilities():
+    probs, targs = recorded_seeds('best')[0]
+    interp = CifarInterpretation(None, None, probs, targs, torch.zeros(len(targs)))
+    config = dict(settings=vars(TrainSettings(recipe='best')), data=dict(fingerprint=list(cifar10_fingerprint)))
+    temperature, how = find_temperature(config, interp)
+    assert 'best' in how and run_calibration(interp.calibrated(temperature), how)['ece'] <= .03

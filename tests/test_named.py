@@ -115,7 +115,7 @@ def test_a_name_is_a_source_with_a_cache_and_its_own_flips(empty_home, tmp_path,
     monkeypatch.undo(); monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='size is 64'): load_cifar10('mnist', size=64)
     dls = cifar_dls('mnist', num_workers=0)
-    assert dls.bs == 512 and dls.c == 10 and next(t for t in dls.train.after_item.fs if hasattr(t, 'aug')).aug.flip == 'none'
+    assert dls.bs == 8 and dls.c == 10 and next(t for t in dls.train.after_item.fs if hasattr(t, 'aug')).aug.flip == 'none'
 
 def test_both_labels_of_cifar100_have_caches_of_their_own(empty_home, monkeypatch):
     write_cifar100(empty_home/'data', monkeypatch)
