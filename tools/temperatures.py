@@ -55,12 +55,12 @@ def of_many_runs(path):
 
 def main(*runs):
     from cifar_fastai.files import read_json, write_json
-    records = read_json(file) if file.exists() else []
+    records = read_json(file)['runs'] if file.exists() else []
     for record in chain.from_iterable([of_folder(run)] if run.is_dir() else of_many_runs(run) for run in map(Path, runs)):
         same = [old for old in records if all(old[name] == record[name] for name in ('recipe', 'seed', 'device', 'n_images'))]
         if not same: records.append(record)
         print(f"{record['recipe']} {record['seed']}: {record['temperature']:.4f}" + ' (recorded already)'*bool(same))
-    write_json(file, records)
+    write_json(file, dict(runs=records))
 
 
 if __name__ == '__main__': main(*sys.argv[1:]) if sys.argv[1:] else sys.exit(__doc__)
