@@ -369,7 +369,8 @@ def test_repeat_prints_a_table_and_continues_where_it_was(small_archive, capsys)
     said, runs = capsys.readouterr().out, read_json('two/repeat.json')['runs']
     assert runs[:1] == first
     assert [run['seed'] for run in runs] == [0, 1] and re.search(r'\bseed-0\b.*\b1 epochs?\b', said)
-    n, mean, *_ = next(line for line in said.splitlines()[::-1] if line.startswith('best, lr_min 0.001, ghost 4 ')).removeprefix('best, lr_min 0.001, ghost 4').split()
+    row = next(line for line in said.splitlines()[::-1] if line.startswith('best, lr_min 0.001, ghost 4'))
+    _, n, mean, *_ = re.split(r'\s{2,}', row)
     assert n == '2' and float(mean) == pytest.approx(100*sum(run['accuracy'] for run in runs)/2, abs=.006)
     assert said.splitlines()[-1].endswith(' two')
     assert re.search(r'\bwd\b.*\b0\.25\b.*\b0\.9\b', refused(cifar_repeat, *args, '2', '--wd', .9))

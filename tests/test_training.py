@@ -283,8 +283,8 @@ def test_a_run_with_found_bounds_records_and_draws_them(settings, messages, digi
 def test_of_the_recipe_best_the_height_alone_is_found(settings, messages, digits):
     summary = train(settings(data='digits', epochs=1, bs=4, lr_min=None, lr_max='find', out='run'), digits.first(80, 40))
     bounds = summary['bounds']
-    assert bounds == dict(lr_min=2.5e-5, lr_max=bounds_from(*read_range_test('run')).lr_max)
-    assert re.search(rf'\b2\.50e-05\b.*\b{bounds["lr_max"]:.2e}\b.*lr_max.*range test', messages())
+    assert bounds == dict(lr_min=recipes['best'].lr_min, lr_max=bounds_from(*read_range_test('run')).lr_max)
+    assert re.search(rf'\b6.50e-04\b.*\b{bounds["lr_max"]:.2e}\b.*lr_max.*range test', messages())
 
 # ---- where the first layer begins
 
