@@ -1,5 +1,5 @@
 """Folders of pictures of one's own, from the files to a trained run."""
-import os, re, shutil
+import os, re, shutil, warnings
 
 import numpy as np
 import pytest
@@ -416,3 +416,11 @@ def test_the_block_reads_pictures_at_the_size_that_it_is_told(pets):
     assert {np.asarray(item[0]).tobytes() for item in dls.valid_ds.items} == {img.tobytes() for img in data.test_x}
     smaller = cifar_block(data.stats, data.vocab, CropFlipCutout(size=28)).dataloaders(pets, bs=4, num_workers=0) # a crop of 32×32
     assert smaller.one_batch()[0].shape[-1] == 28 and smaller.valid.one_batch()[0].shape[-1] == 32
+
+def test_unreadable_pictures_are_not_cached_even_if_warnings_are_ignored(empty_home, tmp_path):
+    for photo, name in enumerate('ab'): save_squares(tmp_path/'p'/name, 100, photo=photo, sides=(33, 34))
+    (tmp_path/'p'/'a'/'0001.png').write_bytes(b'no picture')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        load_cifar10(tmp_path/'p')
+    assert not list(empty_home.rglob('*.npz'))

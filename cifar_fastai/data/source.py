@@ -23,7 +23,7 @@ from ..core import check_size, data_variable, named_sets, named_source, printabl
 from ..files import check_file, remove_parts, write_whole
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, iter_members, list_files, max_source_bytes, read_images
-from .folder import max_pictures, read_folder, warn_of_duplicates
+from .folder import UnreadablePictures, max_pictures, read_folder, warn_of_duplicates
 from .named import find_named, read_named
 
 # %% ../../nbs/05_data.source.ipynb #4aed1124
@@ -207,7 +207,10 @@ def _cached(path, read, *kind): # `kind` tells several caches of the same files 
     with _cache_lock(cache.parent):
         data = _read_cache(cache) # another process may have written it while this one waited
         if data is not None: return data
-        with warnings.catch_warnings(record=True) as found: data = read(path)
-        if not found: _write_cache(cache, data) # pictures that could not be read may be readable the next time
-    for warning in found: warnings.warn(warning.message, stacklevel=3)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always', UnreadablePictures) # also if the caller ignores it
+            data = read(path)
+        is_whole = not any(issubclass(warning.category, UnreadablePictures) for warning in found)
+        if is_whole: _write_cache(cache, data) # what could not be read may be readable the next time
+    for warning in found: warnings.warn(warning.message, warning.category, stacklevel=3)
     return data
