@@ -33,10 +33,10 @@ class _Run: "Device, checkpoints and output"
 
 option_groups = {
     _Data: ('data', 'size', 'class_weights', 'valid', 'pipeline', 'num_workers'),
-    _Recipe: ('recipe', 'label_smoothing', 'flip', 'cutout', 'ghost', 'logit_scale', 'whiten', 'dirac', 'wd', 'sizes', 'freeze_first',
+    _Recipe: ('recipe', 'label_smoothing', 'flip', 'cutout', 'rotate', 'ghost', 'logit_scale', 'whiten', 'dirac', 'wd', 'sizes', 'freeze_first',
               'lookahead'),
     _Schedule: ('epochs', 'bs', 'peak_epoch', 'lr_max', 'lr_min', 'lr_start', 'anneal', 'betas', 'eps'),
-    _Network: ('model', 'norm', 'n_groups', 'width', 'dropout', 'conv_bias'),
+    _Network: ('model', 'pretrained', 'norm', 'n_groups', 'width', 'dropout', 'conv_bias'),
     _Run: ('precision', 'device', 'compile', 'checkpoint_minutes', 'log', 'seed', 'out')}
 
 def _registry(settings, default): # -> rules by which tyro returns a dict of values and groups the options

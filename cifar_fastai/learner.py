@@ -189,10 +189,11 @@ def new_model(
     whiten:bool, # initialise the first convolution from the first 5,000 training images
     dirac:bool=False, # initialise three convolutions with `dirac_layers`
     name:str='custom', # of the network, as in `build_network`
+    pretrained:bool=False, # start from pretrained weights; not for 'custom'
     **network, # further arguments of `CustomResNet`
 ) -> torch.nn.Module:
     "Return a new network for the classes of `dls`"
-    model = build_network(name, _n_classes(dls), getattr(dls, 'size', 32), **network)
+    model = build_network(name, _n_classes(dls), getattr(dls, 'size', 32), pretrained, **network)
     if whiten: whiten_first_layer(model, first_images(dls).cpu())
     if dirac: dirac_layers(model)
     return model
@@ -238,6 +239,7 @@ def cifar_learner(
     sizes=None, # of `ImageSizes`, () for images as they are; `None` is the recipe's
     freeze_first:int=None, # epochs of `FreezeFirst`, 0 for none; `None` is the recipe's, or 0 for a model that is given by name
     lookahead:int=None, # steps of `Lookahead`, 0 for none; `None` is the recipe's
+    pretrained:bool=False, # for a model that is given by name: start from pretrained weights
     **kwargs, # further arguments of fastai's `Learner`
 ) -> CifarLearner:
     """Return a fastai `Learner` with Adam, cross-entropy, and accuracy on both sets.
@@ -248,10 +250,11 @@ def cifar_learner(
     _check_data(dls, images=model is None or isinstance(model, str), targets=loss_func is None)
     loss_func = _recipe_loss(recipe, label_smoothing, loss_func)
     opt_func, wd = _optimizer(recipe, opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
+    if pretrained and not isinstance(model, str): raise ValueError(f'pretrained is {pretrained}: give the model by its name')
     if isinstance(model, str) and model != 'custom':
-        model = new_model(dls, False, name=model)
+        model = new_model(dls, False, name=model, pretrained=pretrained)
         freeze_first = freeze_first or 0 # its first part may be nearly all of it
-    if model is None or isinstance(model, str): model = new_model(dls, recipe.whiten, recipe.dirac, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
+    if model is None or isinstance(model, str): model = new_model(dls, recipe.whiten, recipe.dirac, pretrained=pretrained, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
     if compile: model.compile()
     if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']
     of_recipe = _recipe_callbacks(recipe, sizes=sizes, freeze_first=freeze_first, lookahead=lookahead)

@@ -1,8 +1,9 @@
 """Batches made at once, on the device: the same pixels, the same distribution, and a DataLoader as fastai's users know it."""
-import io, platform, shutil, subprocess, sys, warnings
+import io, math, platform, shutil, subprocess, sys, warnings
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from fastai.vision.all import (Brightness, Callback, CategoryBlock, CrossEntropy
                                Saturation, TensorImage, ToTensor, Transform, accuracy, aug_transforms, error_rate,
                                load_learner, set_seed)
 from PIL import Image
-from scipy.stats import chi2_contingency, chisquare
+from scipy.ndimage import center_of_mass
+from scipy.stats import chi2_contingency, chisquare, ks_2samp, kstest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar_fastai.data.augment import (CropFlipCutout, ItemAugment, augment_batch, draw, item_pipeline, pack_colour,
+from cifar_fastai.data.augment import (CropFlipCutout, Draws, ItemAugment, augment_batch, draw, item_pipeline, pack_colour,
                                        pack_pixels, unpack_pixels)
 from cifar_fastai.core import cifar10_stats
 from cifar_fastai.data.loader import BatchDL, NormalizeBytes, Resident, SeededDL, resolve_device
@@ -61,7 +63,38 @@ def test_for_given_draws_the_pixels_are_those_of_one_image_after_the_other(image
     draws, idxs = draw(aug, 200, key=(3, 1)), torch.from_numpy(np.random.default_rng(1).integers(50, size=200))
     batch = unpack_pixels(augment_batch(pack_pixels(images), idxs, draws, aug)).numpy()
     assert batch.shape == (200, aug.size, aug.size, 3) and batch.dtype == np.uint8
-    for out, i, *drawn in zip(batch, idxs, *draws): assert np.array_equal(out, one_by_one(images[i], aug, *drawn))
+    for out, i, *drawn, _ in zip(batch, idxs, *draws): assert np.array_equal(out, one_by_one(images[i], aug, *drawn))
+
+@pytest.mark.parametrize('pad_mode, border', [('reflect', cv2.BORDER_REFLECT_101), ('constant', cv2.BORDER_CONSTANT)])
+@pytest.mark.parametrize('shape', [(32, 32), (24, 40)], ids=str)
+def test_a_rotated_image_is_that_of_opencv(pad_mode, border, shape):
+    (h, w), angles = shape, [-180, -90, -30, -5, -.5, 0, 5, 20, 45, 180]
+    img = cv2.GaussianBlur(np.random.default_rng(0).integers(256, size=(*shape, 3), dtype=np.uint8), (0, 0), 1.5)
+    aug = CropFlipCutout(pad=0, size=min(shape), flip='none', cutout=0, rotate=180, pad_mode=pad_mode)
+    zeros = torch.zeros(len(angles), dtype=torch.int64)
+    draws = Draws(*[zeros]*5, (1000*torch.tensor(angles)).round().long())
+    batch = unpack_pixels(augment_batch(pack_pixels(img[None]), zeros, draws, aug)).numpy()
+    for angle, out in zip(angles, batch):
+        matrix = cv2.getRotationMatrix2D(((w - 1)/2, (h - 1)/2), angle, 1)
+        expected = cv2.warpAffine(img, matrix, (w, h), flags=cv2.INTER_LINEAR, borderMode=border, borderValue=[int(c) for c in fill])
+        difference = np.abs(out.astype(int) - expected[:min(shape), :min(shape)]).mean(axis=(0, 1))
+        assert difference.max() < 1 and (angle or np.array_equal(out, img[:min(shape), :min(shape)]))
+
+def test_a_rotation_leaves_the_other_draws_as_they_are_and_covers_its_angles():
+    plain, rotated = draw(CropFlipCutout(), 5000, key=(3, 1)), draw(CropFlipCutout(rotate=5), 5000, key=(3, 1))
+    for name in Draws._fields[:-1]: assert torch.equal(getattr(plain, name), getattr(rotated, name))
+    assert not plain.angle.any() and rotated.angle.abs().max() <= 5000
+    assert kstest(rotated.angle.numpy(), 'uniform', (-5000, 10_000)).pvalue > 1e-3
+
+def test_both_pipelines_rotate_by_the_same_angles():
+    aug, dot = CropFlipCutout(pad=0, flip='none', cutout=0, rotate=20), np.zeros((32, 32, 3), np.uint8)
+    dot[13:19, 26:32] = 255 # its centre of mass tells the angle
+    def angles(imgs): return [math.degrees(math.atan2(15.5 - y, x - 15.5)) for y, x in (center_of_mass(img[..., 0]) for img in imgs)]
+    as_batch = unpack_pixels(augment_batch(pack_pixels(dot[None]), torch.zeros(400, dtype=torch.int64), draw(aug, 400, key=1), aug)).numpy()
+    pipeline = item_pipeline(aug)
+    pipeline.set_random_seed(0)
+    found = [angles(as_batch), angles(pipeline(image=dot)['image'] for _ in range(400))]
+    assert all(-21 < min(each) < -17 and 17 < max(each) < 21 for each in found) and ks_2samp(*found).pvalue > 1e-3
 
 def test_images_come_back_from_their_packed_form(images):
     packed = pack_pixels(images)
@@ -98,9 +131,9 @@ def test_every_value_is_equally_likely(field, places):
 @pytest.mark.parametrize('flip_p', [0, 1])
 def test_a_flip_can_be_never_or_always(flip_p): assert set(draw(CropFlipCutout(flip_p=flip_p), 100, key=0).flip.tolist()) == {flip_p}
 
-def test_the_five_draws_are_independent_of_each_other():
-    draws = torch.stack(draw(CropFlipCutout(), 50_000, key=1)).double()
-    assert (torch.corrcoef(draws) - torch.eye(5)).abs().max() < .02
+def test_the_six_draws_are_independent_of_each_other():
+    draws = torch.stack(draw(CropFlipCutout(rotate=5), 50_000, key=1)).double()
+    assert (torch.corrcoef(draws) - torch.eye(6)).abs().max() < .02
 
 def read_off(out):
     "(row offset, column offset, flip, row and column of the hole) of an augmented ruler"

@@ -402,6 +402,14 @@ def test_the_report_says_how_the_images_were_augmented(pets, tmp_path, flip, cut
     page = write_report(tmp_path/'run').read_text()
     assert words in page and ('cutout of' in page) == (cutout > 0)
 
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_a_run_rotates_its_images_says_so_and_goes_on_to_do_so(pets, tmp_path, pipeline):
+    settings = TrainSettings(str(pets), rotate=7.5, pipeline=pipeline, epochs=1, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(tmp_path/'run'))
+    train(settings)
+    assert '7.5°' in write_report(tmp_path/'run').read_text()
+    assert learner_from_run(tmp_path/'run').dls.train.after_item.item_augment.aug.rotate == 7.5
+    with pytest.raises(ValueError, match='rotate is 200'): CropFlipCutout(rotate=200)
+
 def test_runs_of_digits_from_before_flips_were_recorded_keep_theirs():
     assert settings_from(dict(data='digits', epochs=5, bs=64)).resolved().flip == 'random' and TrainSettings('digits').resolved().flip == 'none'
 

@@ -1,4 +1,5 @@
 """Networks by name, in a learner, in a run folder and in the commands."""
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,7 +16,7 @@ from cifar_fastai.look.explain import grad_cam
 from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.report import write_report
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.networks import build_network
+from cifar_fastai.networks import build_network, pretrained_stats
 from cifar_fastai.run.folder import load_run, unfinished
 from cifar_fastai.run.train import resume, settings_learner, train, unused_ingredients
 from cifar_fastai.use.export import export_model
@@ -107,7 +108,6 @@ def test_every_reader_of_a_run_builds_its_network(run, digits, tmp_path):
     assert np.allclose(program(torch.from_numpy(few.test_x[:4])), classify(few.test_x[:4]), atol=1e-4)
 
 def test_a_run_with_another_network_resumes_to_the_same_weights(run, digits, tmp_path):
-    import shutil
     few, again = digits.first(256, 64), shutil.copytree(run, tmp_path/'again')
     expected = read_json(run/'summary.json')['weights_sha256']
     (again/'summary.json').unlink()
@@ -115,7 +115,6 @@ def test_a_run_with_another_network_resumes_to_the_same_weights(run, digits, tmp
     assert resume(again, data=few)['weights_sha256'] == expected
 
 def test_a_config_with_a_name_from_elsewhere_is_refused(run, tmp_path):
-    import shutil
     other = shutil.copytree(run, tmp_path/'other')
     for name in 'os.system', 'timm:hf-hub:someone/model', 'CustomResNet; import os', 5, None, '../x':
         config = read_json(run/'config.json')
@@ -171,3 +170,72 @@ def test_a_folder_with_weights_alone_still_predicts(run, digits, tmp_path):
     assert unfinished(tmp_path/'bare') is None and unfinished(run) is None
     classify, _ = load_classifier(tmp_path/'bare')
     assert classify(digits.test_x[:2]).shape == (2, 10)
+
+# ---- pretrained weights
+
+def cached(name, home): # where torch.hub keeps a download
+    from torchvision.models import get_model, get_model_weights
+    file = home/'hub/checkpoints'/get_model_weights(name).DEFAULT.url.split('/')[-1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = get_model(name, weights=None).state_dict()
+    torch.save(state, file)
+    return state
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'home'))
+    for name in 'http_proxy', 'https_proxy': monkeypatch.setenv(name, 'http://127.0.0.1:9') # no download
+    return tmp_path/'home'
+
+@pytest.mark.parametrize('name, new', [('resnet18', {'conv1.weight', 'fc.weight', 'fc.bias'}),
+                                       ('mobilenet_v3_small', {'classifier.3.weight', 'classifier.3.bias'})])
+def test_pretrained_weights_go_where_they_fit(home, name, new):
+    state = cached(name, home)
+    torch.manual_seed(0); model = build_network(name, 5, pretrained=True)
+    torch.manual_seed(0); before = build_network(name, 5).state_dict()
+    for key, t in model.state_dict().items(): assert torch.equal(t, before[key] if key in new else state[key]), key
+    means, deviations = pretrained_stats(name)
+    assert len(means) == len(deviations) == 3 and min(deviations) > 0
+
+@needs_timm
+def test_timm_loads_its_own_weights(tmp_path, monkeypatch):
+    import timm
+    from timm.models import _registry
+    state = timm.create_model('resnet10t', pretrained=False).state_dict()
+    torch.save(state, tmp_path/'weights.pth')
+    for name, cfg in _registry._model_pretrained_cfgs.items():
+        if name.startswith('resnet10t'): monkeypatch.setattr(cfg, 'file', str(tmp_path/'weights.pth'))
+    model = build_network('timm:resnet10t', 3, pretrained=True)
+    assert torch.equal(model.layer4[0].conv1.weight, state['layer4.0.conv1.weight']) and model.fc.weight.shape[0] == 3
+    assert pretrained_stats('timm:resnet10t')[0] == pytest.approx((.485, .456, .406))
+
+def test_weights_that_cannot_be_had_are_one_sentence(home):
+    with pytest.raises(FileNotFoundError, match='pretrained is True.*resnet34') as e: build_network('resnet34', pretrained=True)
+    assert '\n' not in str(e.value)
+    file = home/'hub/checkpoints/resnet34-b627a593.pth'
+    file.write_bytes(b'no weights')
+    with pytest.raises(FileNotFoundError, match='pretrained is True.*resnet34'): build_network('resnet34', pretrained=True)
+
+@pytest.mark.parametrize('call', [lambda: build_network('custom', pretrained=True), lambda: TrainSettings(pretrained=True), lambda: pretrained_stats('resnet99'),
+                                  lambda: build_network('resnet99', pretrained=True), lambda: TrainSettings(model='resnet18', pretrained='yes')])
+def test_pretrained_is_refused_where_there_are_no_weights(call):
+    with pytest.raises(ValueError, match='pretrained is|model is'): call()
+
+def test_a_learner_with_a_module_of_its_own_refuses_pretrained(digits):
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0)
+    for model in CustomResNet(width=8), None, 'custom':
+        with pytest.raises(ValueError, match='pretrained is True'): cifar_learner(dls, model, 'fp32', pretrained=True)
+
+def test_a_run_starts_from_pretrained_weights_and_normalises_as_they_need_it(home, digits, tmp_path):
+    few, run = digits.first(64, 32), tmp_path/'run'
+    state = cached('shufflenet_v2_x0_5', home)
+    settings = TrainSettings('digits', model='shufflenet_v2_x0_5', pretrained=True, epochs=1, bs=32, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(run))
+    learn, _ = settings_learner(settings, few)
+    assert torch.equal(learn.model.stage2[0].branch1[0].weight, state['stage2.0.branch1.0.weight'])
+    assert learn.dls.train.after_batch.normalize.mean.flatten().tolist() == pytest.approx([.485, .456, .406])
+    expected = train(settings, few)
+    shutil.rmtree(home) # what reads a run needs no download
+    assert read_json(run/'config.json')['data']['stats'][0] == pytest.approx([.485, .456, .406])
+    classify, _ = load_classifier(run)
+    assert np.allclose(classify(few.test_x), CifarInterpretation.from_run(run, few).raw_probs, atol=1e-4)
+    assert 'shufflenet' in write_report(run, data=few).read_text() and expected['weights_sha256']

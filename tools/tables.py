@@ -64,11 +64,14 @@ def spread(values): # fractions -> per cent: mean and standard deviation
 
 
 timed_on = 'benchmarks/bench/2-cores-zen4.json'
+timed_runs = dict(quick='quick-2-cores', fast='fast-holdout') # on that machine, with nothing else running
 
 
 def training_time(name, settings, timed, root): # of a recorded run on that machine, or computed from the throughput at each size of the images
-    run = root/f'benchmarks/runs/{name}-2-cores/summary.json'
-    if run.exists(): return f"{json.loads(run.read_text(encoding='utf-8'))['seconds']/60:.0f} min"
+    if name in timed_runs:
+        run = json.loads((root/f'benchmarks/runs/{timed_runs[name]}/summary.json').read_text(encoding='utf-8'))
+        part = ' for 45,000 of the images'*(run['settings']['valid'] == 'holdout')
+        return f"{run['seconds']/60:.0f} min{part}"
     epochs, sizes, rates = settings['epochs'], settings['sizes'] or [32], timed['image_sizes']
     of_epochs = [sizes[-(-(epoch + 1)*len(sizes)//epochs) - 1] for epoch in range(epochs)] # as `ImageSizes.size_of`
     return f"about {sum(50_000/mean(rates[str(size)]['images_per_second']) for size in of_epochs)/60:.0f} min without validation"

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastai.vision.all import PILImage, Transform
 from torch.utils.data import get_worker_info
 
@@ -24,7 +25,7 @@ from ..core import cifar10_stats
 # %% ../../nbs/06_data.augment.ipynb #b8cdd7d1
 @dataclass(frozen=True)
 class CropFlipCutout:
-    """Settings of the augmentation: pad, crop, horizontal flip, cutout, in this order.
+    """Settings of the augmentation: rotate, pad, crop, horizontal flip, cutout, in this order.
 
     Invalid values raise `ValueError`."""
     pad: int = 4 # pixels added on each side
@@ -33,6 +34,7 @@ class CropFlipCutout:
     cutout: int = 8 # side of the square hole, in pixels; 0 for no hole
     pad_mode: Literal['reflect', 'constant'] = 'reflect' # content of the padding; 'constant': the colour of the hole
     flip: Literal['random', 'alternate', 'none'] = 'random' # 'alternate': random in the first epoch, then every other epoch
+    rotate: float = 0. # largest angle of a random rotation about the centre, in degrees, before all other steps
 
     def __post_init__(self):
         if self.pad < 0: raise ValueError(f'pad is {self.pad}: must be at least 0 pixels')
@@ -46,15 +48,17 @@ class CropFlipCutout:
             raise ValueError(f'cutout is {self.cutout}: must be between 0 and size ({self.size}) pixels')
         if self.pad_mode not in ('reflect', 'constant'):
             raise ValueError(f"pad_mode is {self.pad_mode!r}: must be 'reflect' or 'constant'")
+        if not 0 <= self.rotate <= 180: raise ValueError(f'rotate is {self.rotate}: must be between 0 and 180 degrees')
 
 # %% ../../nbs/06_data.augment.ipynb #6cd71fdc
 def sized_augment(
     size:int=32, # of the images, in pixels
     cutout:int=8, # side of the hole, in pixels
     flip:Literal['random', 'alternate', 'none']='random',
+    rotate:float=0., # largest angle, in degrees
 ) -> CropFlipCutout:
     "Return the augmentation of images of a size: they are padded by an eighth of it, which is 4 pixels for 32"
-    return CropFlipCutout(size//8, size, cutout=cutout, flip=flip)
+    return CropFlipCutout(size//8, size, cutout=cutout, flip=flip, rotate=rotate)
 
 # %% ../../nbs/06_data.augment.ipynb #1ad4661c
 def _albumentations():
@@ -112,7 +116,9 @@ def item_pipeline(
     fill = tuple(round(255*m) for m in mean)
     border = dict(reflect=cv2.BORDER_REFLECT_101, constant=cv2.BORDER_CONSTANT)[aug.pad_mode]
     side, hole = aug.size + 2*aug.pad, (aug.cutout, aug.cutout)
-    steps = [A.PadIfNeeded(side, side, border_mode=border, fill=fill),
+    turn = A.Rotate(aug.rotate, interpolation=cv2.INTER_LINEAR, border_mode=border, fill=fill, p=1)
+    steps = [*[turn]*(aug.rotate > 0),
+             A.PadIfNeeded(side, side, border_mode=border, fill=fill),
              A.RandomCrop(aug.size, aug.size),
              A.HorizontalFlip(p=aug.flip_p if aug.flip == 'random' else 0)]
     if aug.cutout:
@@ -190,12 +196,13 @@ def sent(
     return t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device)
 
 class Draws(NamedTuple):
-    "Random numbers of `CropFlipCutout` for N images: five `int64` tensors (N,)"
+    "Random numbers of `CropFlipCutout` for N images: six `int64` tensors (N,)"
     top: torch.Tensor # row of the padded image at which the crop begins
     left: torch.Tensor # column of the padded image at which the crop begins
     flip: torch.Tensor # 1 if the image is flipped, else 0
     hole_top: torch.Tensor # row of the result at which the hole begins
     hole_left: torch.Tensor # column of the result at which the hole begins
+    angle: torch.Tensor # anticlockwise rotation, in thousandths of a degree
 
     def of(self, idxs) -> 'Draws':
         "Return the draws of the images at `idxs`: a slice, or an index tensor on the same device"
@@ -221,7 +228,8 @@ def draw(
     # Flips are drawn even if they are given, and the order is fixed, so that the other draws stay the same.
     top, left, random_flips = below(n_crops), below(n_crops), rng.random(n) < (0 if aug.flip == 'none' else aug.flip_p)
     flip = torch.from_numpy((random_flips if flips is None else flips).astype(np.int64))
-    return Draws(top, left, flip, below(n_holes), below(n_holes))
+    hole_top, hole_left, most = below(n_holes), below(n_holes), round(1000*aug.rotate)
+    return Draws(top, left, flip, hole_top, hole_left, below(2*most + 1) - most)
 
 # %% ../../nbs/06_data.augment.ipynb #3f5f9a72
 def pack_pixels(
@@ -255,6 +263,19 @@ def _reflected(at, n):
     at = at.remainder(2*n - 2)
     return torch.minimum(at, 2*n - 2 - at)
 
+# %% ../../nbs/06_data.augment.ipynb #6a1521bc
+def _rotated(pixels, angle, aug, fill): # `int32` (B, H, W) -> the same shape; bilinear, as OpenCV does it
+    (h, w), radians = pixels.shape[1:], (angle/1000).deg2rad()
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    across = (h - 1)/max(1, w - 1) # positions go from -1 to 1 in both directions, also if h and w differ
+    turn = torch.stack([cos, -sin*across, zero, sin/max(across, 1e-6), cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(turn, (len(pixels), 3, h, w), align_corners=True)
+    outside = dict(reflect='reflection', constant='zeros')[aug.pad_mode]
+    colour = unpack_pixels(fill[None, None, None]).view(1, 3, 1, 1).float() # becomes 0, with which grid_sample pads
+    x = unpack_pixels(pixels).permute(0, 3, 1, 2).float() - colour
+    x = F.grid_sample(x, grid, padding_mode=outside, align_corners=True) + colour
+    return pack_pixels(x.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1), pixels.device)
+
 # %% ../../nbs/06_data.augment.ipynb #7429bd48
 def augment_batch(
     pixels:torch.Tensor, # `int32` (N, H, W) from `pack_pixels`
@@ -263,9 +284,10 @@ def augment_batch(
     aug:CropFlipCutout=CropFlipCutout(), # augmentation settings
     fill=None, # fill colour from `pack_colour`, on the device of `pixels`; `None` is the mean of CIFAR-10
 ) -> torch.Tensor: # `int32` (B, `aug.size`, `aug.size`)
-    "Pad, crop, flip and cut out the images at `idxs`; `pixels` stays as it is"
+    "Rotate, pad, crop, flip and cut out the images at `idxs`; `pixels` stays as it is"
     (h, w), at = pixels.shape[1:], torch.arange(aug.size, device=pixels.device)
     if fill is None: fill = pack_colour(device=pixels.device)
+    if aug.rotate: pixels, idxs = _rotated(pixels[idxs], draws.angle, aug, fill), torch.arange(len(idxs), device=idxs.device)
     side = aug.size + 2*aug.pad
     at_flipped = torch.where(draws.flip[:, None] == 1, aug.size - 1 - at, at)
     # Source row and column of each output row and column, (B, size). Positions outside the image are padding.

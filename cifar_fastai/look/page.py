@@ -117,7 +117,7 @@ def run_images(
     recorded = record.data['vocab'], list(record.data['fingerprint'])
     if (list(data.vocab), list(data.fingerprint)) != recorded:
         raise ValueError(f'the images are not those of {record.path}: data is {data}, {data.origin}')
-    aug = sized_augment(s.size, s.cutout, s.flip)
+    aug = sized_augment(**s.augmentation)
     return cifar_dls(data, s.bs, 'item', s.valid, s.seed, aug, record.data['stats'], num_workers=0, device='cpu')
 
 # %% ../../nbs/50_look.page.ipynb #7f12a005

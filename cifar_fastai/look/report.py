@@ -134,7 +134,7 @@ def _plots(
                 accuracy_plot=page_plot(_curves(history, accuracies, 'accuracy'), accuracy_alt))
 
 # %% ../../nbs/51_look.report.ipynb #f4a4c244
-def _augmentation(record): return sized_augment(record.settings.size, record.settings.cutout, record.settings.flip)
+def _augmentation(record): return sized_augment(**record.settings.augmentation)
 
 def augmented_images(
     record:RunRecord,

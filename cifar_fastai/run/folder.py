@@ -341,7 +341,7 @@ def learner_from_run(
     if changed and list(data.fingerprint) != list(facts['fingerprint']):
         raise ValueError(f'the images in {settings.data} are no longer those of the run, so others may validate: give them as data')
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
-                    aug=sized_augment(settings.size, settings.cutout, settings.flip), stats=facts['stats'],
+                    aug=sized_augment(**settings.augmentation), stats=facts['stats'],
                     num_workers=settings.num_workers, recipe=settings.recipe)
     options = learner_options(settings, data, dls.device)
     return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **options))

@@ -39,7 +39,7 @@ from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bou
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
 from ..callback.tensorboard import TensorBoardLog
-from ..networks import check_output
+from ..networks import check_output, pretrained_stats
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
 from .folder import RunFolder, history_columns, learner_options, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
@@ -68,6 +68,8 @@ def run_environment(
     return environment() | dict(device=_device_name(learn), precision=precision_of(learn), threads=torch.get_num_threads(),
                                 processes=learn.processes.n)
 
+def _stats(settings, data): return pretrained_stats(settings.model) if settings.pretrained else data.stats
+
 def run_config(
     settings:TrainSettings,
     data:CIFAR10Data,
@@ -75,7 +77,7 @@ def run_config(
     learn:Learner=None, # to record its device and precision
 ) -> dict: # JSON-ready
     "Return the content of `config.json`"
-    facts = dict(vocab=list(data.vocab), stats=data.stats, fingerprint=data.fingerprint,
+    facts = dict(vocab=list(data.vocab), stats=_stats(settings, data), fingerprint=data.fingerprint,
                  is_cifar10=data.fingerprint == cifar10_fingerprint, n_train=len(data.train_y), n_test=len(data.test_y))
     return dict(id=token_hex(16), settings=asdict(settings.resolved()), bounds=bounds and bounds._asdict(), data=facts,
                 environment=run_environment(learn) if learn else environment())
@@ -320,10 +322,10 @@ def settings_learner(
     device = resolve_device(settings.device)
     set_seed(settings.seed, reproducible=True)
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
-                    aug=sized_augment(settings.size, settings.cutout, settings.flip),
+                    aug=sized_augment(**settings.augmentation), stats=_stats(settings, data),
                     num_workers=settings.num_workers, device=device, recipe=settings.recipe)
     processes.check(dls)
-    model = new_model(dls, settings.whiten, settings.dirac, settings.model, **settings.network)
+    model = new_model(dls, settings.whiten, settings.dirac, settings.model, settings.pretrained, **settings.network)
     if settings.model != 'custom':
         for size in set(settings.sizes): check_output(model, settings.model, dls.c, size)
     if unused := ', '.join(unused_ingredients(settings)):
@@ -348,7 +350,7 @@ def finish_run(
     interp.save_predictions(save_run.path/'predictions.safetensors')
     if tested is not None: write_range_test(save_run.path, *tested[:2]) # as `train` did; a fit of your own has not
     s = settings_from(save_run.config['settings']).resolved()
-    aug = sized_augment(s.size, s.cutout, s.flip)
+    aug = sized_augment(**s.augmentation)
     save_plots(save_run.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data, aug)
     flipped, calibration = interp.flip_averaged().accuracy, run_calibration(interp, how)
     summary = run_summary(learn, save_run, interp.n_wrong, flipped, calibration)
