@@ -1,16 +1,18 @@
 """Data sets by name, from small copies in their formats."""
-import hashlib, io, pickle
+import hashlib, io, os, pickle, shutil, tarfile
 
 import numpy as np
 import pytest
 import scipy.io
+from fastai.data.external import URLs
+from PIL import Image
 from torchvision import datasets
 
 from conftest import Python2Pickler
 from cifar_fastai.cli import cifar_train
 from cifar_fastai.core import TrainSettings, named_sets
 from cifar_fastai.data.block import cifar_dls
-from cifar_fastai.data.named import find_named, read_named
+from cifar_fastai.data.named import find_named, read_cifar100, read_named
 from cifar_fastai.data.source import load_cifar10
 
 rng = np.random.default_rng(0)
@@ -35,6 +37,37 @@ def write_cifar100(root, monkeypatch, changes={}):
     monkeypatch.setattr(datasets.CIFAR100, 'test_list', [known('test')])
     monkeypatch.setattr(datasets.CIFAR100, 'meta', dict(filename='meta', key='fine_label_names', md5=known('meta')[1]))
     return folder
+
+def write_fastai(root): # the same images as in the pickles, as fastai's archive has them
+    for split, x in images.items():
+        for i, pixels in enumerate(x):
+            folder = root/'cifar100'/split/f'coarse {i%20:02}'/f'fine {i%100:02}'
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder/f'{i:05}.png')
+    return root/'cifar100'
+
+def packed(folder, file, edit=lambda info: info):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, 'w:gz') as tar: tar.add(folder, folder.name, filter=edit)
+    return file
+
+def same(a, b): return a.vocab == b.vocab and all((x == y).all() and x.dtype == y.dtype for x, y in zip(a[:4], b[:4]))
+
+@pytest.fixture(scope='module')
+def pngs(tmp_path_factory): return write_fastai(tmp_path_factory.mktemp('fastai'))
+
+@pytest.fixture(scope='module')
+def png_archive(pngs, tmp_path_factory): return packed(pngs, tmp_path_factory.mktemp('archive')/'cifar100.tgz')
+
+@pytest.fixture
+def own_pngs(pngs, tmp_path): return shutil.copytree(pngs, tmp_path/'own'/'cifar100') # to be changed
+
+@pytest.fixture
+def from_pickles(tmp_path_factory, monkeypatch):
+    "The images as they are read from the pickles, which are nowhere where they could be found"
+    root = tmp_path_factory.mktemp('pickles')
+    write_cifar100(root, monkeypatch)
+    return {name: read_named(name, root) for name in ('cifar100', 'cifar100_coarse')}
 
 def write_mnist(root, name='MNIST'):
     raw = root/name/'raw'
@@ -90,7 +123,6 @@ def test_what_is_not_there_is_one_sentence_that_names_it(name, tmp_path):
 
 def test_a_pickle_of_another_checksum_is_not_read(tmp_path, monkeypatch):
     folder = write_cifar100(tmp_path, monkeypatch)
-    import os
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'broken_in'),)
     (folder/'train').write_bytes(pickle.dumps(Evil()))
@@ -102,6 +134,149 @@ def test_labels_and_images_that_do_not_fit_are_refused(changes, tmp_path, monkey
     from cifar_fastai.data.archive import read_batch
     folder = write_cifar100(tmp_path, monkeypatch, changes)
     with pytest.raises(ValueError, match='train is not a file of CIFAR-100'): read_batch(folder/'train', b'fine_labels', 100)
+
+# ---- fastai's copy of CIFAR-100
+
+both_labels = pytest.mark.parametrize('name', ['cifar100', 'cifar100_coarse'])
+
+@both_labels
+def test_the_folder_and_the_archive_of_fastai_are_read_as_the_pickles_are(name, empty_home, pngs, png_archive, from_pickles):
+    shutil.copytree(pngs, empty_home/'data'/'cifar100')
+    assert find_named(name, download=False) == empty_home/'data'/'cifar100'
+    assert same(read_named(name), from_pickles[name]) and read_named(name).fingerprint == from_pickles[name].fingerprint
+    shutil.rmtree(empty_home/'data'/'cifar100')
+    (empty_home/'archive').mkdir()
+    shutil.copy(png_archive, empty_home/'archive')
+    assert find_named(name, download=False) == empty_home/'archive'/'cifar100.tgz'
+    assert same(read_named(name), from_pickles[name]) and read_named(name).fingerprint == from_pickles[name].fingerprint
+
+def test_the_files_of_torchvision_come_first_then_the_folder_then_the_archive(tmp_path, pngs, png_archive, monkeypatch):
+    shutil.copy(png_archive, tmp_path)
+    assert find_named('cifar100', tmp_path) == tmp_path/'cifar100.tgz'
+    shutil.copytree(pngs, tmp_path/'cifar100')
+    assert find_named('cifar100', tmp_path) == tmp_path/'cifar100'
+    pickles = write_cifar100(tmp_path, monkeypatch)
+    assert find_named('cifar100', tmp_path) == pickles
+    (pickles/'test').write_bytes(b'damaged')
+    assert find_named('cifar100', tmp_path) == tmp_path/'cifar100'
+    with pytest.raises(FileNotFoundError, match='mnist'): find_named('mnist', tmp_path, download=False)
+
+def test_a_folder_of_that_name_with_other_files_is_not_that_of_fastai(tmp_path, png_archive, monkeypatch):
+    write_cifar100(tmp_path/'cifar100', monkeypatch) # as with root='cifar100' for torchvision
+    with pytest.raises(FileNotFoundError, match="data is 'cifar100'"): find_named('cifar100', tmp_path, download=False)
+    shutil.copy(png_archive, tmp_path)
+    assert find_named('cifar100', tmp_path, download=False) == tmp_path/'cifar100.tgz'
+
+@pytest.fixture
+def addresses(server, png_archive, monkeypatch):
+    "Both addresses are on this machine; torchvision's has nothing"
+    server.answers['/cifar100.tgz'] = [png_archive.read_bytes()]
+    monkeypatch.setattr(URLs, 'CIFAR_100', server.url('/cifar100.tgz'))
+    monkeypatch.setattr(datasets.CIFAR100, 'url', server.url('/cifar-100-python.tar.gz'))
+    return server
+
+def test_what_is_not_there_is_downloaded_from_torchvision_and_then_from_fastai(addresses, empty_home, from_pickles):
+    assert same(load_cifar10('cifar100_coarse'), from_pickles['cifar100_coarse'])
+    assert addresses.asked == ['/cifar-100-python.tar.gz', '/cifar100.tgz']
+    assert [file.name for file in (empty_home/'archive').iterdir()] == ['cifar100.tgz']
+    assert same(load_cifar10('cifar100'), from_pickles['cifar100']) and len(addresses.asked) == 2
+
+def test_nothing_is_downloaded_unless_it_may_be(addresses, empty_home, tmp_path):
+    with pytest.raises(FileNotFoundError, match='cifar100'): load_cifar10('cifar100', urls=())
+    with pytest.raises(FileNotFoundError, match='cifar100'): read_named('cifar100', tmp_path)
+    assert addresses.asked == []
+
+def test_a_download_that_fails_names_both_addresses_and_leaves_nothing(addresses, tmp_path, png_archive):
+    addresses.answers['/cifar100.tgz'] = [(png_archive.read_bytes(), 'cut')]
+    with pytest.raises(FileNotFoundError, match="data is 'cifar100'") as e: find_named('cifar100', tmp_path)
+    assert '\n' not in str(e.value) and '/cifar100.tgz' in str(e.value) and '404' in str(e.value)
+    assert [file for file in tmp_path.rglob('*') if file.is_file()] == []
+
+def refused(path, match, labels='fine'):
+    with pytest.raises(ValueError, match=match) as e: read_cifar100(path, labels)
+    assert '\n' not in str(e.value) and str(path) in str(e.value)
+
+@pytest.mark.parametrize('labels', ['fine', 'coarse'])
+def test_images_and_folders_that_do_not_fit_are_refused(labels, own_pngs):
+    group = own_pngs/'train'/'coarse 03'
+    image = group/'fine 23'/'00023.png'
+    content = image.read_bytes()
+    for damaged in content[:100], b'some text', b'': # a PNG that ends early, or none
+        image.write_bytes(damaged)
+        refused(own_pngs, r'train/coarse 03/fine 23/00023\.png', labels)
+    Image.new('L', (32, 32)).save(image)
+    refused(own_pngs, r'00023\.png.*32×32 L', labels)
+    image.write_bytes(content)
+    shutil.copytree(group/'fine 23', own_pngs/'test'/'coarse 04'/'fine 23') # a class belongs to one group
+    refused(own_pngs, 'fine 23.*coarse 03.*coarse 04', labels)
+    shutil.rmtree(own_pngs/'test'/'coarse 04'/'fine 23')
+    shutil.rmtree(own_pngs/'test'/'coarse 03'/'fine 23')
+    refused(own_pngs, 'test.*fine 23', labels)
+    shutil.rmtree(group/'fine 23')
+    refused(own_pngs, '99.*100', labels)
+    shutil.rmtree(own_pngs/'test')
+    refused(own_pngs, 'test', labels)
+
+def test_more_groups_or_files_than_cifar100_has_are_refused(own_pngs, monkeypatch):
+    for split in images: shutil.copytree(own_pngs/split/'coarse 03'/'fine 23', own_pngs/split/'coarse 20'/'fine 100')
+    refused(own_pngs, '101.*21.*100.*20')
+    monkeypatch.setattr('cifar_fastai.data.archive.max_files', 100)
+    refused(own_pngs, '100 files')
+
+def test_links_and_duplicates_in_the_archive_are_refused(pngs, tmp_path):
+    name = 'cifar100/train/coarse 03/fine 23/00023.png'
+    def link(info):
+        if info.name == name: info.type, info.size, info.linkname = tarfile.SYMTYPE, 0, '/etc/passwd'
+        return info
+    refused(packed(pngs, tmp_path/'linked.tgz', link), '00023.*link')
+    def twice(info):
+        if info.name.endswith('/00123.png'): info.name = name
+        return info
+    refused(packed(pngs, tmp_path/'twice.tgz', twice), '00023.*twice')
+    cut = packed(pngs, tmp_path/'cut.tgz')
+    cut.write_bytes(cut.read_bytes()[:-10_000])
+    refused(cut, 'tar')
+
+def test_hidden_files_and_names_that_are_no_words_are_passed_over(own_pngs, from_pickles):
+    file = own_pngs/'train'/'coarse 03'/'fine 23'/'00023.png'
+    for name in '._00023.png', '00023.txt': (file.parent/name).write_bytes(b'of macOS')
+    for name in '.hidden', '<b>', 'a\nb':
+        (file.parents[1]/name).mkdir()
+        shutil.copy(file, file.parents[1]/name)
+    file.rename(file.with_suffix('.PNG'))
+    assert same(read_cifar100(own_pngs), from_pickles['cifar100'])
+
+# ---- an archive of CIFAR-100 by its path
+
+@pytest.mark.parametrize('archive_name', ['cifar100.tgz', 'renamed.tar.gz'])
+def test_the_path_of_an_archive_gives_the_hundred_classes(archive_name, png_archive, tmp_path, empty_home, from_pickles):
+    path = shutil.copy(png_archive, tmp_path/archive_name)
+    assert same(load_cifar10(path), from_pickles['cifar100']) and cifar_dls(path, num_workers=0).c == 100
+    with pytest.raises(ValueError, match='size is 64'): load_cifar10(path, size=64)
+
+def test_so_does_an_archive_of_the_pickles(tmp_path, empty_home, from_pickles, monkeypatch):
+    path = packed(write_cifar100(tmp_path, monkeypatch), tmp_path/'cifar-100-python.tar.gz')
+    assert same(load_cifar10(path), from_pickles['cifar100'])
+    assert same(read_cifar100(path, 'coarse'), from_pickles['cifar100_coarse'])
+
+def test_an_archive_of_other_pickles_is_refused(tmp_path, monkeypatch):
+    folder = write_cifar100(tmp_path, monkeypatch)
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'broken_in'),)
+    most = [b'fine %02d' % i for i in range(99)]
+    for names in most, {}, [*most, b'<script>'], [*most, b'\xff'], [*most, 'text'], [*most, most[0]]:
+        (folder/'meta').write_bytes(as_python2({b'fine_label_names': names}))
+        refused(packed(folder, tmp_path/'a.tgz'), 'meta.*CIFAR-100')
+    (folder/'train').write_bytes(pickle.dumps(Evil()))
+    refused(packed(folder, tmp_path/'a.tgz'), 'train.*mkdir')
+    assert not (tmp_path/'broken_in').exists()
+    (folder/'meta').unlink()
+    refused(packed(folder, tmp_path/'a.tgz'), 'meta')
+
+def test_an_archive_of_neither_is_refused_as_before(tmp_path, empty_home):
+    (tmp_path/'text').mkdir()
+    (tmp_path/'text'/'a.txt').write_text('text')
+    with pytest.raises(ValueError, match=r'a\.tgz.*train.*CIFAR-10\b'): load_cifar10(packed(tmp_path/'text', tmp_path/'a.tgz'))
 
 # ---- as a source like the others
 
@@ -120,6 +295,23 @@ def test_a_name_is_a_source_with_a_cache_and_its_own_flips(empty_home, tmp_path,
 def test_both_labels_of_cifar100_have_caches_of_their_own(empty_home, monkeypatch):
     write_cifar100(empty_home/'data', monkeypatch)
     assert len(load_cifar10('cifar100').vocab) == 100 and len(load_cifar10('cifar100_coarse').vocab) == 20 and len(load_cifar10('cifar100').vocab) == 100
+
+def test_each_source_of_cifar100_and_each_kind_of_label_has_a_cache_of_its_own(empty_home, png_archive, pngs, monkeypatch):
+    caches, n = empty_home/'data'/'cifar_fastai', 0
+    def load_both(): # from the source that is found first
+        for name, n_classes in ('cifar100', 100), ('cifar100_coarse', 20):
+            assert len(load_cifar10(name).vocab) == n_classes
+            assert len(load_cifar10(name).vocab) == n_classes # from the cache
+        return len(list(caches.glob('*.npz')))
+    packed(pngs, empty_home/'archive'/'cifar100.tgz')
+    assert load_both() == 2
+    shutil.copytree(pngs, empty_home/'data'/'cifar100')
+    assert load_both() == 4
+    write_cifar100(empty_home/'data', monkeypatch)
+    assert load_both() == 6
+    def refuse(*args): raise AssertionError('it was decoded again')
+    monkeypatch.setattr('cifar_fastai.data.source.read_named', refuse)
+    assert load_both() == 6
 
 def test_the_command_trains_on_a_named_set(empty_home, tmp_path, monkeypatch, capsys):
     write_cifar100(empty_home/'data', monkeypatch)

@@ -108,11 +108,11 @@ def _read_exactly(stream, n) -> bytes:
     if len(content) < n: raise EOFError('its end is missing')
     return content
 
-def _member_content(stream, info:tarfile.TarInfo) -> bytes:
+def _member_content(stream, info:tarfile.TarInfo, most:int=_max_file_bytes) -> bytes:
     "Read the content of a member of a tar archive"
     is_extra = info.type in _extra_headers
     size = 0 if info.type in b'123456' else info.size # links, devices, folders and pipes have no content
-    most = 2**16 if is_extra else _max_file_bytes
+    if is_extra: most = 2**16
     if not 0 <= size <= most: raise OSError(f'{info.name} in it has {size:,} bytes: at most {most:,} are read')
     content = _read_exactly(stream, -(-size//512)*512)[:size] # padded to blocks of 512 bytes
     is_sparse = info.type == tarfile.GNUTYPE_SPARSE or is_extra and b' GNU.sparse.' in content
@@ -126,7 +126,7 @@ def _long_name(info:tarfile.TarInfo, content:bytes) -> bytes|None:
     return found[1] if found else None
 
 # %% ../../nbs/04_data.archive.ipynb #da2c6e8f
-def _untar(stream):
+def _untar(stream, most=_max_file_bytes):
     """Yield (name, bytes) for each regular file of a tar archive and (name, `None`) for each link.
 
     `tarfile.open` is not used, because crafted headers cost it minutes and gigabytes of memory. Raises `OSError` for an
@@ -138,7 +138,7 @@ def _untar(stream):
         n_files, n_extra = (n_files, n_extra + 1) if is_extra else (n_files + 1, 0)
         if n_files > max_files: raise OSError(f'it has more than {max_files:,} files')
         if n_extra > 3: raise OSError('it has more than 3 extra headers before a file')
-        content = _member_content(stream, info)
+        content = _member_content(stream, info, most)
         if is_extra:
             found = _long_name(info, content)
             if found is not None: long_name = found
@@ -152,31 +152,34 @@ def _untar(stream):
 # %% ../../nbs/04_data.archive.ipynb #8129f20b
 def iter_members(
     path:Path, # folder or tar archive
+    is_wanted=_is_wanted, # called with the name of a file
+    most:int=_max_file_bytes, # of one file
 ):
-    """Yield (name, bytes) of the image files and batches of a data set.
+    """Yield (name, bytes) of each wanted file of a data set.
 
     Raises `ValueError` for a damaged source, one beyond the limits, and an archive with links or duplicates."""
-    return _folder_members(path.resolve()) if path.is_dir() else _archive_members(path)
+    members = _folder_members if path.is_dir() else _archive_members
+    return members(path, is_wanted, most)
 
-def _folder_members(folder):
-    n_bytes = 0
+def _folder_members(folder, is_wanted, most):
+    folder, n_bytes = folder.resolve(), 0
     for file in list_files(folder):
         name = f'{folder.name}/{file}'
-        if not _is_wanted(name): continue
-        content = read_bytes(folder/file, _max_file_bytes)
+        if not is_wanted(name): continue
+        content = read_bytes(folder/file, most)
         n_bytes += len(content)
         if n_bytes > max_source_bytes:
             raise ValueError(f'{folder} has images of more than {max_source_bytes:,} bytes: {_give_less}')
         yield name, content
 
-def _archive_members(path):
+def _archive_members(path, is_wanted, most):
     names = set()
     with open(check_file(path, max_source_bytes), 'rb') as f:
         if path.stat().st_size == 0: raise ValueError(f'{path} is empty') # also a file in /proc, which may have no end
         is_gzip = f.peek(2).startswith(b'\x1f\x8b')
         try:
-            for name, content in _untar(io.BufferedReader(_Gunzip(f), 2**17) if is_gzip else f):
-                if not _is_wanted(name): continue
+            for name, content in _untar(io.BufferedReader(_Gunzip(f), 2**17) if is_gzip else f, most):
+                if not is_wanted(name): continue
                 if name in names: raise ValueError(f'{path}: {printable(name)} is in it twice: pack the files again')
                 if content is None: raise ValueError(f'{path}: {printable(name)} is a link: pack the files themselves')
                 names.add(name)
@@ -243,14 +246,18 @@ def _decode_png(data:bytes, name:str) -> np.ndarray: # `uint8` (32, 32, 3)
     try: return np.asarray(img)
     except Exception as e: raise ValueError(f'{name} is damaged: {one_line(e)}') from None
 
+_max_pickle_bytes = 2**28 # of a file of CIFAR-100
+
 def read_batch(
     file:Path, # a pickle of CIFAR-100
     name:bytes, # of what is read
     n_classes:int=None, # for labels: with their images
+    content:bytes=None, # of the file, if it has been read
 ):
     "Return images (N, 32, 32, 3) and labels (N,), or a list of names; raise `ValueError` for anything else"
     try:
-        found = _BatchUnpickler(read_bytes(file, 2**28), 10*_max_opcodes).load() # five times the images of a batch
+        if content is None: content = read_bytes(file, _max_pickle_bytes)
+        found = _BatchUnpickler(content, 10*_max_opcodes).load() # five times the images of a batch
         if n_classes is None: return found[name]
         x, labels = _arrays_of_batch(found, name, n_classes)
     except (FileNotFoundError, MemoryError): raise
@@ -285,21 +292,26 @@ def _decode(content:bytes, name:str, shown:str) -> tuple[str, np.ndarray, np.nda
         raise ValueError(f'{shown}: {printable(label)} is not a class of CIFAR-10: give folders named {classes}')
     return split, _decode_png(content, shown)[None], np.array([cifar10_classes.index(label)])
 
+_layouts = {'CIFAR-10': '<class>/*.png, or the Python batches of CIFAR-10',
+            'CIFAR-100': '<group>/<class>/*.png, or the pickles of CIFAR-100'}
+
 def _check_labels(
     ys:list, # arrays of labels
     split:str, # 'train' or 'test'
     path, # source, named in errors
+    classes=cifar10_classes, # names of the labels
+    name:str='CIFAR-10', # of the data set
 ):
-    "Raise `ValueError` unless a split has all classes and at most as many images as CIFAR-10"
+    "Raise `ValueError` unless a split has all classes and at most as many images as CIFAR-10 or CIFAR-100"
     if not ys:
-        layouts = f'{split}/<class>/*.png, or the Python batches of CIFAR-10'
-        raise ValueError(f'{path} has no {split} images: expected {layouts}')
+        raise ValueError(f'{path} has no {split} images: expected {split}/{_layouts[name]}')
     labels = np.concatenate(ys)
-    missing = sorted(set(range(10)) - set(labels.tolist()))
-    if missing: raise ValueError(f'{path} has no {split} images of {", ".join(cifar10_classes[i] for i in missing)}')
+    missing = sorted(set(range(len(classes))) - set(labels.tolist()))
+    names = ', '.join(classes[i] for i in missing[:10]) + f' and {len(missing) - 10} more'*(len(missing) > 10)
+    if missing: raise ValueError(f'{path} has no {split} images of {names}')
     most = dict(train=50_000, test=10_000)[split]
     if len(labels) > most:
-        raise ValueError(f'{path} has {len(labels):,} {split} images, and CIFAR-10 has {most:,}: give one copy of it')
+        raise ValueError(f'{path} has {len(labels):,} {split} images, and {name} has {most:,}: give one copy of it')
 
 # %% ../../nbs/04_data.archive.ipynb #6250bf04
 def read_images(

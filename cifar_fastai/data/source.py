@@ -6,68 +6,25 @@
 __all__ = ['cifar10_urls', 'fetch_cifar10', 'find_cifar10', 'load_cifar10']
 
 # %% ../../nbs/05_data.source.ipynb #86b4854e
-import hashlib, io, os, time, warnings
+import hashlib, io, os, warnings
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import ContentTooShortError, HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 from fastai.data.external import URLs, fastai_cfg
-from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 
 from ..core import check_size, data_variable, named_sets, named_source, printable
 from ..files import check_file, remove_parts, write_whole
 from .images import CIFAR10Data, load_digits
-from .archive import is_cifar10, iter_members, list_files, max_source_bytes, read_images
+from .archive import is_cifar10, list_files, read_images
+from .download import fetch_archive
 from .folder import UnreadablePictures, max_pictures, read_folder, warn_of_duplicates
-from .named import find_named, read_named
-
-# %% ../../nbs/05_data.source.ipynb #4aed1124
-cifar10_urls = (URLs.CIFAR, 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
-_min_speed = 10_000 # bytes per second
-
-def _blocks(response, timeout):
-    "Yield the content of a response in blocks of 1 MiB, the last of which may be shorter"
-    received, block, start = 0, bytearray(), time.monotonic()
-    while data := response.read1(2**20 - len(block)): # returns what has arrived, while `read` would wait for all of it
-        block += data
-        received += len(data)
-        seconds = time.monotonic() - start
-        if seconds > timeout:
-            if received < _min_speed*seconds:
-                raise ValueError(f'the server sends fewer than {_min_speed:,} bytes per second')
-            received, start = 0, time.monotonic()
-        if len(block) == 2**20:
-            yield bytes(block)
-            block.clear()
-    if block: yield bytes(block)
-
-def _download(url, part:Path, show_progress, timeout):
-    "Write the content of `url` to `part`; raises `ContentTooShortError` when the connection breaks off"
-    with urlopen(url, timeout=timeout) as response, open(part, 'wb') as f:
-        size = int(response.headers.get('Content-Length') or 0)
-        blocks = _blocks(response, timeout)
-        if size and show_progress: blocks = progress_bar(blocks, total=-(-size//2**20))
-        for block in blocks:
-            f.write(block)
-            if f.tell() > max_source_bytes: raise ValueError(f'it has more than {max_source_bytes:,} bytes')
-    n_bytes = part.stat().st_size
-    if n_bytes < size: raise ContentTooShortError(f'only {n_bytes:,} of {size:,} bytes arrived', None)
+from .named import find_named, is_cifar100, read_cifar100, read_named
 
 # %% ../../nbs/05_data.source.ipynb #ab050006
-def _fetch(url, folder:Path, show_progress, timeout) -> Path:
-    "Download one archive, check that it is complete, and give it its name"
-    dest = folder/url.rsplit('/', 1)[-1]
-    part = dest.with_name(f'{dest.name}.{os.getpid()}.part')
-    try:
-        _download(url, part, show_progress, timeout)
-        for _ in iter_members(part): pass # read it to its end, which raises `ValueError` for a damaged archive
-        return part.replace(dest)
-    finally: part.unlink(missing_ok=True)
+cifar10_urls = (URLs.CIFAR, 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
 
 def fetch_cifar10(
     urls=cifar10_urls, # addresses of archives, tried in this order
@@ -76,18 +33,9 @@ def fetch_cifar10(
     timeout:float=30, # seconds without a byte, and over which the speed is measured
 ) -> Path: # the archive
     "Download CIFAR-10; raises `FileNotFoundError`, which lists the addresses and reasons, when none of them works"
-    folder, failures = Path(folder or fastai_cfg().path('archive')), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for url in urls:
-        for attempt in range(2):
-            try: return _fetch(url, folder, show_progress, timeout)
-            except (OSError, HTTPException, ValueError) as e: failure = e
-            if isinstance(failure, HTTPError): failure.close() # it is an open response as well
-            if not isinstance(failure, ContentTooShortError): break
-        reason = ' '.join(str(getattr(failure, 'reason', failure)).split())
-        failures.append(f'{url} ({printable(reason)})') # a server may have written the reason
-    raise FileNotFoundError(f'CIFAR-10 was not found and could not be downloaded; tried {"; ".join(failures)}: '
-                            f'give its folder or archive, or set {data_variable}')
+    try: return fetch_archive(urls, folder or fastai_cfg().path('archive'), show_progress, timeout)
+    except FileNotFoundError as e: reason = e
+    raise FileNotFoundError(f'CIFAR-10 was not found and {reason}: give its folder or archive, or set {data_variable}')
 
 # %% ../../nbs/05_data.source.ipynb #d7847683
 def find_cifar10(
@@ -178,18 +126,21 @@ def load_cifar10(
     """Return all images, `uint8` (N, 32, 32, 3), and labels, `int64` (N,), as NumPy arrays in canonical order.
 
     `CIFAR10Data` is returned as it is. A folder is read as CIFAR-10 if it has its batches or its ten classes, and
-    otherwise by `read_folder`, as pictures of your own. Raises `FileNotFoundError` when the source does not exist or
-    cannot be downloaded, and `ValueError` when it is damaged or has neither layout."""
+    otherwise by `read_folder`, as pictures of your own. An archive may have CIFAR-10 or CIFAR-100. Raises
+    `FileNotFoundError` when the source does not exist or cannot be downloaded, and `ValueError` when it is damaged or
+    has neither layout."""
     if isinstance(source, CIFAR10Data): return source
     check_size(size)
     if str(named_source(source)) == 'digits': return _of_32_pixels(load_digits, size)
     if str(named_source(source)) in named_sets: return _of_32_pixels(partial(_load_named, source, bool(urls)), size)
     path = find_cifar10(source, urls)
     is_own = path.is_dir() and not is_cifar10(_file_names(path))
-    if not is_own: return _of_32_pixels(partial(_cached, path, read_images), size)
+    if not is_own: return _of_32_pixels(partial(_cached, path, _read_cifar), size)
     data = _cached(path, partial(read_folder, size=size), *[size]*(size != 32))
     warn_of_duplicates(data, path)
     return data
+
+def _read_cifar(path): return read_cifar100(path) if path.is_file() and is_cifar100(path) else read_images(path)
 
 def _of_32_pixels(load, size):
     if size == 32: return load()
@@ -197,8 +148,8 @@ def _of_32_pixels(load, size):
     raise ValueError(f'size is {size}: {others}; pictures of your own can have others')
 
 def _load_named(name, download):
-    folder = find_named(named_source(name), download=download)
-    return _cached(folder, lambda folder: read_named(named_source(name)), named_source(name))
+    path = find_named(named_source(name), download=download)
+    return _cached(path, lambda path: read_named(named_source(name)), named_source(name))
 
 def _cached(path, read, *kind): # `kind` tells several caches of the same files apart
     cache = _cache_file(path, *kind)
