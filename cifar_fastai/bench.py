@@ -34,7 +34,7 @@ from .optimizer import FusedAdam
 from .callback.cost import ImageSizes, training_cost
 from .callback.precision import keep_memory, precision_of, resolve_precision
 from .learner import cifar_learner
-from .models import CustomResNet
+from .networks import build_network
 from .callback.schedule import OneCycle, one_cycle_lr
 
 # %% ../nbs/70_bench.ipynb #7c96cb53
@@ -97,7 +97,7 @@ def plain_way(data:CIFAR10Data, settings:BenchSettings, device:torch.device, tur
     dataset = _AugmentedImages(data, item_pipeline(mean=data.stats[0], normalize=data.stats))
     loader = torch.utils.data.DataLoader(dataset, settings.bs, shuffle=True, num_workers=min(os.cpu_count(), 16),
                                          pin_memory=device.type == 'cuda')
-    model, criterion = CustomResNet(len(data.vocab)).to(device), torch.nn.CrossEntropyLoss()
+    model, criterion = build_network(settings.model, len(data.vocab)).to(device), torch.nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10**6, pct_start=5/24,
                                                     anneal_strategy='linear')
@@ -130,13 +130,13 @@ class _TakeTurns(Callback):
 def fastai_way(data:CIFAR10Data, settings:BenchSettings, device:torch.device, turns:Turns):
     "Train with fastai as it comes: item transforms, fastai's Adam and `fit_one_cycle`, in fp32"
     dls = cifar_block(data.stats, data.vocab).dataloaders(data, bs=settings.bs, drop_last=False, device=device)
-    learn = Learner(dls, CustomResNet(dls.c), CrossEntropyLossFlat(), Adam, metrics=accuracy)
+    learn = Learner(dls, build_network(settings.model, dls.c), CrossEntropyLossFlat(), Adam, metrics=accuracy)
     learn.fit_one_cycle(10**4, 1e-2, cbs=_TakeTurns(turns))
 
 def package_way(data:CIFAR10Data, settings:BenchSettings, device:torch.device, turns:Turns):
     "Train with this package: `cifar_dls`, `cifar_learner` and `OneCycle`"
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
-    learn = cifar_learner(dls, None, settings.precision, compile=settings.compile, recipe=settings.recipe)
+    learn = cifar_learner(dls, settings.model, settings.precision, compile=settings.compile, recipe=settings.recipe)
     if device.type == 'cpu': keep_memory() # as `cifar_train` does
     smaller = [ImageSizes(settings.image_sizes)] if settings.image_sizes else []
     learn.fit(10**4, cbs=[OneCycle(1e-5, 1e-3), _TakeTurns(turns), *smaller])
@@ -152,7 +152,8 @@ def _bare_parts(data, settings, device): # -> (`DataLoaders`, optimizer, `step(x
     recipe = recipes[settings.recipe]
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
     precision = resolve_precision(settings.precision, device)
-    model = CustomResNet(dls.c, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
+    own = dict(ghost=recipe.ghost, logit_scale=recipe.logit_scale) if settings.model == 'custom' else {}
+    model = build_network(settings.model, dls.c, **own)
     model = model.to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
     if device.type == 'cpu': keep_memory()
@@ -387,7 +388,8 @@ def step_rate(
     case:str='package',
 ) -> float: # 10¹² floating-point operations a second
     "Compute the rate of a training step, with the operations that the model needs"
-    return float(np.mean(result['cases'][case]['images_per_second']))*training_cost(CustomResNet())/1e12
+    network = build_network(result['settings'].get('model', 'custom'))
+    return float(np.mean(result['cases'][case]['images_per_second']))*training_cost(network)/1e12
 
 # %% ../nbs/70_bench.ipynb #38a23961
 def _with_steps(settings, device, n_images): # -> `BenchSettings` with `steps` and `warmup` that suit the device
@@ -422,13 +424,16 @@ def bench(
 ) -> dict: # JSON-ready: the conditions and what was measured
     """Measure the cases in turns, and the limit of the processor.
 
-    The result has `cases`, `matrix_products` and, as the settings ask, `batches`, `image_sizes`, `sizes` and `batch_sizes`.
+    The result has `cases`, `matrix_products` and, as the settings ask, `batches`, `own`, `image_sizes`, `sizes` and
+    `batch_sizes`.
     `batches` comes from `batches_alone`, `matrix_products` from the function of that name, the others from `take_turns`. Raise
     `ValueError` for settings that this machine cannot fulfil, and `ChildProcessError` if a process fails."""
     settings = settings.resolved()
     device = resolve_device(settings.device)
     resolve_precision(settings.precision, device) # raises before anything is started
+    build_network(settings.model) # raises as well
     n_images = len(load_cifar10(settings.data).train_y) # fills the cache, from which the processes read
+    if settings.own: load_cifar10(settings.own)
     settings = _with_steps(settings, device, n_images)
     result = _conditions(settings, device, n_images)
 
@@ -440,6 +445,9 @@ def bench(
     full_size = replace(settings, image_sizes=())
     measure('cases', take_turns, {name: (name, full_size, None) for name in settings.cases}, say)
     if settings.batches: measure('batches', batches_alone, settings)
+    if settings.own:
+        sets = {name: ('package', replace(full_size, data=data), None) for name, data in dict(data=settings.data, own=settings.own).items()}
+        measure('own', take_turns, sets, say)
     measure('matrix_products', matrix_products, device)
     if settings.image_sizes:
         of_size = {str(n): ('package', replace(settings, image_sizes=(n,)), None) for n in settings.image_sizes}
@@ -549,7 +557,7 @@ def profile_step(
     settings = settings.resolved()
     device, data = resolve_device(settings.device), load_cifar10(settings.data)
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
-    learn = cifar_learner(dls, None, settings.precision, recipe=settings.recipe)
+    learn = cifar_learner(dls, settings.model, settings.precision, recipe=settings.recipe)
     bare_dls, _, step = _bare_parts(data, settings, device)
     package, bare = {}, dict(batch=[], step=[])
     for turn in range(times):

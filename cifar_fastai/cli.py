@@ -349,7 +349,7 @@ def cifar_bench(settings:BenchSettings):
     turns = f"{settings.repeats} turns of {result['settings']['steps']} steps"
     print(f"{result['device']}, {result['precision']} in package, bare and limit, batch size {settings.bs}, {turns}")
     print(bench_table(result).to_string())
-    labels = dict(batches='making batches alone, one core', image_sizes='by size of the training images in pixels',
+    labels = dict(batches='making batches alone, one core', own='with data, and with pictures of your own', image_sizes='by size of the training images in pixels',
                   sizes='by number of training images', batch_sizes='by batch size')
     for key, label in labels.items(): _print_rates(result, key, label)
     products = ', '.join(f'{name} {rate:.3f}' for name, rate in result['matrix_products'].items())

@@ -255,6 +255,10 @@ class TrainSettings(_Settings):
         return {name: getattr(settings, name) for name in names}
 
 # %% ../nbs/00_core.ipynb #cc5e05db
+def _check_model(name):
+    is_name = re.fullmatch(r'(timm:)?[a-z0-9_.]+', name)
+    _check(is_name, 'model', name, 'must be custom, resnet18, resnet34, a model of torchvision, or timm:NAME')
+
 def check_train_settings(s): # resolved values
     "Raise `ValueError` for a value outside of its range"
     _check(1 <= s.epochs <= 10**6, 'epochs', s.epochs, 'must be 1 to 1,000,000')
@@ -285,8 +289,7 @@ def check_train_settings(s): # resolved values
     _check(s.num_workers is None or 0 <= s.num_workers <= 1000, 'num_workers', s.num_workers, 'must be 0 to 1,000')
     _check(s.checkpoint_minutes >= 0, 'checkpoint_minutes', s.checkpoint_minutes, 'must be 0 or more')
     _check(0 <= s.seed < 2**32, 'seed', s.seed, 'must be in [0, 2**32)')
-    is_name = re.fullmatch(r'(timm:)?[a-z0-9_.]+', s.model)
-    _check(is_name, 'model', s.model, 'must be custom, resnet18, resnet34, a model of torchvision, or timm:NAME')
+    _check_model(s.model)
     has_weights = not s.pretrained or s.model != 'custom'
     _check(has_weights, 'pretrained', s.pretrained, 'must be left out with model custom')
     for name, value in (not_of_other_models | _not_given).items():
@@ -308,6 +311,8 @@ class BenchSettings(_Settings):
     repeats: int = 5 # turns of each case
     warmup: int|None = None # steps before the first turn; None: 2 on a processor, 50 on a GPU
     recipe: Literal['baseline', 'best'] = 'baseline' # of package, bare and limit; plain and fastai always train the baseline
+    model: str = 'custom' # network of all cases: custom, resnet18, resnet34, a model of torchvision, or timm:NAME
+    own: str|None = None # folder of pictures of your own: also measure package with it, in turns with data
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # of package, bare and limit; plain and fastai are fp32
     compile: bool = False # compile the network of package, bare and limit with torch.compile
     batches: bool = True # also measure making batches alone
@@ -323,6 +328,8 @@ class BenchSettings(_Settings):
         for name, n in dict(steps=s.steps, repeats=s.repeats, warmup=s.warmup).items():
             _check(n is None or 1 <= n <= 10**6, name, n, 'must be 1 to 1,000,000')
         _check(2 <= s.bs <= 10**6, 'bs', s.bs, 'must be 2 to 1,000,000')
+        _check_model(s.model)
+        _check(s.own is None or Path(s.own).is_dir(), 'own', s.own, 'must be a folder of pictures')
         _check(all(8 <= n <= 32 for n in s.image_sizes), 'image_sizes', s.image_sizes, 'must be 8 to 32')
         writable = s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir()
         _check(writable, 'out', s.out, 'must be a file in an existing folder')

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar_fastai.bench import bench, bench_table, matrix_products, plot_bench, plot_growth, ratio, step_rate, take_turns
 from cifar_fastai.core import BenchSettings
@@ -65,6 +66,41 @@ def test_smaller_training_images_are_measured_in_turns_of_their_own():
     assert list(result['image_sizes']) == ['8', '32'] and set(result['cases']) == {'package'}
     small, full = (np.mean(case['images_per_second']) for case in result['image_sizes'].values())
     assert small > 1.5*full # a sixteenth of the arithmetic
+
+def test_another_network_is_trained_by_every_case_and_its_operations_count():
+    settings = BenchSettings(**quick | dict(model='shufflenet_v2_x0_5', batches=False, cases=('bare', 'limit'), repeats=1))
+    result = bench(settings)
+    assert result['settings']['model'] == 'shufflenet_v2_x0_5' and all(min(case['images_per_second']) > 0 for case in result['cases'].values())
+    of_own = step_rate(result | dict(settings=result['settings'] | dict(model='custom')), 'bare')
+    assert step_rate(result, 'bare') < of_own/20 # 2.27 billion operations an image, and less than 0.1
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['baseline', 'best'])
+def test_another_network_is_trained_by_the_other_cases(recipe):
+    settings = BenchSettings(**quick | dict(model='mobilenet_v3_small', batches=False, repeats=1, recipe=recipe))
+    assert list(bench(settings)['cases']) == list(settings.cases)
+
+@pytest.fixture(scope='module')
+def pets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    for name in 'cat', 'dog':
+        (folder/name).mkdir()
+        for i in range(30): Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(folder/name/f'{i}.jpg')
+    return folder
+
+def test_pictures_of_your_own_are_measured_in_turns_with_the_data(pets, tmp_path):
+    result = bench(BenchSettings(**quick | dict(own=str(pets), batches=False, cases=('limit',), repeats=1)))
+    assert list(result['own']) == ['data', 'own'] and all(min(case['images_per_second']) > 0 for case in result['own'].values())
+
+@pytest.mark.parametrize('change, words', [(dict(model='resnet99'), 'resnet99'), (dict(model='inception_v3'), 'inception_v3'), (dict(model='../x'), 'model is'), (dict(own='no/such'), 'own is'), (dict(own=__file__), 'own is')])
+def test_a_network_or_a_folder_that_cannot_be_measured_is_refused_before_anything_is_started(change, words):
+    lines = []
+    with pytest.raises(ValueError, match=words): bench(BenchSettings(**quick | change), say=lines.append)
+    assert not lines
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))): bench(BenchSettings(**quick | dict(own=str(tmp_path))))
 
 @pytest.mark.slow
 def test_a_case_that_fails_is_named_and_leaves_no_process(tmp_path):

@@ -94,7 +94,7 @@ other_values = dict(
     n_groups=4, ghost=8, logit_scale=.5, width=32, whiten=False, dirac=True, cutout=4, rotate=5., sizes=(16, 32), freeze_first=2, lookahead=3, dropout=.1, conv_bias=True, betas=(.8, .95), eps=1e-6, wd=.3,
     label_smoothing=.05, flip='random', precision='fp32', device='cpu', compile=True, valid='holdout', pipeline='item',
     num_workers=0, checkpoint_minutes=1., log='tensorboard', seed=3, out='runs/a', n=2, without=('flip',), resume='runs/b', force=True,
-    plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True, image_sizes=(16, 32))
+    plot='p.png', cases=('plain',), steps=2, repeats=3, warmup=4, batches=False, growth=True, image_sizes=(16, 32), own='runs')
 
 @pytest.mark.parametrize('cls', every_settings)
 def test_replacing_any_setting_is_the_same_as_giving_it(cls, tmp_path, monkeypatch):
