@@ -6,7 +6,8 @@
 __all__ = ['write_whole', 'remove_parts', 'write_json', 'check_file', 'read_json']
 
 # %% ../nbs/01_files.ipynb #2994dc76
-import json, math, os, stat
+import json, math, os, shutil, stat
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
@@ -52,10 +53,12 @@ def _flush_folder(path): # so that the new name is on disk, too
 
 def remove_parts(
     folder,
+    folders:bool=False, # remove those of `temporary_folder`, too
 ):
     "Remove the temporary files of `write_whole` below `folder` that a killed process has left"
-    for part in Path(folder).rglob('.' + 16*'?' + '.part'):
-        if not part.is_dir(): part.unlink()
+    for part in list(Path(folder).rglob('.' + 16*'?' + '.part')):
+        if not part.is_dir(): part.unlink(missing_ok=True)
+        elif folders: shutil.rmtree(part, ignore_errors=True)
 
 def write_json(
     path, # file to write, in an existing folder
@@ -63,6 +66,27 @@ def write_json(
 ) -> Path:
     "Write `content` as indented JSON, completely or not at all"
     return write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
+
+# %% ../nbs/01_files.ipynb #5e0c71d3
+@contextmanager
+def temporary_folder(
+    parent,
+):
+    "Give the path of a folder in `parent` that does not exist yet. At the end, it is removed unless it has been renamed"
+    part = Path(parent)/f'.{token_hex(8)}.part'
+    try: yield part
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+def rename_folder(
+    part:Path, # complete; its files are on disk
+    path:Path, # whatever has this name is replaced
+):
+    "Give a temporary folder its name"
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+    _flush_folder(part)
+    part.rename(path)
+    _flush_folder(path.parent)
 
 # %% ../nbs/01_files.ipynb #e942e870
 def check_file(

@@ -17,7 +17,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, FuncSplitt
                                Normalize, TransformBlock)
 
 from ..core import Recipe, cifar10_classes, cifar10_stats, get_recipe, sized, source_defaults
-from .images import CIFAR10Data, first_of_each_class
+from .images import CIFAR10Data, MappedImages, first_of_each_class
 from .picture import OpenPicture
 from .source import load_cifar10
 from .augment import CropFlipCutout, ItemAugment, sized_augment
@@ -28,7 +28,9 @@ def split_images(
     data:CIFAR10Data,
     valid:Literal['test', 'holdout']='test', # which images validate
 ) -> tuple: # ((images, labels) to train on, (images, labels) to validate on)
-    "Return the images and labels of both sets, `uint8` (N, 32, 32, 3) and `int64` (N,)"
+    """Return the images and labels of both sets, `uint8` (N, 32, 32, 3) and `int64` (N,).
+
+    Parts of memory-mapped images are `MappedImages`."""
     if valid not in ('test', 'holdout'): raise ValueError(f"valid is {valid!r}: must be 'test' or 'holdout'")
     x, y = data.train_x, data.train_y
     if valid == 'test': return (x, y), (data.test_x, data.test_y)
@@ -36,12 +38,13 @@ def split_images(
     if lost := set(y) - set(y[~is_valid]):
         name = data.vocab[min(lost)]
         raise ValueError(f"valid is 'holdout': class {name} has 1 training image, and needs 2 or more")
-    return (x[~is_valid], y[~is_valid]), (x[is_valid], y[is_valid])
+    images = partial(MappedImages, x) if isinstance(x, np.memmap) else x.__getitem__
+    return tuple((images(np.flatnonzero(part)), y[part]) for part in (~is_valid, is_valid))
 
 # %% ../../nbs/08_data.block.ipynb #eb2ea697
 def _items(source, valid, size=32): # -> list of (image, class name, is it for validation)
     data = load_cifar10(source, size=size)
-    parts = split_images(data, valid)
+    parts = [(np.asarray(xs) if isinstance(xs, np.memmap) else xs, ys) for xs, ys in split_images(data, valid)]
     return [(x, data.vocab[y], is_valid) for is_valid, (xs, ys) in zip((False, True), parts) for x, y in zip(xs, ys)]
 
 def cifar_block(

@@ -17,6 +17,7 @@ from fastai.vision.all import (IntToFloatTensor, Normalize, TensorCategory, Tens
 from fastcore.basics import chunked, patch
 
 from ..core import logger
+from .images import MappedImages
 from .augment import (ItemAugment, augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels,
                                        sent, unpack_pixels)
 
@@ -145,22 +146,40 @@ def free_memory(
     return torch.cuda.mem_get_info(device)[0] + reserved
 
 class Resident:
-    "The images and labels of a set as tensors, on the device where batches are made"
+    "The images and labels of a set as tensors, on the device where batches are made. Memory-mapped images stay in their file"
     def __init__(self,
-        images:np.ndarray, # `uint8` (N, H, W, 3)
+        images, # `uint8` (N, H, W, 3): an array, a memory-mapped one, or `MappedImages`
         labels:np.ndarray, # `int64` (N,)
-    ): self.pixels, self.labels, self.stays = pack_pixels(images), torch.from_numpy(labels), False
+    ):
+        self.is_mapped = isinstance(images, (np.memmap, MappedImages))
+        self.pixels = images if self.is_mapped else pack_pixels(images)
+        self.labels, self.stays = torch.from_numpy(labels), False
+
+    @property
+    def device(self) -> torch.device: return self.labels.device
 
     def to(self, device:torch.device):
         "Move the images to `device`, unless they do not fit there; return `self`"
         device = torch.empty(0, device=device).device # with its index
-        if self.stays or self.pixels.device == device: return self
-        size, free = self.pixels.nbytes, free_memory(device)
+        if self.stays or self.device == device: return self
+        size, free = 0 if self.is_mapped else self.pixels.nbytes, free_memory(device)
         if free is not None and size > 0.8*free: # the rest is for training
             logger.info(f'the images take {size/2**30:.2f} GiB and {device} has {free/2**30:.2f} GiB free: batches are made on the host')
             self.stays = True
-        else: self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+        else:
+            self.labels = self.labels.to(device)
+            if not self.is_mapped: self.pixels = self.pixels.to(device)
         return self
+
+    def of_batch(self,
+        idxs:np.ndarray, # of the images of a batch (B,)
+        on_device:torch.Tensor, # the same on the device
+    ) -> tuple: # (`int32` images (n, H, W) on the device, the places of the batch in them (B,))
+        "Return all images, or if they are memory-mapped those of the batch, which are read in the order of the file"
+        if not self.is_mapped: return self.pixels, on_device
+        order = np.argsort(idxs, kind='stable')
+        images, places = torch.from_numpy(self.pixels[idxs[order]]), torch.from_numpy(np.argsort(order))
+        return pack_pixels(sent(images, self.device), self.device), sent(places, self.device)
 
 # %% ../../nbs/07_data.loader.ipynb #a7c7086b
 class BatchDL(SeededDL):
@@ -205,14 +224,14 @@ class BatchDL(SeededDL):
 
 # %% ../../nbs/07_data.loader.ipynb #0a37fb58
 @patch
-def _epoch_draws(self:BatchDL, pixels, idxs): # -> (`CropFlipCutout`, draws, fill colour), or `None` without augmentation
+def _epoch_draws(self:BatchDL, idxs): # -> (`CropFlipCutout`, draws, fill colour), or `None` without augmentation
     "Draw the augmentation of an epoch, with the settings of the `ItemAugment` in `after_item`, which itself does not run"
-    of_this_set = None, self.dataset.split_idx
+    of_this_set, device = (None, self.dataset.split_idx), self.resident.device
     tfm = next((f for f in self.after_item.fs if type(f) is ItemAugment and f.split_idx in of_this_set), None)
     if tfm is None: return None
     flips = flipped_in_epoch(self.seed, self.drawing, self.n)[idxs] if tfm.aug.flip == 'alternate' else None
-    draws = draw(tfm.aug, len(idxs), (self.seed, self.drawing, 1), pixels.shape[1], flips)
-    return tfm.aug, draws.to(pixels.device), pack_colour(tfm.mean, pixels.device)
+    draws = draw(tfm.aug, len(idxs), (self.seed, self.drawing, 1), self.resident.pixels.shape[1], flips)
+    return tfm.aug, draws.to(device), pack_colour(tfm.mean, device)
 
 @patch
 def __iter__(self:BatchDL):
@@ -223,19 +242,19 @@ def __iter__(self:BatchDL):
     resident = self.resident.to(torch.device(self.device or 'cpu'))
     self.randomize()
     self.before_iter()
-    pixels, labels = resident.pixels, resident.labels
     idxs = np.fromiter(islice(self.get_idxs(), self.n), np.int64) # in `show_batch(unique=True)`, `get_idxs` is infinite
     n = len(idxs) if not self.drop_last else len(idxs)//self.bs*self.bs
-    order, drawn = sent(torch.from_numpy(idxs), pixels.device), self._epoch_draws(pixels, idxs[:n])
+    order, drawn = sent(torch.from_numpy(idxs), resident.device), self._epoch_draws(idxs[:n])
     for start in range(self.first*self.bs, n, self.bs):
         own = self.of_batch(min(self.bs, n - start))
         part = slice(start + own.start, start + own.stop)
         if own.start == own.stop: continue
-        if drawn is None: batch = pixels.index_select(0, order[part])
+        pixels, places = resident.of_batch(idxs[part], order[part])
+        if drawn is None: batch = pixels.index_select(0, places)
         else:
             aug, draws, fill = drawn
-            batch = augment_batch(pixels, order[part], draws.of(part), aug, fill)
-        y = labels.index_select(0, order[part])
+            batch = augment_batch(pixels, places, draws.of(part), aug, fill)
+        y = resident.labels.index_select(0, order[part])
         if self.device is not None and batch.device.type != self.device.type: batch, y = sent(batch, self.device), sent(y, self.device)
         x = unpack_pixels(batch).permute(0, 3, 1, 2) # a view: channels last in memory, and so is the float batch
         yield self._transformed(TensorImage(x), TensorCategory(y))

@@ -16,11 +16,11 @@ from fastai.data.external import URLs, fastai_cfg
 from filelock import FileLock
 
 from ..core import check_size, data_variable, named_sets, named_source, printable
-from ..files import check_file, remove_parts, write_whole
+from ..files import check_file, remove_parts, rename_folder, temporary_folder, write_whole
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, list_files, read_images
 from .download import fetch_archive
-from .folder import UnreadablePictures, max_pictures, read_folder, warn_of_duplicates
+from .folder import NotStored, UnreadablePictures, max_pictures, read_folder, warn_of_duplicates
 from .named import find_named, is_cifar100, read_cifar100, read_named
 
 # %% ../../nbs/05_data.source.ipynb #ab050006
@@ -85,16 +85,23 @@ def _cache_file(source:Path, *kind) -> Path|None:
         _warn_uncached(str(e))
 
 # %% ../../nbs/05_data.source.ipynb #e30be6ad
+def _read_arrays(path:Path): # -> {name: array}
+    if path.suffix:
+        with open(check_file(path, 2**36), 'rb') as f, np.load(f, allow_pickle=False) as arrays: return dict(arrays)
+    modes = {name: 'r' if name in ('train_x', 'test_x') else None for name in CIFAR10Data._fields}
+    return {name: np.load(check_file(path/f'{name}.npy', 2**40), mode, allow_pickle=False) for name, mode in modes.items()}
+
 def _read_cache(file:Path) -> CIFAR10Data|None:
-    "Return the cached data, or `None` when the file is missing or damaged"
-    try:
-        with open(check_file(file, 2**36), 'rb') as f, np.load(f, allow_pickle=False) as arrays:
-            data = CIFAR10Data(**{**arrays, 'vocab': arrays['vocab'].tolist()})
-        for x, y in (data[:2], data[2:4]):
-            expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
-            if (x.dtype, x.shape, y.dtype, y.shape) != expected: return None
-        return data
-    except Exception: return None # a damaged file may raise anything
+    "Return the data in the cache file, or in the folder of memory-mapped images; `None` when it is missing or damaged"
+    for path in file, file.with_suffix(''):
+        try:
+            arrays = _read_arrays(path)
+            data = CIFAR10Data(**arrays | {'vocab': arrays['vocab'].tolist()})
+            for x, y in (data[:2], data[2:4]):
+                expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
+                if (x.dtype, x.shape, y.dtype, y.shape) != expected: raise ValueError(f'{path} has other arrays')
+            return data
+        except Exception: pass # a damaged file may raise anything
 
 def _write_cache(file:Path, data:CIFAR10Data):
     "Write the cache file, or warn that it cannot be written"
@@ -106,6 +113,16 @@ def _write_cache(file:Path, data:CIFAR10Data):
         write_whole(file, content.getvalue())
     except OSError as e: _warn_uncached(str(e))
 
+def _keep_mapped(file:Path, data:CIFAR10Data, store:Path) -> CIFAR10Data:
+    "Complete the folder of memory-mapped images, give it its name, and return the data in it; warn if that cannot be done"
+    try:
+        for name in ('train_y', 'test_y', 'vocab'):
+            np.save(content := io.BytesIO(), getattr(data, name))
+            write_whole(store/f'{name}.npy', content.getvalue())
+        rename_folder(store, file.with_suffix(''))
+    except OSError as e: _warn_uncached(str(e))
+    return _read_cache(file) or data
+
 @contextmanager
 def _cache_lock(folder:Path):
     "Hold the lock of the cache folder, and remove temporary files; without a lock where nothing can be written"
@@ -113,7 +130,7 @@ def _cache_lock(folder:Path):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder/'cache.lock'))
-            remove_parts(folder)
+            remove_parts(folder, folders=True)
         except OSError: pass
         yield
 
@@ -136,11 +153,11 @@ def load_cifar10(
     path = find_cifar10(source, urls)
     is_own = path.is_dir() and not is_cifar10(_file_names(path))
     if not is_own: return _of_32_pixels(partial(_cached, path, _read_cifar), size)
-    data = _cached(path, partial(read_folder, size=size), *[size]*(size != 32))
+    data = _cached(path, lambda path, store: read_folder(path, size, store=store), *[size]*(size != 32))
     warn_of_duplicates(data, path)
     return data
 
-def _read_cifar(path): return read_cifar100(path) if path.is_file() and is_cifar100(path) else read_images(path)
+def _read_cifar(path, store=None): return read_cifar100(path) if path.is_file() and is_cifar100(path) else read_images(path)
 
 def _of_32_pixels(load, size):
     if size == 32: return load()
@@ -149,19 +166,27 @@ def _of_32_pixels(load, size):
 
 def _load_named(name, download):
     path = find_named(named_source(name), download=download)
-    return _cached(path, lambda path: read_named(named_source(name)), named_source(name))
+    return _cached(path, lambda path, store: read_named(named_source(name)), named_source(name))
+
+def _read_or_fall_back(read, path, store): # -> (data, can they not be stored)
+    try: return read(path, store), False
+    except NotStored as e:
+        _warn_uncached(str(e))
+        return read(path, None), True
 
 def _cached(path, read, *kind): # `kind` tells several caches of the same files apart
     cache = _cache_file(path, *kind)
-    if cache is None: return read(path)
+    if cache is None: return read(path, None)
     if (data := _read_cache(cache)) is not None: return data
-    with _cache_lock(cache.parent):
+    with _cache_lock(cache.parent), temporary_folder(cache.parent) as store:
         data = _read_cache(cache) # another process may have written it while this one waited
         if data is not None: return data
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter('always', UnreadablePictures) # also if the caller ignores it
-            data = read(path)
+            data, is_refused = _read_or_fall_back(read, path, store)
         is_whole = not any(issubclass(warning.category, UnreadablePictures) for warning in found)
-        if is_whole: _write_cache(cache, data) # what could not be read may be readable the next time
+        if not is_whole or is_refused: pass # what could not be read may be readable the next time
+        elif isinstance(data.train_x, np.memmap): data = _keep_mapped(cache, data, store)
+        else: _write_cache(cache, data)
     for warning in found: warnings.warn(warning.message, warning.category, stacklevel=3)
     return data
