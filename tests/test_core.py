@@ -138,7 +138,7 @@ refused = [
     ('betas', (0.9, 1.)), ('betas', (-.1, .99)), ('eps', 0), ('eps', -1e-8), ('wd', -.1), ('wd', math.inf), ('wd', math.nan), ('precision', 'fp8'),
     ('recipe', 'worst'), ('recipe', {}), ('label_smoothing', -.1), ('label_smoothing', 1), ('flip', 'never'), ('ghost', 1), ('ghost', -32), ('ghost', 2.5),
     ('logit_scale', 0), ('logit_scale', -.1), ('logit_scale', math.inf), ('logit_scale', math.nan), ('whiten', 1), ('whiten', 'yes'),
-    ('lr_start', -.1), ('lr_start', math.nan), ('lr_start', 'low'), ('dirac', 1), ('cutout', -1), ('cutout', 33), ('cutout', 2.5), ('rotate', -1), ('rotate', 181), ('rotate', math.nan), ('rotate', '5'), ('sizes', 32), ('sizes', (4,)),
+    ('lr_start', -.1), ('lr_start', math.nan), ('lr_start', 'low'), ('dirac', 1), ('cutout', -1), ('cutout', 33), ('cutout', 2.5), ('rotate', -1), ('pretrained', True), ('pretrained', 'yes'), ('rotate', 181), ('rotate', math.nan), ('rotate', '5'), ('sizes', 32), ('sizes', (4,)),
     ('sizes', (16, 2048)), ('sizes', (24.5,)), ('freeze_first', -1), ('freeze_first', 1.5), ('lookahead', -5), ('lookahead', .5),
     ('valid', 'train'), ('pipeline', 'none'), ('num_workers', -1), ('checkpoint_minutes', -1), ('checkpoint_minutes', math.nan), ('log', 'wandb'), ('seed', -1), ('seed', 2**32)]
 

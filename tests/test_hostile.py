@@ -275,6 +275,14 @@ def test_a_picture_of_very_many_parts_is_refused(name, photo, tmp_path, grown):
     with pytest.raises(ValueError, match=r'a\.png.*(parts|EXIF)'): read_image(tmp_path/'a.png')
     assert grown() < 400_000_000
 
+@pytest.mark.parametrize('end', [b'', b'\0'])
+def test_padding_at_the_end_of_a_jpeg_is_gone_over_once(end, photo, tmp_path, grown):
+    (tmp_path/'a.jpg').write_bytes(saved(photo, 'JPEG')[:-2] + b'\xff'*most + end)
+    with hang_guard():
+        try: assert read_image(tmp_path/'a.jpg').shape == (32, 32, 3)
+        except ValueError as e: assert 'a.jpg' in str(e)
+    assert grown() < 400_000_000
+
 def test_a_long_comment_in_a_gif_costs_nothing(photo, tmp_path):
     (tmp_path/'a.gif').write_bytes(saved(photo.convert('P'), 'GIF')[:-1] + b'\x21\xfe' + many(b'\xff' + b'a'*255) + b'\0;')
     assert read_image(tmp_path/'a.gif').shape == (32, 32, 3)

@@ -51,7 +51,7 @@ def _declared_tiles(content:bytes, byte_order:str, is_big:bool) -> int:
     return max(counts, default=0)
 
 # %% ../../nbs/03_data.picture.ipynb #ab030007
-_jpeg_marker = re.compile(rb'\xff+([^\0\xff\xd0-\xd7])') # neither a pixel byte (0) nor a restart marker (d0 to d7)
+_jpeg_marker = re.compile(rb'\xff([^\0\xff\xd0-\xd7])') # neither a pixel byte (0) nor a restart marker (d0 to d7)
 _jpeg_end, _jpeg_scan, _jpeg_without_length = b'\xd9', b'\xda', (b'\x01', b'\xd8')
 
 def _jpeg_scans(content:bytes) -> int:
@@ -192,7 +192,9 @@ def _to_network_input(
     if turn is not None: img = img.transpose(turn)
     if img.mode.startswith('I'): img = _grey_to_8_bits(img, from_file=bool(content))
     transparent = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
-    img = ImageOps.fit(img.convert('RGBA' if transparent else 'RGB'), (size, size))
+    mode = 'RGBA' if transparent else 'RGB'
+    if img.mode != mode: img = img.convert(mode) # which would copy a picture that has this mode
+    img = ImageOps.fit(img, (size, size))
     if transparent: img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
     return np.asarray(img)
 
