@@ -242,7 +242,7 @@ def test_batches_on_a_gpu_are_those_from_memory(both):
 # ---- runs
 
 def test_a_run_its_interpretation_and_its_report_are_those_from_memory(empty_home, pictures, tmp_path, monkeypatch):
-    def run(name): # without the batch norm of the whitening, so in a moment
+    def run(name):
         train(TrainSettings(str(pictures), epochs=2, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', valid='holdout', out=name))
         interp = CifarInterpretation.from_run(name)
         assert '<html' in write_report(name).read_text()

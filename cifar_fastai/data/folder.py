@@ -161,7 +161,8 @@ def read_folder(
     labels = np.array([label for split in found.splits for _, label in split], dtype=np.int64)
     is_valid = np.arange(len(files)) >= len(found.splits[0])
     if show_progress is None: show_progress = shows_progress()
-    is_large = store is not None and 3*size**2*len(files) > max_bytes_in_memory
+    can_store = store is not None and os.name == 'posix' # elsewhere open files can be neither renamed nor removed
+    is_large = can_store and 3*size**2*len(files) > max_bytes_in_memory
     decoded, *sorted_ = [store/f'{name}.npy' if is_large else None for name in ('decoded', 'train_x', 'test_x')]
     x, is_read = _read_all(found.folder, files, size, show_progress, decoded)
     idxs = np.flatnonzero(is_read)
