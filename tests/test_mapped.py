@@ -271,12 +271,12 @@ def use(source):
     data = load_cifar10(source, size=128)
     data.stats, data.fingerprint, data.origin, n_duplicates(data)
     for valid in 'test', 'holdout':
-        dls = cifar_dls(data, bs=64, valid=valid, recipe='baseline', seed=0, device='cpu')
+        dls = cifar_dls(data, bs=16, valid=valid, recipe='baseline', seed=0, device='cpu')
         net = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         learn = cifar_learner(dls, net, precision='fp32', recipe='baseline').remove_cbs(ProgressCallback)
         with learn.no_logging(): learn.fit(1, 1e-3)
         CifarInterpretation.from_learner(learn).plot_misclassified(4)
-    cifar_dls(data, bs=64, pipeline='item', valid='holdout', recipe='baseline', num_workers=0).one_batch()
+    cifar_dls(data, bs=16, pipeline='item', valid='holdout', recipe='baseline', num_workers=0).one_batch()
     return len(data.train_y)
 
 def data_bytes(): return next(1024*int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmData'))

@@ -113,7 +113,7 @@ def _new_images(n, size, file=None): # -> array (n, size, size, 3), memory-mappe
 
 def _gathered(x, idxs, file=None): # -> the images at `idxs`, copied in blocks; read-only in a file
     new = _new_images(len(idxs), x.shape[1], file)
-    for start in range(0, len(idxs), 256): new[start:start + 256] = x[idxs[start:start + 256]]
+    for start in range(0, len(idxs), 64): new[start:start + 64] = x[idxs[start:start + 64]]
     if file is None: return new
     new.flush()
     return np.load(file, mmap_mode='r')

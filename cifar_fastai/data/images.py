@@ -77,8 +77,8 @@ class CIFAR10Data(NamedTuple):
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         "Means and standard deviations of red, green and blue over the training images, for pixels in [0, 1]"
         counts = np.zeros((3, 256), dtype=np.int64)
-        for start in range(0, len(self.train_x), 256): # memory-mapped images may be more than memory holds
-            pixels = torch.tensor(self.train_x[start:start + 256])
+        for start in range(0, len(self.train_x), 64): # memory-mapped images may be more than memory holds
+            pixels = torch.tensor(self.train_x[start:start + 64])
             counts += np.stack([torch.bincount(pixels[..., c].flatten(), minlength=256) for c in range(3)])
         values, n = np.arange(256)/255, self.train_x[..., 0].size
         mean = counts@values/n
