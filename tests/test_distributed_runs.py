@@ -30,9 +30,9 @@ def options(small_archive): return options_of(small_archive)
 
 def process_of(rank, run): # -> id of the process of that rank
     for proc in Path('/proc').glob('[0-9]*'):
-        try: words, environ = (proc/'cmdline').read_bytes().split(b'\0'), (proc/'environ').read_bytes().split(b'\0')
+        try: arguments, environ = (proc/'cmdline').read_bytes().split(b'\0'), (proc/'environ').read_bytes().split(b'\0')
         except OSError: continue
-        if str(run).encode() in words and f'RANK={rank}'.encode() in environ: return int(proc.name)
+        if str(run).encode() in arguments and f'RANK={rank}'.encode() in environ: return int(proc.name)
 
 def wait_for_epoch(run, process, epoch=1):
     def done(): return any(int(folder.name[:5]) >= epoch for folder in checkpoints_in(run/'checkpoint'))
