@@ -388,7 +388,7 @@ def step_rate(
     case:str='package',
 ) -> float: # 10¹² floating-point operations a second
     "Compute the rate of a training step, with the operations that the model needs"
-    network = build_network(result['settings'].get('model', 'custom'))
+    network = build_network(result.get('settings', {}).get('model', 'custom'))
     return float(np.mean(result['cases'][case]['images_per_second']))*training_cost(network)/1e12
 
 # %% ../nbs/70_bench.ipynb #38a23961
