@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'named_sets', 'recipes', 'recipe_temperatures', 'ingredients',
-           'not_of_other_models', 'Norm', 'logger', 'named_source', 'source_defaults', 'default_peak_epoch',
-           'check_size', 'check_lr_order', 'Recipe', 'get_recipe', 'sized', 'TrainSettings', 'BenchSettings',
-           'RepeatSettings', 'printable', 'settings_from', 'environment', 'peak_memory', 'require_extra', 'printed_log',
-           'shows_progress']
+           'not_of_other_models', 'with_norms', 'Norm', 'logger', 'named_source', 'source_defaults',
+           'default_peak_epoch', 'check_size', 'check_lr_order', 'Recipe', 'get_recipe', 'sized', 'TrainSettings',
+           'BenchSettings', 'RepeatSettings', 'printable', 'settings_from', 'environment', 'peak_memory',
+           'require_extra', 'printed_log', 'shows_progress']
 
 # %% ../nbs/00_core.ipynb #c9e5aa96
 import logging, math, os, platform, re, sys
@@ -151,7 +151,9 @@ def sized(
 
 # Values of a recipe that change `CustomResNet` alone, as they are for other models, and further settings of it.
 not_of_other_models = dict(ghost=0, logit_scale=1., whiten=False, dirac=False, freeze_first=0)
-_not_given = dict(norm='batch', n_groups=2, width=64, dropout=0., conv_bias=False)
+_not_given = dict(width=64, dropout=0., conv_bias=False)
+_norms = dict(norm='batch', n_groups=2) # further settings of `CustomResNet` and of the networks below
+with_norms = 'resnet18', 'resnet34'
 
 def _one_of_the_recipes(name):
     renamed = " ('seed' is now called 'baseline')" if name == 'seed' else ''
@@ -172,7 +174,7 @@ class _Settings:
         return replace(self, **self._defaults())
 
 # %% ../nbs/00_core.ipynb #a1bcb5ee
-Norm = Literal['batch', 'group', 'layer'] # normalisation layers of `CustomResNet`
+Norm = Literal['batch', 'group', 'layer'] # normalisation layers
 
 @dataclass(frozen=True)
 class TrainSettings(_Settings):
@@ -188,7 +190,7 @@ class TrainSettings(_Settings):
     lr_min: Literal['find']|float|None = None # learning rate of the last step; None: the recipe's
     lr_start: float|None = None # learning rate of the first step; 0: lr_min; None: the recipe's
     anneal: Literal['linear', 'cos'] = 'linear' # shape of the cycle between lr_min and lr_max
-    norm: Norm = 'batch' # normalisation layers
+    norm: Norm = 'batch' # normalisation layers of custom, resnet18 and resnet34
     n_groups: int = 2 # groups of channels, with norm group
     ghost: int|None = None # images that share statistics in training, with norm batch; 0: the whole batch; None: the recipe's
     logit_scale: float|None = None # fixed factor of the logits; None: the recipe's
@@ -292,9 +294,14 @@ def check_train_settings(s): # resolved values
     _check_model(s.model)
     has_weights = not s.pretrained or s.model != 'custom'
     _check(has_weights, 'pretrained', s.pretrained, 'must be left out with model custom')
-    for name, value in (not_of_other_models | _not_given).items():
-        is_own = s.model == 'custom' or getattr(s, name) == value
-        _check(is_own, name, getattr(s, name), f'must be left out with model {s.model}')
+    has_own_norms = not s.pretrained or s.norm == 'batch'
+    _check(has_own_norms, 'norm', s.norm, 'must be batch with pretrained weights, which were trained with it')
+    for name, value in _fixed(s.model).items():
+        _check(getattr(s, name) == value, name, getattr(s, name), f'must be left out with model {s.model}')
+
+def _fixed(model): # -> {setting that a network does not have: its neutral value}
+    if model == 'custom': return {}
+    return not_of_other_models | _not_given | ({} if model in with_norms else _norms)
 
 # %% ../nbs/00_core.ipynb #df423139
 _cases = 'plain', 'fastai', 'package', 'bare', 'limit'

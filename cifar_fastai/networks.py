@@ -7,36 +7,40 @@ __all__ = ['small_image_resnet', 'build_network', 'check_output', 'pretrained_st
 
 # %% ../nbs/12_networks.ipynb #0dc85f48
 import re
+from functools import partial
 
 import torch
 from torch import nn
 
-from .core import logger, require_extra
-from .models import CustomResNet
+from .core import Norm, logger, require_extra, with_norms
+from .models import CustomResNet, check_norm, norm_layer
 from .data.picture import one_line
 
 # %% ../nbs/12_networks.ipynb #2dbe580f
 def small_image_resnet(
     name:str, # 'resnet18' or 'resnet34'
     n_out:int=10, # number of classes
+    norm:Norm='batch', # 'batch', 'group' or 'layer', as in `CustomResNet`
+    n_groups:int=2, # number of groups with norm 'group'; must divide 64
 ) -> nn.Module: # returns logits (N, n_out)
-    "Return torchvision's ResNet with a 3×3 first convolution of stride 1 and without the first pooling"
+    """Return torchvision's ResNet with a 3×3 first convolution of stride 1 and without the first pooling.
+
+    Raises `ValueError` for an invalid `norm` or `n_groups`."""
     from torchvision.models import get_model
-    model = get_model(name, weights=None, num_classes=n_out)
+    check_norm(norm, n_groups, 64)
+    model = get_model(name, weights=None, num_classes=n_out, norm_layer=partial(norm_layer, norm, n_groups=n_groups))
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does
     model.maxpool = nn.Identity()
     return model
 
 # %% ../nbs/12_networks.ipynb #4dcb5c7a
-_small_resnets = 'resnet18', 'resnet34'
-
 def build_network(
     name:str='custom', # 'custom', 'resnet18', 'resnet34', a classification model of torchvision, or 'timm:NAME'
     n_out:int=10, # number of classes
     size:int=32, # pixels of a side of an image
     pretrained:bool=False, # load the weights of `load_pretrained_layers`; not for 'custom'
-    **network, # further arguments of `CustomResNet`, for 'custom' alone
+    **network, # further arguments of `CustomResNet`; of these, 'resnet18' and 'resnet34' have `norm` and `n_groups`, others none
 ) -> nn.Module: # takes normalised images (N, 3, size, size), returns logits (N, n_out)
     """Return a new network.
 
@@ -45,7 +49,10 @@ def build_network(
     if name == 'custom':
         if pretrained: raise ValueError(f'pretrained is {pretrained}: load_pretrained returns CustomResNet with its weights')
         return CustomResNet(n_out, **network)
-    if name in _small_resnets: model = small_image_resnet(name, n_out)
+    norms = {key: network[key] for key in ('norm', 'n_groups') if key in network}
+    if pretrained and norms.get('norm', 'batch') != 'batch':
+        raise ValueError(f'norm is {norms["norm"]!r}: must be batch with pretrained weights, which were trained with it')
+    if name in with_norms: model = small_image_resnet(name, n_out, **norms)
     else: model = _by_name(name, n_out, size)
     check_output(model, name, n_out, size)
     if pretrained: load_pretrained_layers(model, name)

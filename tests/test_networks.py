@@ -74,10 +74,38 @@ def test_what_belongs_to_custom_resnet_is_neutral_for_others_and_cannot_be_given
     assert settings.label_smoothing == recipes['best'].label_smoothing and settings.lookahead == recipes['best'].lookahead
     assert unused_ingredients(settings) == ['ghost', 'logit_scale', 'whiten'] and unused_ingredients(TrainSettings(model='resnet18', recipe='quick')) == ['ghost', 'logit_scale', 'whiten', 'dirac', 'freeze_first'] and unused_ingredients(TrainSettings()) == []
     assert unused_ingredients(TrainSettings(model='resnet18', recipe='baseline')) == []
-    for given in dict(norm='layer'), dict(width=32), dict(ghost=8), dict(whiten=True), dict(dropout=.1), dict(conv_bias=True), dict(logit_scale=.5):
+    for given in dict(width=32), dict(ghost=8), dict(whiten=True), dict(dropout=.1), dict(conv_bias=True), dict(logit_scale=.5):
         [name] = given
         with pytest.raises(ValueError, match=f'{name} is .*resnet18'): TrainSettings(model='resnet18', **given)
     assert RepeatSettings(model='resnet18').run(0, 'runs').model == 'resnet18'
+
+@pytest.mark.parametrize('norm, kind, groups', [('layer', torch.nn.GroupNorm, 1), ('group', torch.nn.GroupNorm, 8), ('batch', torch.nn.BatchNorm2d, None)])
+def test_the_small_resnets_have_the_norm_that_is_given(norm, kind, groups):
+    settings = TrainSettings(model='resnet34', norm=norm, n_groups=8)
+    model = build_network(settings.model, 10, settings.size, **settings.network)
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.GroupNorm, torch.nn.BatchNorm2d))]
+    assert len(layers) == 36 and {type(m) for m in layers} == {kind} and n_params(model) == 21_282_122
+    assert not groups or {m.num_groups for m in layers} == {groups}
+    x = torch.randn(3, 3, 32, 32)
+    is_alone = torch.allclose(model(x)[:2], model(x[:2]), atol=1e-4) # an image does not depend on its batch
+    assert is_alone == (norm != 'batch')
+
+def test_a_norm_that_a_network_does_not_have_is_refused():
+    for given in dict(norm='layer'), dict(norm='group', n_groups=4):
+        with pytest.raises(ValueError, match='norm is .*resnet50'): TrainSettings(model='resnet50', **given)
+    with pytest.raises(ValueError, match='n_groups is 3'): TrainSettings(model='resnet18', norm='group', n_groups=3)
+    with pytest.raises(ValueError, match='n_groups is 3'): build_network('resnet18', norm='group', n_groups=3)
+    with pytest.raises(ValueError, match='norm is .*instance'): build_network('resnet18', norm='instance')
+    with pytest.raises(ValueError, match='norm is .*layer.*pretrained'): TrainSettings(model='resnet18', norm='layer', pretrained=True)
+    with pytest.raises(ValueError, match='norm is .*layer.*pretrained'): build_network('resnet18', norm='layer', pretrained=True)
+
+def test_a_run_with_layer_norm_is_read_with_it(digits, tmp_path):
+    settings = TrainSettings('digits', model='resnet18', norm='layer', epochs=2, bs=64, lr_min=1e-4, lr_max=1e-3, num_workers=0, precision='fp32', out=str(tmp_path/'run'))
+    few = digits.first(128, 32)
+    train(settings, few)
+    model, _ = load_run(tmp_path/'run')
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert np.allclose(load_classifier(tmp_path/'run')[0](few.test_x), CifarInterpretation.from_run(tmp_path/'run', few).raw_probs, atol=1e-4)
 
 # ---- in a learner and in a run
 

@@ -82,18 +82,22 @@ def _gif_is_animated(content:bytes) -> bool:
     raise _too_many_parts()
 
 # %% ../../nbs/03_data.picture.ipynb #4e71d91e
+def _compressed_parts(content): # each may expand to a megabyte, but not in less than a kilobyte
+    if len(content) < 100_000: return 0 # 100 of them do not fit in
+    return max(content.count(name) for name in (b'Exif\0\0', b'iCCP'))
+
 class MeteredFile(io.BytesIO):
     "Content of a picture file; raises `RuntimeError` when it is read too often or more than about twice"
     def __init__(self, content:bytes):
         super().__init__(content)
-        self.reads_left, self.bytes_left = 10_000, 2*len(content) + 2**20
+        self.n_bytes = len(content)
+        self.reads_left, self.bytes_left = 10_000, 2*self.n_bytes + 2**20
         if content.startswith(b'\xff\xd8'): self.bytes_left = 2**23 # a JPEG is opened without reading its pixels
-        compressed_parts = max(content.count(name) for name in (b'Exif\0\0', b'iCCP')) # each may expand to a megabyte
-        if compressed_parts > 100 or _tiff_tiles(content) > 100_000: raise _too_many_parts()
+        if _compressed_parts(content) > 100 or _tiff_tiles(content) > 100_000: raise _too_many_parts()
 
     def allow_pixels(self):
         "Allow the reads that decoding the pixels needs"
-        self.reads_left, self.bytes_left = 300_000, 2*len(self.getbuffer()) + 2**20
+        self.reads_left, self.bytes_left = 300_000, 2*self.n_bytes + 2**20
 
     def read(self, size=-1):
         "Read as a file does; raise `RuntimeError` beyond the limits"
@@ -123,7 +127,8 @@ def _decoding_errors(name):
 # %% ../../nbs/03_data.picture.ipynb #5e92c7b2
 def _shrink_jpeg(img:Image.Image, content:bytes):
     "Have a large JPEG decoded at a reduced size; raise `ValueError` when its scans take too long"
-    n_scans, pixels = _jpeg_scans(content), img.width*img.height
+    pixels, n_scans = img.width*img.height, len(content)//10 # a scan begins with 10 bytes or more
+    if pixels*n_scans > 32*max_pixels or n_scans > 20_000: n_scans = _jpeg_scans(content)
     if pixels*n_scans > 32*max_pixels:
         raise ValueError(f'{img.width}×{img.height} pixels in {n_scans} scans take too long to decode: '
                          'save it with fewer scans or pixels')
@@ -216,7 +221,8 @@ def read_image(
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is not a picture or exceeds the limits."""
     path = Path(path)
-    if any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in str(path)):
+    name = str(path)
+    if not name.isprintable() and any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in name):
         raise ValueError(f'{printable(path)} has a name with a line break or another control character: rename it')
     return _read_content(read_bytes(path, max_bytes), path, size)
 
