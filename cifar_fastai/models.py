@@ -130,7 +130,8 @@ class CustomResNet(nn.Module):
         x = self.res1(self.layer1(self.prep(x)))
         x = self.res2(self.layer3(self.layer2(x)))
         # `pool` covers all 4×4 positions of an image of 32×32. Images of other sizes need the maximum over all of theirs.
-        x = self.pool(x) if x.shape[-2:] == (4, 4) else F.adaptive_max_pool2d(x, 1)
+        # ONNX has no operator for `adaptive_max_pool2d`.
+        x = self.pool(x) if x.shape[-2:] == (4, 4) else F.max_pool2d(x, x.shape[-2:])
         return self.logit_scale*self.fc(x.flatten(1))
 
 # %% ../nbs/10_models.ipynb #2da092c3

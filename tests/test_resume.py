@@ -560,6 +560,17 @@ def test_of_two_runs_in_one_folder_one_is_refused(few, undisturbed, tmp_path):
     assert [err.count('\n') for err in sorted(errs)] == [0, 1] and 'exists' in max(errs)
     assert same_end(tmp_path/'run', undisturbed[0])
 
+@pytest.mark.parametrize('kind', ['folder', 'file'])
+def test_a_run_folder_that_another_process_makes_at_the_same_time_is_not_touched(kind, tmp_path, monkeypatch):
+    from cifar_fastai.run import folder
+    def in_between(path, value): # the other process is faster, but only after it was looked for
+        write_json(path, value)
+        (tmp_path/'run').mkdir() if kind == 'folder' else (tmp_path/'run').write_text('theirs')
+        if kind == 'folder': (tmp_path/'run'/'theirs').touch()
+    monkeypatch.setattr(folder, 'write_json', in_between)
+    with pytest.raises(FileExistsError, match='run'): folder.RunFolder(tmp_path/'run', {}).open()
+    assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['theirs' if kind == 'folder' else 'run']
+
 @pytest.mark.slow
 def test_killed_in_the_range_test_it_starts_over(small_archive, tmp_path):
     args = ['--data', small_archive, '--epochs', 1, '--bs', 16]

@@ -238,12 +238,16 @@ class RunFolder:
 
     def _make(self):
         "Create the folder together with its `config.json`, or neither"
-        if os.path.lexists(self.path): raise FileExistsError(f'{self.path} exists already: give another run folder')
+        exists = FileExistsError(f'{self.path} exists already: give another run folder')
+        if os.path.lexists(self.path): raise exists
         part = self.path.with_name(f'.{token_hex(8)}.part')
         try:
             part.mkdir(parents=True)
             write_json(part/'config.json', self.config)
             part.rename(self.path)
+        except OSError: # another process may have been faster
+            if os.path.lexists(self.path): raise exists from None
+            raise
         finally: shutil.rmtree(part, ignore_errors=True)
 
     def close(self):
