@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..core import cifar10_classes
+
 # %% ../../nbs/02_data.images.ipynb #b3cf245e
 def _digests(x, y) -> list[bytes]:
     "Return the SHA-256 digest of each label (one byte, or two beyond 255) followed by the bytes of the image's pixels"
@@ -91,7 +93,8 @@ class CIFAR10Data(NamedTuple):
         train, test = self.fingerprint
         if (train, test) == cifar10_fingerprint: return 'the original CIFAR-10'
         if self.vocab == list('0123456789') and (train, test) == load_digits().fingerprint: return "scikit-learn's digits"
-        return f'not the original CIFAR-10 (fingerprints {train[:8]}…, {test[:8]}…)'
+        kind = 'not the original CIFAR-10' if self.vocab == list(cifar10_classes) else 'another data set'
+        return f'{kind} (fingerprints {train[:8]}…, {test[:8]}…)'
 
 # %% ../../nbs/02_data.images.ipynb #7b1f60a2
 class MappedImages:

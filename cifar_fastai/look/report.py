@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastai.vision.all import DataLoaders
 
-from ..core import TrainSettings, named_source
+from ..core import TrainSettings, cifar10_classes, named_source
 from ..files import write_whole
 from ..data.images import cifar10_fingerprint
 from ..data.augment import (augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, sized_augment,
@@ -85,7 +85,7 @@ def _lr_text(record) -> str:
     elif len(given) == 1: source = f'{given[0]} was given; the other bound was found by a range test.'
     else: source = 'Both bounds were given, so there was no range test.'
     shape = dict(linear='linearly', cos='along half-cosine curves')[s.anneal]
-    rise = f'rises from {s.lr_start or low:.3g} at the first step to {high:.3g} at the end of epoch {s.peak_epoch:g}'
+    rise = f'rises from {s.lr_start or low:.3g} at the first step to {high:.3g} at the end of epoch {round(s.peak_epoch, 2):g}'
     return f'The learning rate {rise} and falls back to {low:.3g} at the last step, {shape}. {source}'
 
 # %% ../../nbs/51_look.report.ipynb #7f12a009
@@ -224,8 +224,10 @@ def _machine(record) -> list[tuple]: # (name, value)
 def _origin(record) -> str:
     "Name the images of a run"
     if tuple(record.data['fingerprint']) == cifar10_fingerprint: return 'CIFAR-10'
-    is_digits = named_source(record.settings.data) == 'digits' and record.data['vocab'] == list('0123456789')
-    return "scikit-learn's digits" if is_digits else 'Custom images, not the original CIFAR-10'
+    if record.data['vocab'] == list(cifar10_classes): return 'Custom images, not the original CIFAR-10'
+    names = dict(digits="scikit-learn's digits", cifar100='CIFAR-100', cifar100_coarse='CIFAR-100 with coarse labels',
+                 mnist='MNIST', fashion_mnist='Fashion-MNIST', svhn='SVHN')
+    return names.get(str(named_source(record.settings.data)), 'Pictures of your own')
 
 # %% ../../nbs/51_look.report.ipynb #86c1ebb6
 def _calibration_text(record, interp) -> str:
