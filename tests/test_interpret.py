@@ -650,7 +650,7 @@ def test_captions_of_the_misclassified_lie_inside_the_picture_and_beside_each_ot
     boxes = [t.get_window_extent() for t in titles]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     for t, m in zip(titles, interp.misclassified(10), strict=True):
-        assert t.get_text().replace('\n', ' ') == f'{m.actual} → {m.predicted} {m.probability:.0%}'
+        assert t.get_text().replace('\n', ' ') == f'{m.actual} → {m.predicted} ({m.probability:.0%})'
 
 @naming
 def test_labels_of_the_classes_lie_inside_the_picture(small, names):

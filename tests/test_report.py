@@ -138,10 +138,17 @@ def test_no_two_elements_have_one_name(reported):
     names = [attrs['id'] for _, attrs in Page(reported).elements if 'id' in attrs]
     assert len(names) == len(set(names))
 
-def test_training_images_are_shown_before_and_after(reported):
+def test_training_images_are_shown_before_and_after_in_as_many_epochs_as_the_run_has(reported, run):
     after = [attrs['alt'] for attrs in Page(reported).all('img') if 'augmented' in attrs['alt']]
-    assert len(after) == 4*8
+    assert len(after) == 4*min(8, read_run(run).settings.epochs) and read_run(run).settings.epochs < 8
     assert all(re.fullmatch(rf'airplane\b.*\bepoch {i + 1}', alt) for i, alt in enumerate(after[:2]))
+
+def test_the_accuracy_has_the_interval_of_wilson(reported, run):
+    interp = run_predictions(read_run(run))
+    n, p, z = len(interp.targs), interp.accuracy, 1.959964
+    middle, half = (p + z*z/2/n)/(1 + z*z/n), z*(p*(1 - p)/n + (z/2/n)**2)**.5/(1 + z*z/n)
+    low, high = map(float, re.search(r'95% interval for [0-9,]+ images: ([0-9.]+) to ([0-9.]+)%', reported.read_text()).groups())
+    assert low == pytest.approx(100*(middle - half), abs=.051) and high == pytest.approx(100*(middle + half), abs=.051)
 
 def test_a_page_is_the_same_each_time(reported, run): assert write_report(run).read_bytes() == reported.read_bytes()
 

@@ -180,7 +180,7 @@ def plot_misclassified(self:CifarInterpretation,
 ) -> Figure:
     "Plot the most confident mistakes, each with its actual class, predicted class and probability"
     wrong = self.misclassified(k)
-    titles = [f'{m.actual}\n→ {m.predicted} {m.probability:.0%}' for m in wrong]
+    titles = [f'{m.actual}\n→ {m.predicted} ({m.probability:.0%})' for m in wrong]
     images = [self.image(m.idx) for m in wrong]
     if cam and wrong:
         idxs = [m.idx for m in wrong]
@@ -270,7 +270,7 @@ def plot_cam(self:CifarInterpretation,
     labels = list(dict.fromkeys(self._label(label) for label in shown))
     (image, *_), overlays = self._overlays([idx]*len(labels), labels, layer)
     pictures = [image, *overlays]
-    of_classes = [f'{self.vocab[label]} {self.probs[idx, label]:.0%}' for label in labels]
+    of_classes = [f'{self.vocab[label]} ({self.probs[idx, label]:.0%})' for label in labels]
     titles = [self.vocab[self.targs[idx]], *of_classes]
     return plot_images(pictures, titles, len(pictures))
 

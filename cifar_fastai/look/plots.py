@@ -83,6 +83,7 @@ def plot_images(
     cols:int=5, # images per row
 ) -> plt.Figure:
     "Plot small images in a grid, enlarged without interpolation, each below its caption"
+    cols = max(1, min(cols, len(imgs)))
     rows = max(1, -(-len(imgs)//cols))
     wrapped = ['\n'.join(part for line in title.split('\n') for part in wrap(line, 36)) for title in titles]
     titles = list(map(_without_math, wrapped))
@@ -96,6 +97,7 @@ def plot_images(
         x, y = width*(i % cols + .5), height*(i//cols + 1) - tallest/2 - .05 # centre of the image
         w, h = np.array(sizes[i])/2
         ax.imshow(img, interpolation='nearest', extent=(x - w, x + w, y + h, y - h))
+        ax.add_patch(plt.Rectangle((x - w, y - h), 2*w, 2*h, fill=False, edgecolor='0.8', linewidth=.5))
         ax.text(x, y - h - .03, title, fontsize=9, ha='center', va='bottom')
     ax.set(xlim=(0, width*cols), ylim=(height*rows, 0))
     ax.axis('off')

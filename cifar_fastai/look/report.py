@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import DataLoaders
+from scipy.stats import binomtest
 
 from ..core import TrainSettings, cifar10_classes, named_source
 from ..files import write_whole
@@ -161,12 +162,19 @@ def _training_images(record, dls, n=4) -> list[dict]: # name, uris: the original
         found.setdefault(vocab[int(y)], np.asarray(img))
         if set(vocab[:n]) <= found.keys(): break
     first = {name: found[name] for name in vocab[:n] if name in found}
+    n_epoch = min(8, record.settings.epochs)
     rows = []
-    for name, before, after in zip(first, first.values(), augmented_images(record, np.stack(list(first.values())))):
+    for name, before, after in zip(first, first.values(), augmented_images(record, np.stack(list(first.values())), n_epoch)):
         rows.append(dict(name=name, uris=[image_uri(img) for img in (before, *after)]))
     return rows
 
 # %% ../../nbs/51_look.report.ipynb #ef34ab2c
+def _loss_note(settings) -> str: # of the caption
+    smoothing, notes = settings.label_smoothing, []
+    if smoothing: notes.append(f'label smoothing {smoothing:g}')
+    if settings.class_weights: notes.append('weighted by class')
+    return f' ({", ".join(notes)})' if notes else ''
+
 def _duration(seconds) -> str:
     "Return a duration rounded to seconds, minutes or hours"
     minutes, hours = round(seconds/60), seconds/3600
@@ -179,6 +187,11 @@ def _balanced(interp): # -> the balanced accuracy, if some classes have more ima
     note = f'mean recall of the classes, which have {counts.min():,} to {counts.max():,} images'
     return [('balanced accuracy', _percent(interp.balanced_accuracy), note)]
 
+def _interval(interp): # of the accuracy
+    if not (n := len(interp.targs)): return ''
+    low, high = binomtest(n - interp.n_wrong, n).proportion_ci(method='wilson')
+    return f'; 95% interval for {n:,} images: {100*low:.1f} to {100*high:.1f}%'
+
 def _figures(record, interp) -> list[dict]: # name, value, note
     "Return the headline figures"
     s, images, device = record.summary, _valid_images(record), record.summary.get('device')
@@ -186,7 +199,7 @@ def _figures(record, interp) -> list[dict]: # name, value, note
     tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its horizontal flip'
     error = f'{100*interp.calibration().ece:.1f} points'
     rows = [
-        ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch'),
+        ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch{_interval(interp)}'),
         ('misclassified', f"{s['n_wrong']:,}", f'of {len(interp.targs):,} {images}'),
         *_balanced(interp),
         ('accuracy with TTA', _percent(s.get('flip_averaged_accuracy')), tta),
@@ -201,8 +214,8 @@ def _figures(record, interp) -> list[dict]: # name, value, note
 # %% ../../nbs/51_look.report.ipynb #fec9a851
 def _shown(value) -> str:
     "Return the value of a setting as text"
-    if value is None: return '—'
-    if isinstance(value, (tuple, list)): return ', '.join(map(str, value))
+    if value is None: return 'default'
+    if isinstance(value, (tuple, list)): return ', '.join(map(str, value)) or 'none'
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 def _settings(record) -> list[dict]: # name, value, changed
@@ -259,7 +272,7 @@ def _gallery(
             if most < 0: return pictures
             pair = f'{interp.targs[m.idx]}-{interp.decoded[m.idx]}'
             names = dict(actual=m.actual, predicted=m.predicted)
-            pictures.append(dict(uri=uri, cams=cams, pair=pair, probability=f'{m.probability:.0%}', **names))
+            pictures.append(dict(uri=uri, cams=cams, pair=pair, probability=f'({m.probability:.0%})', **names))
     return pictures
 
 def _cams(interp, wrong, explain):
@@ -327,13 +340,12 @@ def report_page(
     Raises `ValueError` for more than 1,000 classes. The confusion matrix is omitted for more than 100."""
     n_classes, n_valid = len(record.data['vocab']), len(interp.targs)
     if n_classes > 1000: raise ValueError(f'{record.path} has {n_classes:,} classes: a report shows at most 1,000')
-    smoothing = record.settings.label_smoothing
     values = dict(
         name=record.name, origin=_origin(record), vocab=list(interp.vocab), n_train=record.data['n_train'],
         n_valid=n_valid, images=_valid_images(record), accuracy=_percent(record.summary['accuracy']),
         n_wrong=interp.n_wrong, figures=_figures(record, interp), command=repeat_command(record.settings),
         settings=_settings(record), lr_text=_lr_text(record), aug=_augmentation(record),
-        smoothing=f' (label smoothing {smoothing:g})' if smoothing else '', machine=_machine(record),
+        smoothing=_loss_note(record.settings), machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),
         gallery=_gallery(interp, most, explain) if dls else None,
         label_issues=_label_issues(interp) if dls else None, missing=missing.rstrip('.'),

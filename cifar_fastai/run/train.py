@@ -208,6 +208,10 @@ def changed_from_recipe(
     changed = [name for name in defaults if name not in _same_network and getattr(settings, name) != defaults[name]]
     return changed + ['data']*(tuple(config['data']['fingerprint']) != cifar10_fingerprint)
 
+def _unlike(settings, changed):
+    names = ', '.join(changed)
+    return f'{names} differ from recipe {settings.recipe} on CIFAR-10, whose temperature is known; valid holdout fits one'
+
 def find_temperature(
     config:dict, # content of `config.json`
     interp:CifarInterpretation, # of the validation images, with the last weights
@@ -219,7 +223,7 @@ def find_temperature(
         except ValueError as e: return 1., f'{not_calibrated}: {e}'
     if settings.recipe not in recipe_temperatures:
         return 1., f'{not_calibrated}: recipe {settings.recipe} has no temperature'
-    if changed := changed_from_recipe(config): return 1., f"{not_calibrated}: {', '.join(changed)} changed"
+    if changed := changed_from_recipe(config): return 1., f"{not_calibrated}: {_unlike(settings, changed)}"
     return recipe_temperatures[settings.recipe], f'constant of recipe {settings.recipe}'
 
 def run_calibration(
