@@ -34,7 +34,7 @@ from .optimizer import FusedAdam
 from .callback.cost import ImageSizes, training_cost
 from .callback.precision import keep_memory, precision_of, resolve_precision
 from .learner import cifar_learner
-from .networks import build_network
+from .networks import build_network, check_output
 from .callback.schedule import OneCycle, one_cycle_lr
 
 # %% ../nbs/70_bench.ipynb #7c96cb53
@@ -152,8 +152,7 @@ def _bare_parts(data, settings, device): # -> (`DataLoaders`, optimizer, `step(x
     recipe = recipes[settings.recipe]
     dls = cifar_dls(data, settings.bs, seed=0, recipe=settings.recipe, device=device)
     precision = resolve_precision(settings.precision, device)
-    own = dict(ghost=recipe.ghost, logit_scale=recipe.logit_scale) if settings.model == 'custom' else {}
-    model = build_network(settings.model, dls.c, **own)
+    model = build_network(settings.model, dls.c, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
     model = model.to(device, memory_format=torch.channels_last).train()
     if settings.compile: model.compile()
     if device.type == 'cpu': keep_memory()
@@ -383,13 +382,15 @@ def matrix_products(
             rates[name] = max(rates.get(name, 0), 2e-12*n**3/seconds)
     return rates
 
+def _model_of(result): return result.get('settings', {}).get('model', 'custom') # older files do not name it
+
 def step_rate(
     result:dict, # of `bench`
     case:str='package',
 ) -> float: # 10¹² floating-point operations a second
     "Compute the rate of a training step, with the operations that the model needs"
-    network = build_network(result.get('settings', {}).get('model', 'custom'))
-    return float(np.mean(result['cases'][case]['images_per_second']))*training_cost(network)/1e12
+    cost = training_cost(build_network(_model_of(result)))
+    return float(np.mean(result['cases'][case]['images_per_second']))*cost/1e12
 
 # %% ../nbs/70_bench.ipynb #38a23961
 def _with_steps(settings, device, n_images): # -> `BenchSettings` with `steps` and `warmup` that suit the device
@@ -408,6 +409,20 @@ def _conditions(settings, device, n_images): # -> dict of what the rates depend 
                 threads=torch.get_num_threads(), cuda=torch.version.cuda if gpu else None,
                 import_fastai=import_seconds())
 
+def _check_network(settings):
+    "Raise `ValueError` unless the network takes images of 32×32 and of `image_sizes`"
+    model = build_network(settings.model)
+    for size in settings.image_sizes: check_output(model, settings.model, 10, size)
+
+def _own_settings(settings, device): # -> `BenchSettings` with the pictures of `own` as data
+    "Raise `ValueError` if `own` has fewer pictures than a batch"
+    folder = os.path.abspath(settings.own) # a relative path may be the name of a data set
+    n = len(load_cifar10(folder).train_y)
+    if n < settings.bs:
+        few = f'has {n:,} pictures to train on, fewer than bs ({settings.bs:,}): add pictures, or reduce bs'
+        raise ValueError(f'own is {settings.own!r}: {few}')
+    return _with_steps(replace(settings, data=folder), device, n)
+
 def _growth_cases(settings, device): # -> dict: part of the result -> cases for `take_turns`
     sizes = {}
     for n in 10_000, 50_000, 500_000:
@@ -418,6 +433,14 @@ def _growth_cases(settings, device): # -> dict: part of the result -> cases for 
     return dict(sizes=sizes, batch_sizes=batch_sizes)
 
 # %% ../nbs/70_bench.ipynb #580eae9c
+def _further_cases(settings, own, device): # -> dict: part of the result -> cases for `take_turns`
+    full_size, parts = replace(settings, image_sizes=()), {}
+    if own: parts['own'] = dict(data=('package', full_size, None), own=('package', replace(own, image_sizes=()), None))
+    if settings.image_sizes:
+        of_size = {str(n): ('package', replace(settings, image_sizes=(n,)), None) for n in settings.image_sizes}
+        parts['image_sizes'] = of_size
+    return parts | (_growth_cases(full_size, device) if settings.growth else {})
+
 def bench(
     settings:BenchSettings=BenchSettings(), # what to measure
     say=lambda line: None, # called with each line of progress
@@ -425,15 +448,16 @@ def bench(
     """Measure the cases in turns, and the limit of the processor.
 
     The result has `cases`, `matrix_products` and, as the settings ask, `batches`, `own`, `image_sizes`, `sizes` and
-    `batch_sizes`.
-    `batches` comes from `batches_alone`, `matrix_products` from the function of that name, the others from `take_turns`. Raise
-    `ValueError` for settings that this machine cannot fulfil, and `ChildProcessError` if a process fails."""
+    `batch_sizes`. `batches` comes from `batches_alone`, `matrix_products` from the function of that name, the others
+    from `take_turns`. Before a process is started, raise `ValueError` for settings that this machine cannot fulfil, a
+    network that does not take the images, and a folder with too few pictures. Raise `ChildProcessError` if a process
+    fails."""
     settings = settings.resolved()
     device = resolve_device(settings.device)
-    resolve_precision(settings.precision, device) # raises before anything is started
-    build_network(settings.model) # raises as well
+    resolve_precision(settings.precision, device) # raises before anything is started, as the next lines do
+    _check_network(settings)
     n_images = len(load_cifar10(settings.data).train_y) # fills the cache, from which the processes read
-    if settings.own: load_cifar10(settings.own)
+    own = _own_settings(settings, device) if settings.own else None
     settings = _with_steps(settings, device, n_images)
     result = _conditions(settings, device, n_images)
 
@@ -445,15 +469,8 @@ def bench(
     full_size = replace(settings, image_sizes=())
     measure('cases', take_turns, {name: (name, full_size, None) for name in settings.cases}, say)
     if settings.batches: measure('batches', batches_alone, settings)
-    if settings.own:
-        sets = {name: ('package', replace(full_size, data=data), None) for name, data in dict(data=settings.data, own=settings.own).items()}
-        measure('own', take_turns, sets, say)
     measure('matrix_products', matrix_products, device)
-    if settings.image_sizes:
-        of_size = {str(n): ('package', replace(settings, image_sizes=(n,)), None) for n in settings.image_sizes}
-        measure('image_sizes', take_turns, of_size, say)
-    if settings.growth:
-        for part, cases in _growth_cases(full_size, device).items(): measure(part, take_turns, cases, say)
+    for part, cases in _further_cases(settings, own, device).items(): measure(part, take_turns, cases, say)
     return result
 
 # %% ../nbs/70_bench.ipynb #ada5afde
@@ -488,8 +505,10 @@ def bench_table(
     """Tabulate throughput and peak memory of each case.
 
     Columns: images/s (mean and range over the turns), seconds per epoch without validation, the ratios to `plain`
-    and `limit` turn by turn, and the peak memory of the main process and of the GPU."""
-    return pd.DataFrame({name: _bench_row(result, name) for name in result['cases']}).T
+    and `limit` turn by turn, and the peak memory of the main process and of the GPU. A network other than
+    `CustomResNet` is named above the cases."""
+    table, model = pd.DataFrame({name: _bench_row(result, name) for name in result['cases']}).T, _model_of(result)
+    return table if model == 'custom' else table.rename_axis(columns=model)
 
 # %% ../nbs/70_bench.ipynb #ce9853a3
 def plot_bench(
@@ -501,7 +520,9 @@ def plot_bench(
     ax.barh(list(rates), [np.mean(r) for r in rates.values()], color='tab:blue', alpha=.4)
     for name, r in rates.items(): ax.plot(r, [name]*len(r), '.', color='tab:blue')
     ax.invert_yaxis()
-    ax.set(xlabel='throughput, images/s', title=f"{result['device']}; package, bare and limit in {result['precision']}")
+    model = '' if _model_of(result) == 'custom' else f'{_model_of(result)}, '
+    title = f"{model}{result['device']}; package, bare and limit in {result['precision']}"
+    ax.set(xlabel='throughput, images/s', title=title)
     ax.grid(axis='x', alpha=.3)
     return fig
 
@@ -547,7 +568,7 @@ def _profile_bare(dls, step, n, device): # -> (seconds of making each batch, sec
     return batch_seconds, step_seconds
 
 def profile_step(
-    settings:BenchSettings=BenchSettings(), # of which `data`, `bs`, `recipe`, `precision` and `device` are used
+    settings:BenchSettings=BenchSettings(), # of which `data`, `bs`, `model`, `recipe`, `precision`, `device` are used
     n:int=12, # steps per turn
     times:int=3, # turns; the first one warms up and is not counted
 ) -> dict: # JSON-ready: `package`, `bare`, `settings`, `precision`, `environment`

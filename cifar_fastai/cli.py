@@ -349,7 +349,8 @@ def cifar_bench(settings:BenchSettings):
     turns = f"{settings.repeats} turns of {result['settings']['steps']} steps"
     print(f"{result['device']}, {result['precision']} in package, bare and limit, batch size {settings.bs}, {turns}")
     print(bench_table(result).to_string())
-    labels = dict(batches='making batches alone, one core', own='with data, and with pictures of your own', image_sizes='by size of the training images in pixels',
+    labels = dict(batches='making batches alone, one core', own='package with data and with pictures of your own',
+                  image_sizes='by size of the training images in pixels',
                   sizes='by number of training images', batch_sizes='by batch size')
     for key, label in labels.items(): _print_rates(result, key, label)
     products = ', '.join(f'{name} {rate:.3f}' for name, rate in result['matrix_products'].items())
@@ -361,11 +362,15 @@ def cifar_bench(settings:BenchSettings):
     print(f'saved {printable(settings.out)}')
 
 def _print_rates(result, key, label):
+    from cifar_fastai.bench import ratio
     cases = result.get(key, {})
     if not cases: return
     rates = {name: case if key == 'batches' else case['images_per_second'] for name, case in cases.items()}
     print(f'{label}, images/s: ' + ', '.join(f'{name} {sum(r)/len(r):,.0f}' for name, r in rates.items()))
     if key == 'batches': return
+    if key == 'own':
+        mean, least, most = ratio(rates['own'], rates['data'])
+        print(f'{label}, own × data: {mean:.3f} ({least:.3f} to {most:.3f})')
     memory = [f"{name} {case['memory']/2**30:.1f}" for name, case in cases.items() if case['memory']]
     print(f'{label}, peak memory, GiB: ' + ', '.join(memory))
 

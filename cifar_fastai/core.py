@@ -336,7 +336,7 @@ class BenchSettings(_Settings):
             _check(n is None or 1 <= n <= 10**6, name, n, 'must be 1 to 1,000,000')
         _check(2 <= s.bs <= 10**6, 'bs', s.bs, 'must be 2 to 1,000,000')
         _check_model(s.model)
-        _check(s.own is None or Path(s.own).is_dir(), 'own', s.own, 'must be a folder of pictures')
+        _check(s.own is None or os.path.isdir(s.own), 'own', s.own, 'must be a folder of pictures')
         _check(all(8 <= n <= 32 for n in s.image_sizes), 'image_sizes', s.image_sizes, 'must be 8 to 32')
         writable = s.out is None or Path(s.out).absolute().parent.is_dir() and not Path(s.out).is_dir()
         _check(writable, 'out', s.out, 'must be a file in an existing folder')
