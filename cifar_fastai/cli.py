@@ -251,13 +251,13 @@ def _say_if_unfinished(command, run):
 @_command
 def cifar_interpret(settings:InterpretSettings):
     "Classify the validation images of a run, print accuracy and mistakes, and write the plots."
+    if settings.k < 0: raise ValueError(f'k is {settings.k}: must be 0 or more')
+    if settings.cam: require_extra('explain', 'captum')
+    if settings.label_issues: require_extra('explain', 'cleanlab')
     from cifar_fastai.data.loader import lost_worker_in_words
     from cifar_fastai.look.interpret import CifarInterpretation
     from cifar_fastai.look.plots import save_figure
     from cifar_fastai.run.folder import read_config, read_history
-    if settings.k < 0: raise ValueError(f'k is {settings.k}: must be 0 or more')
-    if settings.cam: require_extra('explain', 'captum')
-    if settings.label_issues: require_extra('explain', 'cleanlab')
     from cifar_fastai.run.train import best_is, save_plots
     history = read_history(settings.run)
     with lost_worker_in_words():
@@ -266,7 +266,8 @@ def cifar_interpret(settings:InterpretSettings):
     _say_if_unfinished('cifar_interpret', settings.run)
     valid = settings_from(read_config(settings.run)['settings']).valid
     chosen = f', with the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
-    print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{chosen}')
+    balanced = f', balanced accuracy {interp.balanced_accuracy:.2%}' if interp.is_unbalanced else ''
+    print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}{chosen}')
     if settings.flip_average: print(f'with test-time augmentation (horizontal flip) {averaged:.2%}')
     print()
     print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format), '\n')

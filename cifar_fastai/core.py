@@ -216,7 +216,7 @@ class TrainSettings(_Settings):
     compile: bool = False # compile the network with torch.compile
     class_weights: bool = False # weigh the loss of a class by the inverse of its share of the training images
     size: int = 32 # pixels of a side of pictures of your own: a multiple of 8 from 16 to 128
-    valid: Literal['test', 'holdout'] = 'test' # validate on the test images, or on 5,000 held-out training images
+    valid: Literal['test', 'holdout'] = 'test' # validate on the test images, or on a held-out tenth of the training images
     pipeline: Literal['batch', 'item'] = 'batch' # augment whole batches on the device, or one image at a time
     num_workers: int|None = None # data-loading processes; None: fastai's default, one per core
     checkpoint_minutes: float = 5. # longest time between two checkpoints within an epoch, in minutes; each epoch ends with one
@@ -252,13 +252,13 @@ class TrainSettings(_Settings):
     @property
     def optimization(self) -> dict: # keyword arguments of `cifar_learner`
         "Return the settings of the optimizer, the loss and the callbacks of the recipe"
-        names = 'wd', 'betas', 'eps', 'label_smoothing', 'sizes', 'freeze_first', 'lookahead'
+        names = 'wd', 'betas', 'eps', 'label_smoothing', 'class_weights', 'sizes', 'freeze_first', 'lookahead'
         settings = self.resolved()
         return {name: getattr(settings, name) for name in names}
 
 # %% ../nbs/00_core.ipynb #cc5e05db
 def _check_model(name):
-    is_name = re.fullmatch(r'(timm:)?[a-z0-9_.]+', name)
+    is_name = re.fullmatch(r'(timm:)?[A-Za-z0-9_.-]+', name) # which `check_name` looks for
     _check(is_name, 'model', name, 'must be custom, resnet18, resnet34, a model of torchvision, or timm:NAME')
 
 def check_train_settings(s): # resolved values
@@ -297,7 +297,8 @@ def check_train_settings(s): # resolved values
     has_own_norms = not s.pretrained or s.norm == 'batch'
     _check(has_own_norms, 'norm', s.norm, 'must be batch with pretrained weights, which were trained with it')
     for name, value in _fixed(s.model).items():
-        _check(getattr(s, name) == value, name, getattr(s, name), f'must be left out with model {s.model}')
+        why = ', whose depth and width are fixed: it is for custom only' if name == 'width' else ''
+        _check(getattr(s, name) == value, name, getattr(s, name), f'must be left out with model {s.model}{why}')
 
 def _fixed(model): # -> {setting that a network does not have: its neutral value}
     if model == 'custom': return {}

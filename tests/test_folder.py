@@ -16,11 +16,11 @@ from cifar_fastai.data.folder import find_pictures, n_duplicates, picture_suffix
 from cifar_fastai.data.images import CIFAR10Data
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.data.source import load_cifar10
-from cifar_fastai.learner import cifar_learner
+from cifar_fastai.learner import balanced_loss, cifar_learner
 from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.report import write_report
 from cifar_fastai.models import CustomResNet
-from cifar_fastai.run.folder import balanced_loss, learner_from_run
+from cifar_fastai.run.folder import learner_from_run
 from cifar_fastai.run.train import settings_learner, train
 from cifar_fastai.use.export import export_model
 from cifar_fastai.use.predict import load_classifier

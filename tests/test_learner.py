@@ -27,9 +27,10 @@ from cifar_fastai.callback.precision import best_precision, precision_callbacks,
 from cifar_fastai.callback.checkpoint import load_weights, save_weights
 from cifar_fastai.callback.average import Lookahead
 from cifar_fastai.callback.cost import FreezeFirst, ImageSizes
-from cifar_fastai.learner import cifar_learner, new_model
+from cifar_fastai.learner import balanced_loss, cifar_learner, new_model
 from cifar_fastai.models import CustomResNet, whiten_first_layer, whitening_filters
 from cifar_fastai.callback.schedule import OneCycle
+from cifar_fastai.run.train import settings_learner
 
 cpu = torch.device('cpu')
 
@@ -661,3 +662,116 @@ print(json.dumps([p.tolist() for p in probs]))
     assert done.returncode == 0, done.stderr
     for probs in json.loads(done.stdout.splitlines()[-1]):
         assert np.allclose(probs, by_the_command(learn, small, tmp_path/'photo.png'), atol=1e-5)
+
+# ---- class weights
+
+def weighted_loss(logits, labels, weights, smoothing):
+    "The smoothed cross-entropy of each image, times the weight of its class, over the sum of the weights"
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    wanted = np.full(logits.shape, smoothing/logits.shape[1])
+    wanted[np.arange(len(labels)), labels] += 1 - smoothing
+    of_each = weights[labels]
+    return (of_each*-(wanted*log_probs).sum(axis=1)).sum()/of_each.sum(), of_each*-(wanted*log_probs).sum(axis=1)
+
+@pytest.mark.parametrize('smoothing', [0., .2])
+def test_class_weights_and_smoothing_agree_with_their_definition(smoothing):
+    labels = np.repeat(np.arange(5), [40, 20, 9, 3, 1])
+    logits = np.random.default_rng(0).normal(size=(len(labels), 5))
+    weights = len(labels)/(5*np.bincount(labels))
+    loss, x, y = balanced_loss(labels, smoothing), torch.tensor(logits), torch.tensor(labels)
+    loss.func.double()
+    expected, of_each = weighted_loss(logits, labels, loss.func.weight.numpy(), smoothing)
+    assert np.allclose(loss.func.weight, weights) and loss(x, y).item() == pytest.approx(expected, rel=1e-6)
+    loss.reduction = 'none'
+    assert np.allclose(loss(x, y), of_each)
+    loss.reduction = 'sum'
+    assert loss(x, y).item() == pytest.approx(of_each.sum())
+
+def test_class_weights_without_smoothing_are_those_of_pytorch():
+    labels = np.repeat([0, 1, 2], [6, 3, 1])
+    x, y, loss = torch.randn(10, 3), torch.tensor(labels), balanced_loss(labels)
+    assert torch.equal(loss(x, y), nn.CrossEntropyLoss(weight=loss.func.weight)(x, y))
+
+def test_no_class_is_pulled_towards_rare_ones():
+    "With a logit of its own for each class and output, the best probabilities are the smoothed labels, whatever the weights"
+    labels, logits = np.repeat(np.arange(10), [162, 40, 20, 20, 10, 10, 10, 10, 8, 6]), torch.zeros(10, 10, requires_grad=True)
+    loss, opt = balanced_loss(labels, .2), torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12)
+    def closure():
+        opt.zero_grad()
+        value = loss(logits[labels], torch.tensor(labels))
+        value.backward()
+        return value
+    opt.step(closure)
+    assert torch.allclose(logits.softmax(dim=1).diag(), torch.tensor(.82), atol=1e-3)
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_a_learner_weighs_the_classes_of_its_loaders_as_a_run_does(digits, tiny_net, pipeline):
+    few = digits.first(60, 20)
+    few = few._replace(train_x=np.concatenate([few.train_x, few.train_x[few.train_y < 4]]), train_y=np.concatenate([few.train_y, few.train_y[few.train_y < 4]]))
+    dls = cifar_dls(few, bs=25, num_workers=0, pipeline=pipeline, valid='holdout')
+    learn = cifar_learner(dls, tiny_net(), 'fp32', class_weights=True)
+    run, _ = settings_learner(TrainSettings('digits', class_weights=True, valid='holdout', num_workers=0, width=8), few)
+    counts = np.bincount([int(y) for _, y in dls.train_ds])
+    assert len(set(counts)) > 1 and np.allclose(learn.loss_func.func.weight, counts.sum()/(10*counts))
+    assert torch.equal(learn.loss_func.func.weight, run.loss_func.func.weight) and learn.loss_func.func.label_smoothing == .2
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+
+def test_class_weights_need_labels_and_the_loss_of_the_package(digits, tiny_net):
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0)
+    with pytest.raises(ValueError, match='class_weights is True'): cifar_learner(dls, tiny_net(), class_weights=True, loss_func=nn.CrossEntropyLoss())
+    one_class = digits.first(64, 32)
+    one_class.train_y[:] = 3
+    with pytest.raises(ValueError, match=f'class_weights is True.*{digits.vocab[0]}'): cifar_learner(cifar_dls(one_class, bs=32, num_workers=0), tiny_net(), class_weights=True)
+    stream = DataLoaders(TorchDataLoader(LabelledStream(), 4), TorchDataLoader(LabelledStream(), 4))
+    stream.c = 5
+    with pytest.raises(ValueError, match='class_weights is True'): cifar_learner(stream, a_net(), class_weights=True)
+
+class LabelledStream(IterableDataset):
+    def __iter__(self): return iter([(torch.zeros(3, 8, 8), 1)]*8)
+
+# ---- a model of one's own
+
+def conv(c_in, c_out): return nn.Sequential(nn.Conv2d(c_in, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, c_out))
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('model, named', [(conv(1, 10), r'32×32'), (conv(3, 5), r'\b5\b.*\b10\b'), (nn.Sequential(nn.Flatten(), nn.Linear(3*28*28, 10)), '32×32')])
+def test_a_model_that_does_not_suit_the_images_is_refused_at_once(digits, pipeline, model, named):
+    with pytest.raises(ValueError, match=named) as e: cifar_learner(cifar_dls(digits.first(64, 32), bs=32, num_workers=0, pipeline=pipeline), model)
+    assert '\n' not in str(e.value)
+
+class Watched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = CustomResNet(width=8, dropout=.1), 0
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(1), np.random.rand(), random.random()
+        return self.net(x)
+
+def test_the_check_of_a_model_leaves_no_trace(digits):
+    dls, model, seen = cifar_dls(digits.first(64, 32), bs=32, num_workers=0, seed=0), Watched(), []
+    model.register_forward_hook(lambda *args: seen.append(args))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    draw = lambda: (torch.rand(1).item(), np.random.rand(), random.random())
+    set_seed(0); expected = draw()
+    set_seed(0); learn = cifar_learner(dls, model, 'fp32')
+    assert draw() == expected and not seen and not model.calls and model.training and learn.model is model and same(before, model.state_dict())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert seen and model.calls
+
+class Grey(Callback):
+    def before_batch(self): self.learn.xb = (self.x.mean(dim=1, keepdim=True),)
+
+@pytest.mark.parametrize('model, kwargs', [
+    (conv(3, 12), {}), (conv(1, 10), dict(cbs=Grey())),
+    (conv(3, 1), dict(loss_func=lambda pred, y: (pred.squeeze() - y.float()).square().mean(), metrics=[])),
+    (nn.utils.parametrizations.weight_norm(nn.Linear(3*32*32, 10)), dict(cbs=on('before_batch', lambda cb: setattr(cb.learn, 'xb', (cb.x.flatten(1),)))))])
+def test_models_that_train_are_not_refused(digits, model, kwargs):
+    learn = cifar_learner(cifar_dls(digits.first(64, 32), bs=32, num_workers=0), model, 'fp32', **kwargs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+
+def test_a_lazy_module_is_not_tried(digits):
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    learn = cifar_learner(cifar_dls(digits.first(64, 32), bs=32, num_workers=0), model, 'fp32')
+    model(learn.dls.one_batch()[0].cpu())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)

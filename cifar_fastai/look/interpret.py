@@ -207,6 +207,12 @@ def balanced_accuracy(self:CifarInterpretation) -> float:
     "Return the mean recall of the classes, in which a class of few images counts as much as one of many"
     return float(metrics.balanced_accuracy_score(self.targs, self.decoded))
 
+@patch(as_prop=True)
+def is_unbalanced(self:CifarInterpretation) -> bool:
+    "Do the classes differ in their number of images by more than a factor of 1.5?"
+    counts = self.targs.bincount()
+    return bool(counts.max() > 1.5*counts[counts > 0].min())
+
 @patch
 def print_classification_report(self:CifarInterpretation) -> None:
     "Print scikit-learn's classification report"

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'read_config', 'read_summary', 'read_temperature', 'read_csv_exact', 'read_history',
-           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'balanced_loss', 'learner_options',
-           'learner_from_run']
+           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'learner_from_run']
 
 # %% ../../nbs/40_run.folder.ipynb #ab1e0160
 import csv, os, shutil, stat
@@ -16,21 +15,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from fastai.vision.all import CrossEntropyLossFlat, Learner
+from fastai.vision.all import Learner
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from pydantic import Field
-from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
-from ..core import TrainSettings, printable, settings_from
+from ..core import printable, settings_from
 from ..files import Count, Positive, Share, Text, ThreeNumbers, check_file, checked, read_json, write_json
-from ..data.images import CIFAR10Data
 from ..data.source import load_cifar10
 from ..data.augment import sized_augment
-from ..data.block import cifar_dls, split_images
+from ..data.block import cifar_dls
 from ..networks import build_network
 from ..callback.checkpoint import load_weights
 from ..learner import cifar_learner, no_bar_without_tty
@@ -83,6 +79,7 @@ class _Calibration(TypedDict):
 
 class _Summary(TypedDict):
     accuracy: Share|None
+    balanced_accuracy: NotRequired[Share|None]
     n_wrong: Count|None
     best_accuracy: Share|None
     best_epoch: Count|None
@@ -303,27 +300,6 @@ def unfinished(
     n, epochs = len(read_history(run)), settings_from(read_config(run)['settings']).resolved().epochs
     return printable(f'{run} is not finished: it has epoch {n} of {epochs}')
 
-# %% ../../nbs/40_run.folder.ipynb #a6588724
-def balanced_loss(
-    labels:np.ndarray, # of the training images (N,)
-    label_smoothing:float=0.,
-) -> CrossEntropyLossFlat:
-    "Return a cross-entropy in which all classes have the same weight, however many training images they have"
-    weights = compute_class_weight('balanced', classes=np.unique(labels), y=labels)
-    return CrossEntropyLossFlat(weight=torch.tensor(weights, dtype=torch.float32), label_smoothing=label_smoothing)
-
-def learner_options(
-    settings:TrainSettings,
-    data:CIFAR10Data,
-    device:torch.device,
-) -> dict: # keyword arguments of `cifar_learner`
-    "Return the settings of optimizer, callbacks and loss of a run"
-    options = settings.optimization
-    if not settings.class_weights: return options
-    loss = balanced_loss(split_images(data, settings.valid)[0][1], options.pop('label_smoothing'))
-    loss.to(device) # in place
-    return options | dict(loss_func=loss)
-
 # %% ../../nbs/40_run.folder.ipynb #297373bc
 def learner_from_run(
     run:str|Path, # run folder
@@ -347,5 +323,4 @@ def learner_from_run(
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
                     aug=sized_augment(**settings.augmentation), stats=facts['stats'],
                     num_workers=settings.num_workers, recipe=settings.recipe)
-    options = learner_options(settings, data, dls.device)
-    return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **options))
+    return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **settings.optimization))

@@ -39,9 +39,9 @@ from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bou
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
 from ..callback.tensorboard import TensorBoardLog
-from ..networks import check_output, pretrained_stats
+from ..networks import check_name, check_output, pretrained_stats
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
-from .folder import RunFolder, history_columns, learner_options, read_config, read_range_test, read_summary
+from .folder import RunFolder, history_columns, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
 from ..look.plots import plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
@@ -176,6 +176,7 @@ def run_summary(
     n_wrong:int=None, # misclassified validation images, with the last weights
     flip_averaged:float=None, # accuracy of the last weights with test-time augmentation by horizontal flip
     calibration:dict=None, # of `run_calibration`
+    balanced_accuracy:float=None, # mean recall of the classes, with the last weights
     interrupted:bool=False,
 ) -> dict: # JSON-ready
     "Return the content of `summary.json`"
@@ -183,8 +184,8 @@ def run_summary(
     settings = config['settings']
     best = max(history, key=lambda row: row['accuracy'], default=None)
     return dict(
-        accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, flip_averaged_accuracy=flip_averaged,
-        calibration=calibration, best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'],
+        accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, balanced_accuracy=balanced_accuracy,
+        flip_averaged_accuracy=flip_averaged, calibration=calibration, best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'],
         best_is=best_is(settings['valid']),
         valid=settings['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
@@ -300,6 +301,7 @@ def load_data(
 ) -> tuple[TrainSettings, CIFAR10Data]:
     "Load the images of a run, and return its resolved settings and them; batch size and flips may depend on the images"
     precision_callbacks(settings.precision, resolve_device(settings.device)) # raises before anything is downloaded
+    check_name(settings.model)
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
     data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data, size=settings.size))
     settings = replace(settings, size=data.size)
@@ -315,6 +317,8 @@ def unused_ingredients(
     recipe = get_recipe(settings.recipe)
     values = {} if settings.model == 'custom' else not_of_other_models
     return [name for name, value in values.items() if getattr(recipe, name) != value]
+
+def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 def settings_learner(
     settings:TrainSettings,
@@ -332,10 +336,9 @@ def settings_learner(
     model = new_model(dls, settings.whiten, settings.dirac, settings.model, settings.pretrained, **settings.network)
     if settings.model != 'custom':
         for size in set(settings.sizes): check_output(model, settings.model, dls.c, size)
-    if unused := ', '.join(unused_ingredients(settings)):
-        logger.info(f'model {settings.model} has no use for {unused} of the recipe')
-    options = learner_options(settings, data, device)
-    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **options)
+    if unused := unused_ingredients(settings):
+        logger.info(f'{settings.model} is trained without {_listed(unused)}, which belong{"s"*(len(unused) == 1)} to CustomResNet')
+    learn = cifar_learner(dls, model, settings.precision, compile=settings.compile, **settings.optimization)
     learn.processes = processes
     return no_bar_without_tty(learn), data
 
@@ -357,7 +360,7 @@ def finish_run(
     aug = sized_augment(**s.augmentation)
     save_plots(save_run.path/'plots', interp, learn.recorder.history, learn.recorder.lrs, tested, data, aug)
     flipped, calibration = interp.flip_averaged().accuracy, run_calibration(interp, how)
-    summary = run_summary(learn, save_run, interp.n_wrong, flipped, calibration)
+    summary = run_summary(learn, save_run, interp.n_wrong, flipped, calibration, interp.balanced_accuracy)
     save_run.folder.check()
     write_json(save_run.path/'summary.json', summary)
     return summary, interp
@@ -408,8 +411,9 @@ def _bounds(settings, learn, save_run): # -> (`LRBounds`, (learning rates, losse
     if save_run.config['bounds'] is not None: bounds, tested = from_first(partial(_read_bounds, save_run))
     else:
         try: bounds, tested = _find_bounds(settings, learn)
-        except BaseException: # a run that fails or is stopped before its first step leaves no folder
+        except BaseException as e: # a run that fails or is stopped before its first step leaves no folder
             if not save_run.resume and learn.processes.rank == 0 and save_run.folder.is_own: save_run.folder.remove()
+            if isinstance(e, (KeyboardInterrupt, SystemExit)): logger.info(_stopped_early(save_run))
             raise
         save_run.config['bounds'] = bounds._asdict()
         from_first(partial(_write_bounds, save_run, tested))
@@ -418,8 +422,14 @@ def _bounds(settings, learn, save_run): # -> (`LRBounds`, (learning rates, losse
     logger.info(f'learning rates from {bounds.lr_min:.2e} to {bounds.lr_max:.2e}{how}')
     return bounds, tested
 
+def _stopped_early(save_run):
+    path = printable(save_run.path)
+    how = f'cifar_train --resume {path} starts' if save_run.resume else f'{path} was not kept, so start'
+    return f'\ninterrupted before the first step: nothing was trained yet; {how} again'
+
 def _find_bounds(settings, learn):
-    if 'find' in (settings.lr_min, settings.lr_max): logger.info('finding the learning rates with a range test …')
+    if 'find' in (settings.lr_min, settings.lr_max):
+        logger.info('finding the learning rates with a range test of at most 100 steps …')
     bounds, curve = resolve_bounds(learn, settings.lr_min, settings.lr_max)
     return bounds, curve and (*curve, bounds)
 
@@ -458,8 +468,9 @@ def _finish(settings, learn, data, tested, save_run, logs):
     summary, interp = finish_run(learn, save_run, tested, data)
     for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
+    balanced = f", balanced accuracy {interp.balanced_accuracy:.2%}" if interp.is_unbalanced else ''
     best = f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}"
-    logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong; "
+    logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}; "
                 f"with test-time augmentation (horizontal flip) {summary['flip_averaged_accuracy']:.2%}; "
                 f"{best}; {printable(save_run.path)}")
     return summary
