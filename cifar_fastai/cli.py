@@ -14,15 +14,17 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial, wraps
+from itertools import islice, takewhile
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructFieldSpec, StructTypeInfo
 
-from .core import (BenchSettings, RepeatSettings, TrainSettings, get_recipe, ingredients, printable, printed_log,
-                               require_extra, settings_from)
+from .core import (BenchSettings, RepeatSettings, TrainSettings, _describe, get_recipe, ingredients, printable,
+                               printed_log, require_extra, settings_from)
 
 # %% ../nbs/80_cli.ipynb #bda7cb3a
 class _Data: "Images and data loading"
@@ -72,6 +74,38 @@ def _parse(
     registry = _registry(settings, default)
     return tyro.cli(settings, default=default, registry=registry, config=(tyro.conf.OmitArgPrefixes,), **options)
 
+# %% ../nbs/80_cli.ipynb #75e72d40
+def _kinds(kind): # -> types of single values: the parts of a union, and the items of a tuple
+    if get_origin(kind) not in (Union, UnionType, tuple): return [kind]
+    return [single for part in get_args(kind) if part is not ... for single in _kinds(part)]
+
+def _can_be(text, kind):
+    if get_origin(kind) is Literal: return text in get_args(kind)
+    if kind is NoneType: return text == 'None'
+    if kind is bool: return text in ('True', 'False')
+    if kind not in (int, float): return True
+    try: return kind(text) is not None
+    except ValueError: return False
+
+def _check_value(option, value, kind):
+    fits = lambda text: any(_can_be(text, single) for single in _kinds(kind))
+    if fits(value): return
+    point = value.replace(',', '.')
+    hint = f'; did you mean {point}?' if point != value and fits(point) else ''
+    raise ValueError(f'{option} is {value!r}: must be {_describe(kind)}{hint}')
+
+def _check_types(settings, args):
+    "Raise `ValueError` for a value that is not of the type of its option, which tyro would describe by types of its own"
+    kinds = {f.name: f.type for f in fields(settings)}
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition('=')
+        kind = kinds.get(option[2:].replace('-', '_')) if arg.startswith('--') else None
+        if kind in (None, bool): continue # unknown, or a flag
+        following = takewhile(lambda arg: not arg.startswith('--'), args[i + 1:])
+        takes_several = any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
+        values = [value] if equals else list(following if takes_several else islice(following, 1))
+        for value in values: _check_value(option, value, kind)
+
 # %% ../nbs/80_cli.ipynb #c2313397
 def _command(f):
     "Turn a function into a command, with the fields of the dataclass that annotates `settings` as options"
@@ -100,6 +134,11 @@ def _command(f):
 def _settings(f, args, rank, n):
     "Return the validated settings of a command"
     settings = f.__annotations__['settings']
+    args = sys.argv[1:] if args is None else args
+    try: _check_types(settings, args)
+    except ValueError as e:
+        print(printable(f'{f.__name__}: {e}'), file=sys.stderr)
+        sys.exit(2) # as tyro does
     parse = partial(_parse, settings, prog=f.__name__, description=f.__doc__, args=args)
     given = parse()
     for name, value in given.items():
@@ -220,7 +259,10 @@ def cifar_lr_find(settings:LRFindSettings):
         raise ValueError(f'plot is {settings.plot}: must be a file in an existing folder')
     figure_format(settings.plot) # raises before the test
     _tune_allocator(settings)
-    with lost_worker_in_words(): lrs, losses = range_test(settings_learner(settings)[0])
+    with lost_worker_in_words():
+        learn, _ = settings_learner(settings)
+        print('range test of at most 100 steps …', flush=True)
+        lrs, losses = range_test(learn)
     bounds = bounds_from(lrs, losses)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}', flush=True) # before the plot, which may fail
     save_figure(plot_range_test(lrs, losses, bounds).figure, settings.plot)
@@ -306,22 +348,23 @@ def _shift(interp, settings, plots):
 @dataclass(frozen=True)
 class PredictSettings:
     "Images to classify, and the model."
-    images: tyro.conf.Positional[tuple[str, ...]] # image files; scaled to the size of the network's input, centre crop
+    images: tyro.conf.Positional[tuple[str, ...]] # image files, or folders of them; scaled to the size of the network's input, centre crop
     model: str|None = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
 
 @_command
 def cifar_predict(settings:PredictSettings):
     "Print the class of each image and its probability."
-    from cifar_fastai.use.predict import load_classifier
-    if not settings.images: raise ValueError('no image: give one or more files')
+    from cifar_fastai.use.predict import find_images, load_classifier
+    if not settings.images: raise ValueError('no image: give one or more files or folders')
+    images = find_images(settings.images)
     classify, vocab = load_classifier(settings.model, settings.weights)
     _say_if_unfinished('cifar_predict', settings.model)
     n_refused = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
-        for start in range(0, len(settings.images), 256):
-            n_refused += _predict(settings.images[start:start + 256], pool, classify, vocab)
+        for start in range(0, len(images), 256):
+            n_refused += _predict(images[start:start + 256], pool, classify, vocab)
     if n_refused: sys.exit(1)
 
 def _predict(paths, pool, classify, vocab): # -> number of files that were not images

@@ -76,6 +76,7 @@ def _describe(kind) -> str:
     "Describe an annotated type for a message: 'one of cpu, cuda'"
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal: return ('one of ' if len(args) > 1 else '') + ', '.join(args)
+    if origin is tuple and args == (int, ...): return 'integers'
     if origin is tuple and args[-1] is ...: return f'some of {_describe(args[0]).removeprefix("one of ")}'
     if origin is tuple: return f'{len(args)} numbers'
     if args: return ' or '.join(_describe(k) for k in args)

@@ -1,5 +1,5 @@
 """The commands, as they are typed: what they say, what they refuse in one sentence, and what Ctrl-C leaves."""
-import ast, hashlib, inspect, json, os, re, shutil, signal, subprocess, sys
+import ast, hashlib, inspect, json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -11,8 +11,8 @@ import forked
 from forked import wait_until
 from cifar_fastai import cli
 from cifar_fastai.cli import (AppSettings, ExportSettings, LRFindSettings, InterpretSettings, PredictSettings,
-                              ReportSettings, RunSettings, cifar_bench, cifar_interpret, cifar_lr_find, cifar_predict,
-                              cifar_repeat, cifar_report, cifar_train)
+                              ReportSettings, RunSettings, cifar_app, cifar_bench, cifar_export, cifar_interpret, cifar_lr_find,
+                              cifar_predict, cifar_repeat, cifar_report, cifar_train)
 from cifar_fastai.core import BenchSettings, Norm, RepeatSettings, cifar10_classes, cifar10_stats, data_variable
 from cifar_fastai.files import read_json
 from cifar_fastai.data.picture import read_image
@@ -128,6 +128,35 @@ def test_what_cannot_be_read_is_refused_by_name(args, named, capsys, folder_of_i
     assert [name for name in named if name not in said.err] == []
     assert list(folder_of_its_own.iterdir()) == []
 
+@pytest.mark.parametrize('args, said', [
+    ('--epochs zwei', "--epochs is 'zwei'.*integer"), ('--lr_max 0,01', r"--lr_max is '0,01'.*find.*number.*\b0\.01\b"), ('--lr-max=0,01', "--lr-max is '0,01'"),
+    ('--sizes 20 x', "--sizes is 'x'"), ('--betas .9 x', "--betas is 'x'"), ('--recipe bst', "--recipe is 'bst'.*best"), ('--whiten maybe', "--whiten is 'maybe'")])
+def test_a_value_of_another_type_is_one_plain_sentence(args, said, capsys, folder_of_its_own):
+    with pytest.raises(SystemExit) as e: cifar_train(args.split())
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and re.fullmatch(rf'cifar_train: {said}.*\n', err)
+    assert list(folder_of_its_own.iterdir()) == []
+
+def test_values_of_the_type_of_their_option_are_read(capsys):
+    for args in '--lr_max find --epochs 0', '--lr_max 1e-2 --wd None --epochs 0', '--sizes 20 24 --betas .9 .99 --compile --whiten True --epochs 0':
+        assert 'epochs is 0' in refused(cifar_train, *args.split())
+
+@pytest.mark.parametrize('name, meant', [('Resnet18', 'resnet18'), ('resnet-18', 'resnet18'), ('mobilenet_v3_smal', 'mobilenet_v3_small'), ('Custom', 'custom')])
+def test_a_similar_name_of_a_network_is_suggested_before_images_are_looked_for(name, meant):
+    assert re.search(rf"model is '{name}'.*{meant}\?$", refused(cifar_train, '--data', 'no/such/folder', '--model', name))
+
+def test_the_width_of_other_networks_is_fixed():
+    assert re.search('width is 16.*resnet18.*custom', refused(cifar_train, '--model', 'resnet18', '--width', 16))
+
+def test_a_missing_extra_is_named_before_images_are_looked_for(monkeypatch):
+    import cifar_fastai.core
+    monkeypatch.setattr(cifar_fastai.core, 'find_spec', lambda name: None)
+    for extra, args in dict(models=['--model', 'timm:resnet10t'], tensorboard=['--log', 'tensorboard']).items():
+        assert f'[{extra}]' in refused(cifar_train, '--data', 'no/such/folder', *args)
+    for option in '--cam', '--label_issues': assert '[explain]' in refused(cifar_interpret, 'no/such/run', option)
+    assert '[app]' in refused(cifar_app, 'no/such/run', '--data', 'no/such/folder')
+    assert '[export]' in refused(cifar_export, 'no/such/run')
+
 def test_an_existing_run_folder_is_refused(folder_of_its_own):
     Path('run').mkdir()
     assert re.search(r'\brun\b.*exist.*--out', refused(cifar_train, '--data', 'digits', '--out', 'run'))
@@ -212,6 +241,17 @@ def test_ctrl_c_keeps_history_and_last_model(small_archive, moment, folder_of_it
     assert summary['weights_sha256'] == hashlib.sha256((run/'model.safetensors').read_bytes()).hexdigest()
     assert load_run(run)[1] == json.loads((run/'config.json').read_text())
 
+def test_ctrl_c_in_the_range_test_leaves_no_folder_and_says_so(folder_of_its_own):
+    run = folder_of_its_own/'run'
+    args = ['--data', 'digits', '--recipe', 'baseline', '--precision', 'fp32', '--num_workers', '0', '--out', run]
+    with forked.Forked(forked.command, 'train', *args) as process:
+        wait_until((run/'config.json').exists, process)
+        time.sleep(1) # until signals are handled
+        press_ctrl_c(process)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'Traceback' not in out + err and list(folder_of_its_own.iterdir()) == []
+    assert re.search(r'\b100 steps', out) and re.search(r'interrupted.*\brun\b', out.splitlines()[-1])
+
 # ---- predict
 
 @pytest.fixture
@@ -265,6 +305,18 @@ def test_the_network_that_ships_knows_real_photographs(real_cifar, capsys):
     cifar_predict([f'{i}.png' for i in range(60)])
     named = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert sum(name == cifar10_classes[label] for name, label in zip(named, real_cifar.test_y[:60], strict=True)) >= 52 # far under 94 % of 60, far over chance
+
+def test_predict_takes_the_pictures_of_a_folder(finished, images, capsys, tmp_path):
+    folder = tmp_path/'pictures'
+    for name, image in zip(['b.PNG', 'a.jpg', 'more/c.png', '.hidden/d.png'], [*images, images[0]]):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder/name)
+    (folder/'notes.txt').write_text('no picture')
+    cifar_predict(['--model', str(finished[0]), str(folder), images[0]])
+    expected = [*(str(folder/name) for name in ('a.jpg', 'b.PNG', 'more/c.png')), images[0]]
+    assert [line.rpartition(': ')[0] for line in capsys.readouterr().out.splitlines()] == expected
+    (tmp_path/'empty').mkdir()
+    assert str(tmp_path/'empty') in refused(cifar_predict, '--model', finished[0], tmp_path/'empty')
 
 # ---- interpret
 

@@ -678,14 +678,13 @@ def test_class_weights_and_smoothing_agree_with_their_definition(smoothing):
     labels = np.repeat(np.arange(5), [40, 20, 9, 3, 1])
     logits = np.random.default_rng(0).normal(size=(len(labels), 5))
     weights = len(labels)/(5*np.bincount(labels))
-    loss, x, y = balanced_loss(labels, smoothing), torch.tensor(logits), torch.tensor(labels)
-    loss.func.double()
+    loss, x, y = balanced_loss(labels, smoothing), torch.tensor(logits, dtype=torch.float32), torch.tensor(labels)
     expected, of_each = weighted_loss(logits, labels, loss.func.weight.numpy(), smoothing)
-    assert np.allclose(loss.func.weight, weights) and loss(x, y).item() == pytest.approx(expected, rel=1e-6)
+    assert np.allclose(loss.func.weight, weights) and loss(x, y).item() == pytest.approx(expected, rel=1e-5)
     loss.reduction = 'none'
-    assert np.allclose(loss(x, y), of_each)
+    assert np.allclose(loss(x, y), of_each, rtol=1e-5)
     loss.reduction = 'sum'
-    assert loss(x, y).item() == pytest.approx(of_each.sum())
+    assert loss(x, y).item() == pytest.approx(of_each.sum(), rel=1e-5)
 
 def test_class_weights_without_smoothing_are_those_of_pytorch():
     labels = np.repeat([0, 1, 2], [6, 3, 1])
@@ -706,8 +705,8 @@ def test_no_class_is_pulled_towards_rare_ones():
 
 @pytest.mark.parametrize('pipeline', ['batch', 'item'])
 def test_a_learner_weighs_the_classes_of_its_loaders_as_a_run_does(digits, tiny_net, pipeline):
-    few = digits.first(60, 20)
-    few = few._replace(train_x=np.concatenate([few.train_x, few.train_x[few.train_y < 4]]), train_y=np.concatenate([few.train_y, few.train_y[few.train_y < 4]]))
+    idxs = np.concatenate([np.flatnonzero(digits.train_y == label)[:4 + label] for label in range(10)])
+    few = digits._replace(train_x=digits.train_x[idxs], train_y=digits.train_y[idxs])
     dls = cifar_dls(few, bs=25, num_workers=0, pipeline=pipeline, valid='holdout')
     learn = cifar_learner(dls, tiny_net(), 'fp32', class_weights=True)
     run, _ = settings_learner(TrainSettings('digits', class_weights=True, valid='holdout', num_workers=0, width=8), few)

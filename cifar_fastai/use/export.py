@@ -286,7 +286,7 @@ def _check_bytes(model, format):
 
 def _check_out(out:Path, suffix):
     "Raise `ValueError` or `FileExistsError` unless `out` is a new file with this suffix in an existing folder"
-    if out.suffix != suffix: raise ValueError(f'out is {out}: must end in {suffix}')
+    if out.suffix.lower() != suffix: raise ValueError(f'out is {out}: must end in {suffix}')
     if not out.absolute().parent.is_dir(): raise ValueError(f'out is {out}: its folder does not exist')
     if os.path.lexists(out): raise FileExistsError(f'{out} exists: delete it or choose another out')
 
