@@ -1,5 +1,5 @@
 """One run, from its settings to its folder: what it holds, what is refused, and that it can be repeated."""
-import hashlib, json, re, shutil
+import hashlib, json, os, re, shutil, signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cifar_fastai.callback.checkpoint import load_weights
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.models import CustomResNet, whitening_filters
 from cifar_fastai.callback.schedule import LRBounds, OneCycle, bounds_from, lr_bounds, one_cycle_lr, range_test, resolve_bounds
-from cifar_fastai.run.train import (SaveRun, differences, finish_run, new_run_folder, resume, run_config,
+from cifar_fastai.run.train import (SaveRun, StopAfterStep, differences, finish_run, new_run_folder, resume, run_config,
                                     settings_learner, train, write_range_test)
 
 @pytest.fixture(scope='module')
@@ -318,3 +318,21 @@ def test_the_lines_of_the_readme_train_what_the_command_trains(digits, tmp_path)
     train(TrainSettings('digits', epochs=2, bs=8, out=str(tmp_path/'run')), few)
     trained = load_weights(CustomResNet(ghost=32, logit_scale=.125), tmp_path/'run'/'model.safetensors').state_dict()
     assert all(torch.equal(trained[name], t) for name, t in learn.model.state_dict().items())
+
+def test_a_run_on_classes_of_different_sizes_says_the_balanced_accuracy(digits, tmp_path, messages):
+    settings = dict(data='digits', epochs=1, bs=32, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32')
+    few = digits.first(128, 40)
+    idxs = np.concatenate([np.flatnonzero(few.test_y < 3), np.flatnonzero(few.test_y == 3)[:1]])
+    uneven = few._replace(test_x=few.test_x[idxs], test_y=few.test_y[idxs])
+    summary = train(TrainSettings(out=str(tmp_path/'run'), **settings), uneven)
+    interp = CifarInterpretation.from_run(tmp_path/'run', uneven)
+    recall = [(interp.decoded[interp.targs == label] == label).float().mean().item() for label in range(4)]
+    assert read_json(tmp_path/'run/summary.json')['balanced_accuracy'] == summary['balanced_accuracy'] == pytest.approx(np.mean(recall))
+    assert interp.is_unbalanced and re.search(f"balanced.*{summary['balanced_accuracy']:.2%}", messages())
+
+def test_ctrl_c_in_the_range_test_leaves_no_folder_and_says_so(digits, tmp_path, messages, monkeypatch):
+    monkeypatch.setattr(StopAfterStep, 'before_batch', lambda self: os.kill(os.getpid(), signal.SIGINT), raising=False)
+    run = tmp_path/'run'
+    settings = TrainSettings('digits', recipe='baseline', epochs=1, bs=32, width=8, num_workers=0, precision='fp32', out=str(run))
+    with pytest.raises(KeyboardInterrupt): train(settings, digits.first(64, 32))
+    assert not run.exists() and str(run) in messages().splitlines()[-1] and re.search(r'\b100 steps', messages())
