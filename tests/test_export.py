@@ -19,6 +19,7 @@ from cifar_fastai.cli import cifar_export, cifar_predict
 from cifar_fastai.core import Norm, cifar10_classes, cifar10_stats, settings_from
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.use.export import ImagesToProbabilities, export_model, load_onnx
+from cifar_fastai.use.predict import load_classifier
 from cifar_fastai.run.folder import load_run
 from cifar_fastai.look.interpret import class_probabilities
 from cifar_fastai.callback.checkpoint import save_weights
