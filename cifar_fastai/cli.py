@@ -116,7 +116,7 @@ def _command(f):
         rank, n = _launched()
         with warnings.catch_warnings(), _silence() if rank else nullcontext(), printed_log():
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # from fastai
-            warnings.showwarning = partial(_print_warning, f.__name__)
+            warnings.showwarning = partial(_print_warning, f.__name__, set())
             try:
                 _check_surroundings()
                 f(_settings(f, args, rank, n))
@@ -151,8 +151,11 @@ def _settings(f, args, rank, n):
         recorded.agree_with(given)
     return settings(**given)
 
-def _print_warning(command, message, *where, **how):
-    print(printable(f'{command}: {message}'), file=sys.stderr, flush=True)
+def _print_warning(command, printed, message, *where, **how):
+    said = printable(f'{command}: {message}')
+    if said in printed: return # a run and its report load the same images
+    printed.add(said)
+    print(said, file=sys.stderr, flush=True)
 
 # %% ../nbs/80_cli.ipynb #57e4b8d2
 def _launched(): # -> (number of this process, number of processes of the launch)

@@ -1,5 +1,5 @@
 """Folders of pictures of one's own, from the files to a trained run."""
-import os, re, shutil, warnings
+import logging, os, re, shutil, struct, subprocess, sys, warnings, zlib
 
 import numpy as np
 import pytest
@@ -432,3 +432,206 @@ def test_unreadable_pictures_are_not_cached_even_if_warnings_are_ignored(empty_h
         warnings.simplefilter('ignore')
         load_cifar10(tmp_path/'p')
     assert not list(empty_home.rglob('*.npz'))
+
+# ---- what a newcomer is told
+
+def told(folder, **kwargs):
+    "Load a folder, and return the data and the warnings"
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        data = load_cifar10(folder, **kwargs)
+    return data, [str(warning.message) for warning in found]
+
+def test_files_that_are_no_readable_format_are_counted_by_suffix(empty_home, pets):
+    for i in range(8): (pets/'palace'/f'{i}.HEIC').write_bytes(b'x')
+    (pets/'flower'/'more').mkdir(); (pets/'flower'/'more'/'film.mp4').write_bytes(b'x')
+    for _ in range(2): # the second time from the cache
+        data, [said] = told(pets)
+        assert '8 .heic' in said and '1 .mp4' in said and len(data.train_y) + len(data.test_y) == 40
+
+@pytest.mark.parametrize('name', ['.hidden.heic', 'Thumbs.db', 'desktop.ini', 'a.txt', 'a.CSV', 'a.json', 'a.md', '.DS_Store'])
+def test_files_that_are_never_pictures_are_passed_over_without_a_word(pets, name):
+    (pets/'palace'/name).write_bytes(b'x')
+    assert told(pets)[1] == []
+
+def test_very_many_suffixes_are_one_short_warning(pets):
+    for i in range(200): (pets/'palace'/f'scan.{i:04}').write_bytes(b'x')
+    (pets/'palace'/'no_suffix').write_bytes(b'x'); (pets/'palace'/'a.\x1b[31m').write_bytes(b'x')
+    _, [said] = told(pets)
+    assert len(said) < 400 + len(str(pets)) and said.isprintable()
+
+def test_a_class_of_other_formats_only_is_told_them(pets):
+    (pets/'tree').mkdir()
+    for i in range(6): (pets/'tree'/f'{i}.heic').write_bytes(b'x')
+    refused(pets, 'tree', '6 .heic')
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger='cifar_fastai')
+    return caplog
+
+def test_the_classes_and_the_split_are_logged_once(empty_home, pets, log):
+    for file in list((pets/'flower').iterdir())[:10]: file.unlink()
+    save_squares(pets, 3, seed=7)
+    for _ in range(2): load_cifar10(pets)
+    assert 'flower 8 + 2, palace 16 + 4' in log.messages[0] and 'fifth' in log.messages[1] and '3 ' in log.messages[2]
+    assert len(log.messages) == 3
+    save_squares(pets/'flower', 1, 'bmp', seed=5)
+    load_cifar10(pets)
+    assert 'flower 9 + 2' in log.messages[3]
+
+def test_the_log_is_the_same_from_the_cache(empty_home, pets):
+    def said():
+        code = 'import sys; from cifar_fastai.core import printed_log; from cifar_fastai.data.source import load_cifar10\nwith printed_log(): load_cifar10(sys.argv[1])'
+        return subprocess.run([sys.executable, '-c', code, pets], capture_output=True, text=True, check=True).stdout
+    first = said()
+    assert 'flower 16 + 4' in first and 'fifth' in first and said() == first
+
+def test_a_split_of_ones_own_is_not_said_to_be_made(empty_home, split, log):
+    load_cifar10(split)
+    assert len(log.messages) == 1 and 'a 8 + 3' in log.messages[0]
+
+def test_many_classes_are_summed_up(empty_home, tmp_path, log):
+    for i in range(30):
+        (tmp_path/'p'/f'class{i:02}').mkdir(parents=True)
+        for k in range(2 + i): Image.new('RGB', (32, 32), (i, k, 0)).save(tmp_path/'p'/f'class{i:02}'/f'{k}.bmp')
+    load_cifar10(tmp_path/'p')
+    assert '30' in log.messages[0] and 'class00 1 + 1' in log.messages[0] and 'class29 25 + 6' in log.messages[0] and 'class10' not in log.messages[0]
+
+def test_a_command_says_each_thing_once(empty_home, pets, tmp_path, capsys):
+    shutil.copytree(pets, tmp_path/'twice'/'train'); shutil.copytree(pets, tmp_path/'twice'/'test')
+    (tmp_path/'twice'/'train'/'palace'/'film.mp4').write_bytes(b'x')
+    cifar_train(f"--data {tmp_path/'twice'} --epochs 1 --width 8 --lr_min 1e-3 --lr_max 1e-2 --num_workers 0 --precision fp32 --out {tmp_path/'run'}".split())
+    said = capsys.readouterr()
+    assert said.err.count('40 of 40') == said.err.count('.mp4') == said.out.count('palace 20 + 20') == 1
+
+@pytest.mark.parametrize('n_good', [10, 1000])
+def test_unreadable_pictures_are_grouped_by_their_reason(tmp_path, n_good):
+    for k, name in enumerate('ab'):
+        (tmp_path/name).mkdir()
+        for i in range(n_good//2): Image.new('RGB', (16, 16), (i%256, i//256, k)).save(tmp_path/name/f'{i}.bmp')
+    frames = [Image.new('L', (20, 20), 90*i) for i in range(2)]
+    for i in range(5): frames[0].save(tmp_path/'a'/f'film{i}.gif', save_all=True, append_images=frames[1:])
+    for i in range(2): (tmp_path/'b'/f'bad{i}.png').write_bytes(b'no picture')
+    if n_good == 10: said = refused(tmp_path, '7 of 17')
+    else:
+        with pytest.warns(UserWarning, match='7 of 1,007') as found: read_folder(tmp_path)
+        said = str(found[0].message)
+    assert said.count('several pages') == said.count('save one frame') == said.count('PNG') == 1 and said.count(str(tmp_path)) == 1
+    assert 'a/film0.gif' in said and 'b/bad1.png' in said and 'film4' not in said
+
+def test_reasons_that_differ_in_a_number_are_one_group(tmp_path):
+    for name in 'ab': save_squares(tmp_path/name, 5)
+    for i in range(8): Image.new('1', (6000 + i, 6000)).save(tmp_path/'a'/f'large{i}.png')
+    assert refused(tmp_path, '8 of 18').count('save it smaller') == 1
+
+def test_copies_between_the_splits_are_named(empty_home, split):
+    for i in range(5): shutil.copy(split/'train'/'a'/f'{i:04}.png', split/'test'/'b'/f'copy{i}.png')
+    for _ in range(2):
+        _, [said] = told(split)
+        for i in range(3): assert f'test/b/copy{i}.png' in said and f'train/a/{i:04}.png' in said
+        assert '5 of 14' in said and 'copy3' not in said
+
+def test_copies_are_named_without_a_split_and_from_mapped_images(empty_home, pets, monkeypatch):
+    for i in range(20): shutil.copy(pets/'palace'/f'{i:04}.jpg', pets/'palace'/f'copy{i}.jpg')
+    _, [said] = told(pets)
+    monkeypatch.setattr('cifar_fastai.data.folder.max_bytes_in_memory', 10_000)
+    for file in empty_home.rglob('*.npz'): file.unlink()
+    for _ in range(2):
+        data, [mapped] = told(pets)
+        assert isinstance(data.train_x, np.memmap) and mapped == said and 'palace/copy' in said and f'{n_duplicates(data)} of' in said
+
+@pytest.mark.parametrize('mapped', [False, True])
+def test_a_cache_of_an_earlier_version_is_read(empty_home, split, monkeypatch, mapped):
+    shutil.copy(split/'train'/'a'/'0000.png', split/'test'/'b'/'copy.png')
+    if mapped: monkeypatch.setattr('cifar_fastai.data.folder.max_bytes_in_memory', 10_000)
+    data, _ = told(split)
+    [cache] = [file for file in (empty_home/'data'/'cifar_fastai').iterdir() if file.suffix != '.lock']
+    if mapped:
+        for file in cache.iterdir():
+            if file.stem not in CIFAR10Data._fields: file.unlink()
+    else: np.savez(cache, **data._asdict())
+    def refuse(*args): raise AssertionError('a picture was decoded')
+    monkeypatch.setattr('cifar_fastai.data.folder.read_image', refuse)
+    again, [said] = told(split)
+    assert again.fingerprint == data.fingerprint and '1 of 10' in said
+
+def test_a_class_with_too_few_pictures_is_told_how_many_it_has(pets, split):
+    for file in list((pets/'flower').iterdir())[1:]: file.unlink()
+    refused(pets, 'flower', ' 1 ', 'two')
+    for k, name in enumerate('ab'): save_squares(pets.parent/'few'/name, 300, photo=k, sides=(33, 34))
+    for part in 'train', 'test': (split/part/'a').rename(split/part/'x'); shutil.copytree(pets.parent/'few'/'a', split/part/'a')
+    for file in (split/'test'/'b').iterdir(): file.write_bytes(b'no picture')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        refused(split, 'class b', 'validate')
+
+@pytest.mark.parametrize('part, other', [('train', 'test'), ('test', 'train')])
+def test_a_misspelt_class_is_named_with_its_split_and_the_similar_one(split, part, other):
+    (split/part/'a').rename(split/part/'Blume'); (split/other/'a').rename(split/other/'blumen')
+    said = refused(split, 'Blume', 'blumen', 'train', 'test')
+    first = min('Blume', 'blumen')
+    assert re.search(rf'{first} is in {part}\b', said)
+    shutil.rmtree(split/other/'blumen')
+    assert re.search(rf'Blume is in {part}\b.*{other}', refused(split)) and ' b' not in refused(split).removeprefix(str(split))
+
+def test_a_folder_one_level_too_deep_is_suggested(tmp_path, split, pets):
+    for folder in split, pets:
+        shutil.copytree(folder, tmp_path/f'outer_{folder.name}'/'Bilder')
+        refused(tmp_path/f'outer_{folder.name}', str(tmp_path/f'outer_{folder.name}'/'Bilder'))
+    save_squares(tmp_path/'one'/'cat', 4)
+    assert str(tmp_path/'one'/'cat') not in refused(tmp_path/'one', 'cat')
+
+# ---- pictures of 12 bits
+
+def grey_photo(highest):
+    grey = np.asarray(photos[0].convert('L').crop((0, 0, 60, 60))).astype(float)
+    return np.rint(grey/grey.max()*highest).astype(np.uint16)
+
+@pytest.mark.parametrize('tag', [281, 341])
+@pytest.mark.parametrize('bits', [10, 12, 14])
+def test_grey_values_are_scaled_by_the_range_that_a_tiff_states(tmp_path, tag, bits):
+    Image.fromarray(grey_photo(2**bits - 1)).save(tmp_path/'known.tif', tiffinfo={tag: 2**bits - 1})
+    Image.fromarray(grey_photo(2**bits - 1) << 16 - bits).save(tmp_path/'scaled.tif')
+    assert np.array_equal(read_image(tmp_path/'known.tif'), read_image(tmp_path/'scaled.tif'))
+
+@pytest.mark.parametrize('tags', [{281: 3000}, {281: 4095}, {281: 0}, {341: -1.}, {281: 65535}, {341: float('nan')}])
+def test_other_tags_leave_the_pixels_as_they_are(tmp_path, tags):
+    Image.fromarray(grey_photo(60_000)).save(tmp_path/'with.tif', tiffinfo=tags); Image.fromarray(grey_photo(60_000)).save(tmp_path/'without.tif')
+    assert np.array_equal(read_image(tmp_path/'with.tif'), read_image(tmp_path/'without.tif'))
+
+def tiff_of_12_bits(values):
+    "The content of an uncompressed TIFF with two values of 12 bits in three bytes, in rows of an even length"
+    a, b = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+    packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
+    tags = {256: values.shape[1], 257: values.shape[0], 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9*12 + 4, 277: 1, 278: values.shape[0], 279: len(packed)}
+    return b'II*\0' + struct.pack('<IH', 8, 9) + b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + packed
+
+def test_a_tiff_of_12_bits_per_pixel_has_its_full_range(tmp_path):
+    (tmp_path/'packed.tif').write_bytes(tiff_of_12_bits(grey_photo(4095)))
+    Image.fromarray(grey_photo(4095) << 4).save(tmp_path/'scaled.png')
+    assert np.array_equal(read_image(tmp_path/'packed.tif'), read_image(tmp_path/'scaled.png'))
+
+def test_16_bit_pictures_that_will_be_dark_are_counted(empty_home, tmp_path):
+    for k, name in enumerate('ab'): save_squares(tmp_path/'p'/name, 10, photo=k)
+    Image.new('L', (40, 40), 3).save(tmp_path/'p'/'a'/'eight_bits.png')
+    assert told(tmp_path/'p')[1] == []
+    Image.fromarray(grey_photo(60_000)).save(tmp_path/'p'/'a'/'bright.png')
+    Image.fromarray(grey_photo(4095)).save(tmp_path/'p'/'a'/'known.tif', tiffinfo={341: 4095})
+    assert told(tmp_path/'p')[1] == []
+    for i in range(3): Image.fromarray(grey_photo(4095 - i)).save(tmp_path/'p'/'b'/f'dark{i}.{"png tif tif".split()[i]}')
+    for _ in range(2):
+        _, [said] = told(tmp_path/'p')
+        assert '3 of 5' in said and '16' in said
+
+def save_rgb_16(file, values):
+    "Save `uint16` (H, W, 3) as a PNG"
+    def chunk(kind, content): return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
+    header = struct.pack('>IIBBBBB', values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    file.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+
+def test_colour_pictures_of_16_bits_are_counted_too(pets):
+    for i, highest in enumerate((4095, 60_000)): save_rgb_16(pets/'palace'/f'deep{i}.png', np.stack([grey_photo(highest - k) for k in range(3)], -1))
+    _, [said] = told(pets)
+    assert '1 of 2' in said

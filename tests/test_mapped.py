@@ -70,7 +70,7 @@ def test_the_cache_is_a_folder_of_arrays_that_numpy_reads(mapping, pictures):
     data = load_cifar10(pictures)
     [name] = cached(mapping)
     files = {file.name: np.load(file, allow_pickle=False) for file in (mapping/name).iterdir()}
-    assert set(files) == {f'{field}.npy' for field in CIFAR10Data._fields}
+    assert set(files) == {f'{field}.npy' for field in (*CIFAR10Data._fields, 'notes')}
     for field, value in data._asdict().items(): assert np.array_equal(files[f'{field}.npy'], value)
     assert Path(data.train_x.filename) == mapping/name/'train_x.npy'
 

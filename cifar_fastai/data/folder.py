@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['picture_suffixes', 'max_pictures', 'max_bytes_in_memory', 'PictureFiles', 'find_pictures', 'NotStored',
-           'UnreadablePictures', 'read_folder', 'n_duplicates', 'warn_of_duplicates']
+           'UnreadablePictures', 'FolderNotes', 'read_with_notes', 'read_folder', 'class_counts', 'folder_lines',
+           'folder_warnings', 'n_duplicates', 'warn_of_duplicates']
 
 # %% ../../nbs/04_data.folder.ipynb #d958b9d3
-import hashlib, os, warnings
+import hashlib, os, re, warnings
+from collections import Counter
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from unicodedata import normalize
@@ -27,29 +30,52 @@ max_pictures = 2_000_000 # files in a folder
 _train_names = 'train', 'training' # in upper or lower case
 _valid_names = 'test', 'testing', 'valid', 'validation', 'val', 'dev', 'eval' # the first one with classes validates
 
+_never_pictures = '.txt', '.csv', '.tsv', '.json', '.jsonl', '.md', '.xml', '.yaml', '.yml', '.html', '.log', '.db', '.ini'
+
 class PictureFiles(NamedTuple):
     "The pictures of a folder"
     folder: Path
     vocab: list # class names, sorted
     splits: list # of lists of (file relative to the folder, label): to train and to validate on, or one list for both
+    skipped: dict = {} # number of other files in the class folders, by suffix
+    n_beside: int = 0 # pictures beside the class folders
 
-def _is_picture(name):
+def _suffix(name): # in lower case; `None` for a hidden file
     is_hidden = any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
-    return not is_hidden and PurePosixPath(name).suffix.lower() in picture_suffixes
+    return None if is_hidden else PurePosixPath(name).suffix.lower()
+
+def _is_picture(name): return _suffix(name) in picture_suffixes
+
+def _is_skipped(name): return _suffix(name) not in (None, *picture_suffixes, *_never_pictures)
 
 def _subfolders(folder): # -> names; a link to a folder counts
     with os.scandir(folder) as entries: names = [entry.name for entry in entries if entry.is_dir()]
     return sorted(name for name in names if not name.startswith('.') and name != '__MACOSX')
 
-def _classes(folder, names, split): # -> {class name: files}
+# %% ../../nbs/04_data.folder.ipynb #0e4cb632
+def _count_kinds(names): # -> {suffix: number of files}, of the most frequent ones
+    counts = Counter(map(_suffix, names)).most_common()
+    n_others = sum(n for _, n in counts[5:])
+    return dict(counts[:5]) | ({'other': n_others} if n_others else {})
+
+def _kinds(counts): # -> such as '8 .heic and 1 .mp4 files'
+    kinds = [f'{n:,} {printable(suffix)[:20] or "suffixless"}' for suffix, n in counts.items()]
+    return ', '.join(kinds[:-1]) + ' and '*(len(kinds) > 1) + kinds[-1] + (' file' if sum(counts.values()) == 1 else ' files')
+
+def _in_classes(names, split): # -> those in the class folders of a split
+    prefix = f'{split}/' if split else ''
+    return [name for name in names if name.startswith(prefix) and '/' in name[len(prefix):]]
+
+def _classes(folder, names, split, skipped=()): # -> {class name: files}
     prefix = f'{split}/' if split else ''
     found = {f'{prefix}{name}/': [] for name in _subfolders(folder/split)}
-    for name in names:
-        parts = name.removeprefix(prefix).split('/')
-        if name.startswith(prefix) and len(parts) > 1: found[f'{prefix}{parts[0]}/'].append(name)
+    for name in _in_classes(names, split): found[prefix + name[len(prefix):].split('/')[0] + '/'].append(name)
     for name, files in found.items():
         if files: continue
-        raise ValueError(f'{folder}: class folder {printable(name)} has no pictures: add some, or remove it')
+        reason = 'has no pictures: add some, or remove it'
+        if others := [other for other in skipped if other.startswith(name)]:
+            reason = f'has {_kinds(_count_kinds(others))}, which cannot be read: save them as PNG or JPEG'
+        raise ValueError(f'{folder}: class folder {printable(name)} {reason}')
     classes = {}
     for name, files in found.items(): classes.setdefault(_class_name(folder, name.removeprefix(prefix)[:-1]), []).extend(files)
     return classes
@@ -75,6 +101,24 @@ def _split_folders(folder): # -> names of the folders of both splits, of one, or
     return named['train'] + with_classes[:1]
 
 # %% ../../nbs/04_data.folder.ipynb #da878c92
+def _check_same_classes(folder, parts, splits):
+    train, valid = map(set, splits)
+    for name in sorted(train ^ valid):
+        here, there = parts if name in train else parts[::-1]
+        others = {other.lower(): other for other in (valid - train if name in train else train - valid)}
+        similar = get_close_matches(name.lower(), others, 1, .5)
+        remedy = f'is {others[similar[0]]} in {there} the same class, misspelt?' if similar else f'add it to {there}, or remove it'
+        raise ValueError(f'{folder}: class {name} is in {here} and not in {there}: {remedy}')
+
+def _check_two_classes(folder, vocab):
+    if len(vocab) >= 2: return
+    remedy = 'give a folder of two or more classes, as train/<class>/… and test/<class>/…, or <class>/…'
+    if len(tops := _subfolders(folder)) == 1: # one level too deep?
+        inner = _subfolders(folder/tops[0])
+        if len(inner) > 1 or {name.lower() for name in inner} & {*_train_names}: remedy = f'did you mean {printable(folder/tops[0])}?'
+    found = f'found {vocab[0]} only' if vocab else 'found no pictures in subfolders'
+    raise ValueError(f'{folder}: {found}: {remedy}')
+
 def find_pictures(
     folder:str|Path,
 ) -> PictureFiles:
@@ -83,18 +127,17 @@ def find_pictures(
     Files that are not pictures by their suffix, and hidden ones, are passed over. Raises `ValueError` for fewer than
     two classes, a class without pictures or in one split only, and a class name that cannot be shown."""
     folder = Path(folder)
-    names = list(filter(_is_picture, list_files(folder, max_pictures, follow_links=True)))
+    names = list_files(folder, max_pictures, follow_links=True)
+    pictures, skipped = ([name for name in names if is_kind(name)] for is_kind in (_is_picture, _is_skipped))
     parts = _split_folders(folder)
-    splits = [_classes(folder, names, part) for part in parts]
+    skipped = [name for part in parts for name in _in_classes(skipped, part)]
+    splits = [_classes(folder, pictures, part, skipped) for part in parts]
+    if len(parts) == 2: _check_same_classes(folder, parts, splits)
     vocab = sorted(splits[0])
-    for name in sorted(set(vocab) ^ set(splits[-1])):
-        raise ValueError(f'{folder}: class {name} is in one of {" and ".join(parts)} only: is its folder misspelt?')
-    if len(vocab) < 2:
-        found = f'found {vocab[0]} only' if vocab else 'found no pictures in subfolders'
-        layouts = 'train/<class>/… and test/<class>/…, or <class>/…'
-        raise ValueError(f'{folder}: {found}: give a folder of two or more classes, as {layouts}')
+    _check_two_classes(folder, vocab)
     labelled = [[(file, label) for label, name in enumerate(vocab) for file in split[name]] for split in splits]
-    return PictureFiles(folder, vocab, labelled)
+    n_beside = sum(name.rpartition('/')[0] in ('', *parts) for name in pictures)
+    return PictureFiles(folder, vocab, labelled, _count_kinds(skipped), n_beside)
 
 # %% ../../nbs/04_data.folder.ipynb #c40d9e02
 max_bytes_in_memory = 2*2**30 # of decoded pictures of a folder
@@ -123,66 +166,150 @@ _most_unreadable = .01 # share of the pictures
 
 class UnreadablePictures(UserWarning): "Some pictures of a folder could not be read"
 
-def _read_all(folder, files, size, show_progress, into=None): # -> (images, is each readable)
-    x, messages = _new_images(len(files), size, into), [None]*len(files)
+def _read_all(folder, files, size, show_progress, into=None): # -> (images, is each readable, peaks of those of 16 bits)
+    x, peaks, reasons = _new_images(len(files), size, into), [], {}
     def read(idxs): # a task for each picture would cost as much as a third of its decoding
         for i in idxs:
-            try: x[i] = read_image(folder/files[i], size)
-            except (OSError, ValueError) as e: messages[i] = one_line(e)
+            try: x[i] = read_image(folder/files[i], size, peaks)
+            except (OSError, ValueError) as e: reasons[i] = _reason(e, folder/files[i])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
         parallel(read, list(chunked(range(len(files)), 32)), n_workers=defaults.cpus, threadpool=True, progress=show_progress)
-    _report_unreadable(folder, [message for message in messages if message], len(files))
-    return x, np.array([message is None for message in messages])
+    _report_unreadable(folder, {files[i]: reasons[i] for i in sorted(reasons)}, len(files))
+    return x, np.array([i not in reasons for i in range(len(files))]), peaks
 
-def _report_unreadable(folder, messages, n):
-    if not messages: return
-    shown = '; '.join(map(printable, messages[:10])) + f'; and {len(messages) - 10:,} more'*(len(messages) > 10)
-    of_all = f'{len(messages):,} of {n:,} pictures in {folder} cannot be read'
-    if len(messages) > _most_unreadable*n:
-        raise ValueError(f'{of_all}, more than {_most_unreadable:.0%}: remove or repair them: {shown}')
-    warnings.warn(f'{of_all}, so they are left out: {shown}', UnreadablePictures, stacklevel=4)
+def _reason(error, path): # without the name of the file
+    if isinstance(error, OSError) and error.strerror: return error.strerror
+    text = one_line(error)
+    for name in path, printable(path): text = text.removeprefix(' '.join(str(name).split())).strip()
+    return text.removeprefix('cannot be read as an image: ')
+
+def _by_reason(reasons): # {file: reason} -> a phrase for each of the most frequent reasons
+    groups = {} # reasons that differ in numbers only, such as that of pixels, are one
+    for file, reason in reasons.items(): groups.setdefault(re.sub(r'[\d,×]+', '0', reason), []).append(file)
+    groups = sorted(groups.values(), key=len, reverse=True)
+    phrases = []
+    for files in groups[:5]:
+        remedy = '' if ': ' in reasons[files[0]] else ': repair or remove them'
+        shown = ', '.join(map(printable, files[:3])) + ', …'*(len(files) > 3)
+        phrases.append(f'{len(files):,} because {printable(reasons[files[0]])}{remedy} ({shown})')
+    return phrases + [f'{sum(map(len, groups[5:])):,} for other reasons']*(len(groups) > 5)
+
+def _report_unreadable(folder, reasons, n): # {file: reason}
+    if not reasons: return
+    of_all, why = f'{len(reasons):,} of {n:,} pictures in {folder} cannot be read', '; '.join(_by_reason(reasons))
+    if len(reasons) > _most_unreadable*n: raise ValueError(f'{of_all}, more than {_most_unreadable:.0%}: {why}')
+    warnings.warn(f'{of_all}, so they are left out: {why}', UnreadablePictures, stacklevel=4)
 
 # %% ../../nbs/04_data.folder.ipynb #23b10717
 _valid_share = .2
+
+class FolderNotes(NamedTuple):
+    "What is known of a folder of pictures beside its images"
+    has_split: bool # has it a folder to validate on?
+    skipped: dict # number of files that are no pictures by their suffix, by suffix
+    n_beside: int # pictures beside the class folders
+    n_deep: int # pictures of 16 bits per channel
+    n_dark: int # of them, those that use less than a sixteenth of the range
+    n_copies: int # validation images that are also training images
+    copies: list # of the first three: [file to validate on, file to train on]
+
+def _copies(x, files, train, valid): # -> (number, the first three pairs of files)
+    first = {}
+    for i in np.sort(train): first.setdefault(hashlib.sha256(x[i]).digest(), i)
+    pairs = []
+    for i in np.sort(valid):
+        same = first.get(hashlib.sha256(x[i]).digest())
+        if same is not None: pairs.append([files[i], files[same]])
+    return len(pairs), pairs[:3]
+
+def _check_splits(folder, vocab, y, is_valid, has_split):
+    for label, name in enumerate(vocab):
+        n_train, n_valid = ((y == label) & (is_valid == split) for split in (False, True))
+        n_train, n_valid = n_train.sum(), n_valid.sum()
+        if n_train and n_valid: continue
+        need = f'has {n_train + n_valid} that can be read: it needs two or more pictures, because a part of them validates'
+        if has_split: need = f'has {n_train} to train on and {n_valid} to validate on that can be read: it needs one or more of each'
+        raise ValueError(f'{folder}: class {name} {need}')
+
+# %% ../../nbs/04_data.folder.ipynb #23b10718
+def read_with_notes(
+    folder:str|Path, # as for `find_pictures`
+    size:int=32, # of a side of the images, in pixels: a multiple of 8 from 16 to 128
+    show_progress:bool=None, # show a progress bar; `None`: in a notebook or a terminal
+    store:Path=None, # folder to make for the images if they take more than `max_bytes_in_memory`; `None`: in memory
+) -> tuple[CIFAR10Data, FolderNotes]:
+    "Decode all pictures of a folder, as `read_folder` does, and return what else there is to say about it"
+    check_size(size)
+    found = find_pictures(folder)
+    files = [file for split in found.splits for file, _ in split]
+    labels = np.array([label for split in found.splits for _, label in split], dtype=np.int64)
+    is_valid, has_split = np.arange(len(files)) >= len(found.splits[0]), len(found.splits) == 2
+    if show_progress is None: show_progress = shows_progress()
+    can_store = store is not None and os.name == 'posix' # elsewhere open files can be neither renamed nor removed
+    is_large = can_store and 3*size**2*len(files) > max_bytes_in_memory
+    decoded, *sorted_ = [store/f'{name}.npy' if is_large else None for name in ('decoded', 'train_x', 'test_x')]
+    x, is_read, peaks = _read_all(found.folder, files, size, show_progress, decoded)
+    idxs = np.flatnonzero(is_read)
+    idxs = idxs[canonical_order((x[i] for i in idxs), labels[idxs])]
+    y = labels[idxs]
+    is_valid = is_valid[idxs] if has_split else first_of_each_class(y, _valid_share)
+    _check_splits(folder, found.vocab, y, is_valid, has_split)
+    train, valid = ((_gathered(x, idxs[part], into), y[part]) for part, into in zip((~is_valid, is_valid), sorted_))
+    n_dark = sum(peak < 256//16 for peak in peaks)
+    copies = _copies(x, files, idxs[~is_valid], idxs[is_valid])
+    if is_large: decoded.unlink()
+    return CIFAR10Data(*train, *valid, found.vocab), FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies)
 
 def read_folder(
     folder:str|Path, # as for `find_pictures`
     size:int=32, # of a side of the images, in pixels: a multiple of 8 from 16 to 128
     show_progress:bool=None, # show a progress bar; `None`: in a notebook or a terminal
-    store:Path=None, # folder to make for the images if they take more than `max_bytes_in_memory`; `None`: in memory
+    store:Path=None, # as for `read_with_notes`
 ) -> CIFAR10Data: # images `uint8` (N, size, size, 3), in canonical order
-    """Decode all pictures of a folder. Without a folder to validate on, a fixed fifth of each class validates.
+    """Decode all pictures of a folder: PNG, JPEG, GIF, BMP, WebP and TIFF files of one frame, as `read_image` does.
 
-    Unreadable pictures are left out with a warning, up to 1 %. Raises `ValueError` for more of them, for a class
-    without a picture in each split, and for what `find_pictures` refuses, and `NotStored` if `store` cannot be filled."""
-    check_size(size)
-    found = find_pictures(folder)
-    files = [file for split in found.splits for file, _ in split]
-    labels = np.array([label for split in found.splits for _, label in split], dtype=np.int64)
-    is_valid = np.arange(len(files)) >= len(found.splits[0])
-    if show_progress is None: show_progress = shows_progress()
-    can_store = store is not None and os.name == 'posix' # elsewhere open files can be neither renamed nor removed
-    is_large = can_store and 3*size**2*len(files) > max_bytes_in_memory
-    decoded, *sorted_ = [store/f'{name}.npy' if is_large else None for name in ('decoded', 'train_x', 'test_x')]
-    x, is_read = _read_all(found.folder, files, size, show_progress, decoded)
-    idxs = np.flatnonzero(is_read)
-    idxs = idxs[canonical_order((x[i] for i in idxs), labels[idxs])]
-    y = labels[idxs]
-    is_valid = is_valid[idxs] if len(found.splits) == 2 else first_of_each_class(y, _valid_share)
-    _check_splits(folder, found.vocab, y, is_valid)
-    train, valid = ((_gathered(x, idxs[part], into), y[part]) for part, into in zip((~is_valid, is_valid), sorted_))
-    if is_large: decoded.unlink()
-    return CIFAR10Data(*train, *valid, found.vocab)
-
-def _check_splits(folder, vocab, y, is_valid):
-    for label, name in enumerate(vocab):
-        n_train, n_valid = ((y == label) & (is_valid == split) for split in (False, True))
-        if n_train.any() and n_valid.any(): continue
-        need = 'one or more to train on, and one or more to validate on'
-        raise ValueError(f'{folder}: class {name} has too few pictures that can be read: each class needs {need}')
+    Without a folder to validate on, a fixed fifth of each class validates. Unreadable pictures are left out with a
+    warning, up to 1 %. Raises `ValueError` for more of them, for a class without a picture in each split, and for what
+    `find_pictures` refuses, and `NotStored` if `store` cannot be filled."""
+    return read_with_notes(folder, size, show_progress, store)[0]
 
 # %% ../../nbs/04_data.folder.ipynb #db292c95
+def class_counts(
+    data:CIFAR10Data,
+    most:int=20, # classes that are listed
+) -> str:
+    "Return the number of training and validation pictures of each class as a line, or the extremes for many classes"
+    n_train, n_valid = (np.bincount(y, minlength=len(data.vocab)) for y in (data.train_y, data.test_y))
+    counts = [f'{name} {a:,} + {b:,}' for name, a, b in zip(data.vocab, n_train, n_valid)]
+    if len(counts) <= most: return f'classes (training + validation pictures): {", ".join(counts)}'
+    order = np.argsort(n_train + n_valid, kind='stable')
+    return f'{len(counts):,} classes (training + validation pictures), from {counts[order[0]]} to {counts[order[-1]]}'
+
+def folder_lines(
+    data:CIFAR10Data,
+    notes:FolderNotes=None, # `None` if they are not known
+) -> list[str]:
+    "Return what the log says about a folder of pictures"
+    lines = [class_counts(data)]
+    if notes and not notes.has_split: lines.append('no folder to validate on: a fixed fifth of each class validates')
+    if notes and notes.n_beside: lines.append(f'pictures beside the class folders, which are ignored: {notes.n_beside:,}')
+    return lines
+
+def folder_warnings(
+    notes:FolderNotes,
+) -> list[str]:
+    "Return the warnings about files that are skipped, and about pictures that will be dark"
+    found = []
+    if notes.skipped:
+        are, them = ('is', 'it') if sum(notes.skipped.values()) == 1 else ('are', 'them')
+        found.append(f'{_kinds(notes.skipped)} {are} skipped: save {them} as PNG or JPEG')
+    if notes.n_dark:
+        of_all = f'{notes.n_dark:,} of {notes.n_deep:,} 16-bit pictures'
+        found.append(f'{of_all} use less than a sixteenth of the range and will be dark: scale them to 16 bits')
+    return found
+
+# %% ../../nbs/04_data.folder.ipynb #db292c96
 def n_duplicates(
     data:CIFAR10Data,
 ) -> int:
@@ -194,8 +321,12 @@ def n_duplicates(
 def warn_of_duplicates(
     data:CIFAR10Data,
     source, # named in the warning
+    notes:FolderNotes=None, # have their number and names; `None`: they are counted
 ):
     "Warn if validation images are also training images"
-    if not (n := n_duplicates(data)): return
+    n = notes.n_copies if notes else n_duplicates(data)
+    if not n: return
     both = f'{n:,} of {len(data.test_y):,} validation images are also training images'
-    warnings.warn(f'{source}: {both}, which inflates the accuracy: remove the copies', stacklevel=3)
+    pairs = [' = '.join(map(printable, pair)) for pair in (notes.copies if notes else ())]
+    shown = f' ({", ".join(pairs)}{", …"*(n > len(pairs))})' if pairs else ''
+    warnings.warn(f'{source}: {both}, which inflates the accuracy: remove the copies{shown}', stacklevel=3)

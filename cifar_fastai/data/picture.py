@@ -173,29 +173,56 @@ def _check_meaning(img:Image.Image, content:bytes|None):
     if img.mode == 'F':
         raise ValueError('its pixels are floating-point numbers without a known range: save it with 8 bits')
 
+# %% ../../nbs/03_data.picture.ipynb #7c1d2e02
+_full_ranges = {2**bits - 1: bits for bits in range(8, 16)}
+
+def _stated_bits(img:Image.Image) -> int:
+    "Return how many bits of 16-bit grey values a TIFF states to be in use, or 16"
+    if img.format != 'TIFF' or not img.mode.startswith('I;'): return 16
+    if img.tag_v2.get(ExifTags.Base.BitsPerSample) == (12,): return 12
+    for tag in ExifTags.Base.MaxSampleValue, ExifTags.Base.SMaxSampleValue:
+        value = img.tag_v2.get(tag)
+        if isinstance(value, tuple) and len(value) == 1: [value] = value
+        if value in _full_ranges: return _full_ranges[value]
+    return 16
+
+def _has_16_bits(img:Image.Image, content:bytes|None) -> bool:
+    if img.mode.startswith('I'): return True
+    if img.mode not in ('RGB', 'RGBA', 'RGBa', 'LA'): return False
+    if img.format == 'PNG': return bool(content) and content[24] == 16
+    return img.format == 'TIFF' and 16 in (img.tag_v2.get(ExifTags.Base.BitsPerSample) or ())
+
+def _peak(img:Image.Image) -> int:
+    "Return the highest value of a picture of 8 bits, apart from its transparency"
+    return max(band.getextrema()[1] for name, band in zip(img.getbands(), img.split()) if name not in 'Aa')
+
 # %% ../../nbs/03_data.picture.ipynb #ab030021
 _upright = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)))) # EXIF orientation -> transpose
 
-def _grey_to_8_bits(img:Image.Image, from_file:bool) -> Image.Image:
-    "Scale 16-bit grey values to 8 bits; Pillow would clip them at 255"
+def _grey_to_8_bits(img:Image.Image, from_file:bool, bits:int=16) -> Image.Image:
+    "Scale 16-bit grey values, of which `bits` are in use, to 8 bits; Pillow would clip them at 255"
     grey = np.asarray(img)
     if grey.min() < 0 or grey.max() > 65535: raise ValueError('its grey values are not of 16 bits')
     if not from_file and 0 < grey.max() < 256:
         raise ValueError('its grey values are below 256 in a mode of 16 bits: convert it to mode L')
-    return Image.fromarray((grey >> 8).astype(np.uint8))
+    if grey.max() >= 2**bits: bits = 16 # the file states another range than it has
+    return Image.fromarray((grey >> bits - 8).astype(np.uint8))
 
 def _to_network_input(
     img:Image.Image, # a picture, opened or in memory
     content:bytes|None=None, # of its file, if its pixels are not decoded yet
     size:int=32, # of a side of the result, in pixels
+    peaks:list|None=None, # as in `read_image`
 ) -> np.ndarray: # `uint8` (size, size, 3)
     "Check and decode a picture, and return it upright, opaque, square, as RGB"
     _check_cost(img, content)
     _check_meaning(img, content)
     img.load()
+    bits, is_deep = _stated_bits(img), peaks is not None and _has_16_bits(img, content)
     turn = _upright.get(img.getexif().get(ExifTags.Base.Orientation))
     if turn is not None: img = img.transpose(turn)
-    if img.mode.startswith('I'): img = _grey_to_8_bits(img, from_file=bool(content))
+    if img.mode.startswith('I'): img = _grey_to_8_bits(img, from_file=bool(content), bits=bits)
+    if is_deep: peaks.append(_peak(img))
     transparent = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
     mode = 'RGBA' if transparent else 'RGB'
     if img.mode != mode: img = img.convert(mode) # which would copy a picture that has this mode
@@ -203,28 +230,31 @@ def _to_network_input(
     if transparent: img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
     return np.asarray(img)
 
-def _read_content(content:bytes, name='the picture', size=32) -> np.ndarray: # `uint8` (size, size, 3)
+def _read_content(content:bytes, name='the picture', size=32, peaks=None) -> np.ndarray: # `uint8` (size, size, 3)
     "Read the content of a picture file; raises `ValueError`, which begins with `name`"
     if len(content) > max_bytes: raise ValueError(f'{name} has {len(content):,} bytes: at most {max_bytes:,} are read')
     with _decoding_errors(name):
         file = MeteredFile(content)
         with Image.open(file, formats=picture_formats) as img:
             file.allow_pixels()
-            return _to_network_input(img, content, size)
+            return _to_network_input(img, content, size, peaks)
 
 # %% ../../nbs/03_data.picture.ipynb #ab030024
 def read_image(
     path:str|Path, # a file in one of the `picture_formats`
     size:int=32, # of a side of the result, in pixels
+    peaks:list|None=None, # to which the highest value, from 0 to 255, of a picture with 16 bits per channel is appended
 ) -> np.ndarray: # `uint8` (size, size, 3)
     """Read any picture as the network's input: shorter side scaled to `size`, centre crop, RGB.
+
+    The formats are `picture_formats`. Animated pictures and files of several pages are refused.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is not a picture or exceeds the limits."""
     path = Path(path)
     name = str(path)
     if not name.isprintable() and any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in name):
         raise ValueError(f'{printable(path)} has a name with a line break or another control character: rename it')
-    return _read_content(read_bytes(path, max_bytes), path, size)
+    return _read_content(read_bytes(path, max_bytes), path, size, peaks)
 
 # %% ../../nbs/03_data.picture.ipynb #ab030026
 def _to_pil(x):

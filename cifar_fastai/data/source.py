@@ -6,8 +6,8 @@
 __all__ = ['cifar10_urls', 'fetch_cifar10', 'find_cifar10', 'load_cifar10']
 
 # %% ../../nbs/05_data.source.ipynb #86b4854e
-import hashlib, io, os, warnings
-from contextlib import ExitStack, contextmanager
+import hashlib, io, json, logging, os, warnings
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -15,12 +15,14 @@ import numpy as np
 from fastai.data.external import URLs, fastai_cfg
 from filelock import FileLock
 
-from ..core import check_size, data_variable, named_sets, named_source, printable
+from ..core import (check_size, data_variable, logger, named_sets, named_source, printable, printed_log,
+                               shows_progress)
 from ..files import check_file, remove_parts, rename_folder, temporary_folder, write_whole
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, list_files, read_images
 from .download import fetch_archive
-from .folder import NotStored, UnreadablePictures, max_pictures, read_folder, warn_of_duplicates
+from .folder import (FolderNotes, NotStored, UnreadablePictures, folder_lines, folder_warnings,
+                                      max_pictures, read_with_notes, warn_of_duplicates)
 from .named import find_named, is_cifar100, read_cifar100, read_named
 
 # %% ../../nbs/05_data.source.ipynb #ab050006
@@ -89,39 +91,48 @@ def _read_arrays(path:Path): # -> {name: array}
     if path.suffix:
         with open(check_file(path, 2**36), 'rb') as f, np.load(f, allow_pickle=False) as arrays: return dict(arrays)
     modes = {name: 'r' if name in ('train_x', 'test_x') else None for name in CIFAR10Data._fields}
+    if (path/'notes.npy').exists(): modes['notes'] = None
     return {name: np.load(check_file(path/f'{name}.npy', 2**40), mode, allow_pickle=False) for name, mode in modes.items()}
 
-def _read_cache(file:Path) -> CIFAR10Data|None:
-    "Return the data in the cache file, or in the folder of memory-mapped images; `None` when it is missing or damaged"
+def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
+    """Return the data in the cache file, or in the folder of memory-mapped images; `None` when it is missing or damaged.
+
+    The notes are `None` for what is not a folder of pictures of your own, and in a cache of an earlier version."""
     for path in file, file.with_suffix(''):
         try:
             arrays = _read_arrays(path)
+            notes = arrays.pop('notes', None)
+            notes = None if notes is None else FolderNotes(**json.loads(notes.item()))
             data = CIFAR10Data(**arrays | {'vocab': arrays['vocab'].tolist()})
             for x, y in (data[:2], data[2:4]):
                 expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
                 if (x.dtype, x.shape, y.dtype, y.shape) != expected: raise ValueError(f'{path} has other arrays')
-            return data
+            return data, notes
         except Exception: pass # a damaged file may raise anything
 
-def _write_cache(file:Path, data:CIFAR10Data):
+def _arrays(data, notes): # -> {name: array or list}
+    return data._asdict() | ({} if notes is None else {'notes': np.array(json.dumps(notes._asdict()))})
+
+def _write_cache(file:Path, data:CIFAR10Data, notes:FolderNotes|None=None):
     "Write the cache file, or warn that it cannot be written"
     content = io.BytesIO()
-    np.savez(content, **data._asdict())
+    np.savez(content, **_arrays(data, notes))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True) # it is damaged, or a pipe, which `write_whole` would refuse to replace
         write_whole(file, content.getvalue())
     except OSError as e: _warn_uncached(str(e))
 
-def _keep_mapped(file:Path, data:CIFAR10Data, store:Path) -> CIFAR10Data:
+def _keep_mapped(file:Path, data:CIFAR10Data, notes:FolderNotes|None, store:Path) -> CIFAR10Data:
     "Complete the folder of memory-mapped images, give it its name, and return the data in it; warn if that cannot be done"
     try:
-        for name in ('train_y', 'test_y', 'vocab'):
-            np.save(content := io.BytesIO(), getattr(data, name))
+        for name, array in _arrays(data, notes).items():
+            if name in ('train_x', 'test_x'): continue
+            np.save(content := io.BytesIO(), array)
             write_whole(store/f'{name}.npy', content.getvalue())
         rename_folder(store, file.with_suffix(''))
     except OSError as e: _warn_uncached(str(e))
-    return _read_cache(file) or data
+    return (_read_cache(file) or [data])[0]
 
 @contextmanager
 def _cache_lock(folder:Path):
@@ -152,12 +163,25 @@ def load_cifar10(
     if str(named_source(source)) in named_sets: return _of_32_pixels(partial(_load_named, source, bool(urls)), size)
     path = find_cifar10(source, urls)
     is_own = path.is_dir() and not is_cifar10(_file_names(path))
-    if not is_own: return _of_32_pixels(partial(_cached, path, _read_cifar), size)
-    data = _cached(path, lambda path, store: read_folder(path, size, store=store), *[size]*(size != 32))
-    warn_of_duplicates(data, path)
+    if not is_own: return _of_32_pixels(lambda: _cached(path, _read_cifar)[0], size)
+    data, notes = _cached(path, lambda path, store: read_with_notes(path, size, store=store), *[size]*(size != 32))
+    for message in folder_warnings(notes) if notes else (): warnings.warn(f'{path}: {message}', stacklevel=2)
+    warn_of_duplicates(data, path, notes)
+    _log_once(path, folder_lines(data, notes))
     return data
 
-def _read_cifar(path, store=None): return read_cifar100(path) if path.is_file() and is_cifar100(path) else read_images(path)
+_logged = set() # a run and its report both load the images
+
+def _log_once(path, lines):
+    "Log what is known of a folder. A notebook or a terminal shows it, as it shows the progress bar of the reading"
+    shown = shows_progress() and not logger.isEnabledFor(logging.INFO)
+    with printed_log() if shown else nullcontext():
+        if not logger.isEnabledFor(logging.INFO) or (str(path), *lines) in _logged: return
+        _logged.add((str(path), *lines))
+        for line in lines: logger.info(line)
+
+def _read_cifar(path, store=None):
+    return read_cifar100(path) if path.is_file() and is_cifar100(path) else read_images(path), None
 
 def _of_32_pixels(load, size):
     if size == 32: return load()
@@ -166,27 +190,27 @@ def _of_32_pixels(load, size):
 
 def _load_named(name, download):
     path = find_named(named_source(name), download=download)
-    return _cached(path, lambda path, store: read_named(named_source(name)), named_source(name))
+    return _cached(path, lambda path, store: (read_named(named_source(name)), None), named_source(name))[0]
 
-def _read_or_fall_back(read, path, store): # -> (data, can they not be stored)
+def _read_or_fall_back(read, path, store): # -> ((data, notes), can they not be stored)
     try: return read(path, store), False
     except NotStored as e:
         _warn_uncached(str(e))
         return read(path, None), True
 
-def _cached(path, read, *kind): # `kind` tells several caches of the same files apart
+def _cached(path, read, *kind): # -> (data, notes); `kind` tells several caches of the same files apart
     cache = _cache_file(path, *kind)
     if cache is None: return read(path, None)
-    if (data := _read_cache(cache)) is not None: return data
+    if (known := _read_cache(cache)) is not None: return known
     with _cache_lock(cache.parent), temporary_folder(cache.parent) as store:
-        data = _read_cache(cache) # another process may have written it while this one waited
-        if data is not None: return data
+        known = _read_cache(cache) # another process may have written it while this one waited
+        if known is not None: return known
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter('always', UnreadablePictures) # also if the caller ignores it
-            data, is_refused = _read_or_fall_back(read, path, store)
+            (data, notes), is_refused = _read_or_fall_back(read, path, store)
         is_whole = not any(issubclass(warning.category, UnreadablePictures) for warning in found)
         if not is_whole or is_refused: pass # what could not be read may be readable the next time
-        elif isinstance(data.train_x, np.memmap): data = _keep_mapped(cache, data, store)
-        else: _write_cache(cache, data)
+        elif isinstance(data.train_x, np.memmap): data = _keep_mapped(cache, data, notes, store)
+        else: _write_cache(cache, data, notes)
     for warning in found: warnings.warn(warning.message, warning.category, stacklevel=3)
-    return data
+    return data, notes
