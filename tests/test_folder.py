@@ -1,5 +1,5 @@
 """Folders of pictures of one's own, from the files to a trained run."""
-import logging, os, re, shutil, struct, subprocess, sys, warnings, zlib
+import logging, os, re, shutil, struct, warnings, zlib
 
 import numpy as np
 import pytest
@@ -474,18 +474,17 @@ def test_the_classes_and_the_split_are_logged_once(empty_home, pets, log):
     for file in list((pets/'flower').iterdir())[:10]: file.unlink()
     save_squares(pets, 3, seed=7)
     for _ in range(2): load_cifar10(pets)
-    assert 'flower 8 + 2, palace 16 + 4' in log.messages[0] and 'fifth' in log.messages[1] and '3 ' in log.messages[2]
+    assert 'flower 8 + 2, palace 16 + 4' in log.messages[0] and 'fifth' in log.messages[1] and '3' in log.messages[2]
     assert len(log.messages) == 3
     save_squares(pets/'flower', 1, 'bmp', seed=5)
     load_cifar10(pets)
     assert 'flower 9 + 2' in log.messages[3]
 
-def test_the_log_is_the_same_from_the_cache(empty_home, pets):
-    def said():
-        code = 'import sys; from cifar_fastai.core import printed_log; from cifar_fastai.data.source import load_cifar10\nwith printed_log(): load_cifar10(sys.argv[1])'
-        return subprocess.run([sys.executable, '-c', code, pets], capture_output=True, text=True, check=True).stdout
-    first = said()
-    assert 'flower 16 + 4' in first and 'fifth' in first and said() == first
+def test_the_log_is_the_same_from_the_cache(empty_home, pets, log, monkeypatch):
+    load_cifar10(pets)
+    monkeypatch.chdir(pets.parent)
+    load_cifar10('pets')
+    assert log.messages[:2] == log.messages[2:] and 'flower 16 + 4' in log.messages[0] and 'fifth' in log.messages[1]
 
 def test_a_split_of_ones_own_is_not_said_to_be_made(empty_home, split, log):
     load_cifar10(split)
@@ -558,13 +557,12 @@ def test_a_cache_of_an_earlier_version_is_read(empty_home, split, monkeypatch, m
 
 def test_a_class_with_too_few_pictures_is_told_how_many_it_has(pets, split):
     for file in list((pets/'flower').iterdir())[1:]: file.unlink()
-    refused(pets, 'flower', ' 1 ', 'two')
-    for k, name in enumerate('ab'): save_squares(pets.parent/'few'/name, 300, photo=k, sides=(33, 34))
-    for part in 'train', 'test': (split/part/'a').rename(split/part/'x'); shutil.copytree(pets.parent/'few'/'a', split/part/'a')
+    assert re.search(r'\b1\b', refused(pets, 'flower', 'two').removeprefix(str(pets)))
+    save_squares(split/'train'/'a', 300, 'bmp', sides=(33, 34))
     for file in (split/'test'/'b').iterdir(): file.write_bytes(b'no picture')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        refused(split, 'class b', 'validate')
+        assert re.search(r'\b8\b.*\b0\b', refused(split, 'class b').removeprefix(str(split)))
 
 @pytest.mark.parametrize('part, other', [('train', 'test'), ('test', 'train')])
 def test_a_misspelt_class_is_named_with_its_split_and_the_similar_one(split, part, other):

@@ -30,7 +30,8 @@ max_pictures = 2_000_000 # files in a folder
 _train_names = 'train', 'training' # in upper or lower case
 _valid_names = 'test', 'testing', 'valid', 'validation', 'val', 'dev', 'eval' # the first one with classes validates
 
-_never_pictures = '.txt', '.csv', '.tsv', '.json', '.jsonl', '.md', '.xml', '.yaml', '.yml', '.html', '.log', '.db', '.ini'
+_never_pictures = ('.txt', '.csv', '.tsv', '.json', '.jsonl', '.md', '.xml', '.yaml', '.yml', '.html', '.log', '.db',
+                   '.ini')
 
 class PictureFiles(NamedTuple):
     "The pictures of a folder"
@@ -60,7 +61,8 @@ def _count_kinds(names): # -> {suffix: number of files}, of the most frequent on
 
 def _kinds(counts): # -> such as '8 .heic and 1 .mp4 files'
     kinds = [f'{n:,} {printable(suffix)[:20] or "suffixless"}' for suffix, n in counts.items()]
-    return ', '.join(kinds[:-1]) + ' and '*(len(kinds) > 1) + kinds[-1] + (' file' if sum(counts.values()) == 1 else ' files')
+    listed = ', '.join(kinds[:-1]) + ' and '*(len(kinds) > 1) + kinds[-1]
+    return f'{listed} file' + 's'*(sum(counts.values()) > 1)
 
 def _in_classes(names, split): # -> those in the class folders of a split
     prefix = f'{split}/' if split else ''
@@ -107,7 +109,8 @@ def _check_same_classes(folder, parts, splits):
         here, there = parts if name in train else parts[::-1]
         others = {other.lower(): other for other in (valid - train if name in train else train - valid)}
         similar = get_close_matches(name.lower(), others, 1, .5)
-        remedy = f'is {others[similar[0]]} in {there} the same class, misspelt?' if similar else f'add it to {there}, or remove it'
+        remedy = f'add it to {there}, or remove it'
+        if similar: remedy = f'is {others[similar[0]]} in {there} the same class, misspelt?'
         raise ValueError(f'{folder}: class {name} is in {here} and not in {there}: {remedy}')
 
 def _check_two_classes(folder, vocab):
@@ -115,7 +118,8 @@ def _check_two_classes(folder, vocab):
     remedy = 'give a folder of two or more classes, as train/<class>/… and test/<class>/…, or <class>/…'
     if len(tops := _subfolders(folder)) == 1: # one level too deep?
         inner = _subfolders(folder/tops[0])
-        if len(inner) > 1 or {name.lower() for name in inner} & {*_train_names}: remedy = f'did you mean {printable(folder/tops[0])}?'
+        has_train = any(name.lower() in _train_names for name in inner)
+        if len(inner) > 1 or has_train: remedy = f'did you mean {printable(folder/tops[0])}?'
     found = f'found {vocab[0]} only' if vocab else 'found no pictures in subfolders'
     raise ValueError(f'{folder}: {found}: {remedy}')
 
@@ -228,9 +232,9 @@ def _check_splits(folder, vocab, y, is_valid, has_split):
         n_train, n_valid = ((y == label) & (is_valid == split) for split in (False, True))
         n_train, n_valid = n_train.sum(), n_valid.sum()
         if n_train and n_valid: continue
-        need = f'has {n_train + n_valid} that can be read: it needs two or more pictures, because a part of them validates'
-        if has_split: need = f'has {n_train} to train on and {n_valid} to validate on that can be read: it needs one or more of each'
-        raise ValueError(f'{folder}: class {name} {need}')
+        found, need = f'{n_train + n_valid}', 'two or more, because a part of them validates'
+        if has_split: found, need = f'{n_train} to train on, {n_valid} to validate on', 'one or more of each'
+        raise ValueError(f'{folder}: class {name} has too few pictures that can be read ({found}): it needs {need}')
 
 # %% ../../nbs/04_data.folder.ipynb #23b10718
 def read_with_notes(
@@ -259,7 +263,8 @@ def read_with_notes(
     n_dark = sum(peak < 256//16 for peak in peaks)
     copies = _copies(x, files, idxs[~is_valid], idxs[is_valid])
     if is_large: decoded.unlink()
-    return CIFAR10Data(*train, *valid, found.vocab), FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies)
+    notes = FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies)
+    return CIFAR10Data(*train, *valid, found.vocab), notes
 
 def read_folder(
     folder:str|Path, # as for `find_pictures`
@@ -293,7 +298,7 @@ def folder_lines(
     "Return what the log says about a folder of pictures"
     lines = [class_counts(data)]
     if notes and not notes.has_split: lines.append('no folder to validate on: a fixed fifth of each class validates')
-    if notes and notes.n_beside: lines.append(f'pictures beside the class folders, which are ignored: {notes.n_beside:,}')
+    if notes and notes.n_beside: lines.append(f'pictures beside the class folders are ignored: {notes.n_beside:,}')
     return lines
 
 def folder_warnings(

@@ -95,7 +95,7 @@ def _read_arrays(path:Path): # -> {name: array}
     return {name: np.load(check_file(path/f'{name}.npy', 2**40), mode, allow_pickle=False) for name, mode in modes.items()}
 
 def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
-    """Return the data in the cache file, or in the folder of memory-mapped images; `None` when it is missing or damaged.
+    """Return data and notes in the cache file or folder of memory-mapped images; `None` when it is missing or damaged.
 
     The notes are `None` for what is not a folder of pictures of your own, and in a cache of an earlier version."""
     for path in file, file.with_suffix(''):
