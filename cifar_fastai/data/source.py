@@ -145,6 +145,17 @@ def _cache_lock(folder:Path):
         except OSError: pass
         yield
 
+# %% ../../nbs/05_data.source.ipynb #5d1f0a02
+_logged = set() # a run and its report both load the images
+
+def _log_once(path, lines):
+    "Log what is known of a folder. A notebook or a terminal shows it, as it shows the progress bar of the reading"
+    shown = shows_progress() and not logger.isEnabledFor(logging.INFO)
+    with printed_log() if shown else nullcontext():
+        if not logger.isEnabledFor(logging.INFO) or (str(path), *lines) in _logged: return
+        _logged.add((str(path), *lines))
+        for line in lines: logger.info(line)
+
 # %% ../../nbs/05_data.source.ipynb #14938ad6
 def load_cifar10(
     source=None, # 'cifar10' (or `None`), 'digits', one of `named_sets`, a folder, an archive, or `CIFAR10Data`
@@ -169,16 +180,6 @@ def load_cifar10(
     warn_of_duplicates(data, path, notes)
     _log_once(path, folder_lines(data, notes))
     return data
-
-_logged = set() # a run and its report both load the images
-
-def _log_once(path, lines):
-    "Log what is known of a folder. A notebook or a terminal shows it, as it shows the progress bar of the reading"
-    shown = shows_progress() and not logger.isEnabledFor(logging.INFO)
-    with printed_log() if shown else nullcontext():
-        if not logger.isEnabledFor(logging.INFO) or (str(path), *lines) in _logged: return
-        _logged.add((str(path), *lines))
-        for line in lines: logger.info(line)
 
 def _read_cifar(path, store=None):
     return read_cifar100(path) if path.is_file() and is_cifar100(path) else read_images(path), None
