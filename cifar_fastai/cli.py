@@ -8,7 +8,7 @@ __all__ = ['option_groups', 'RunSettings', 'cifar_train', 'LRFindSettings', 'cif
            'cifar_report', 'AppSettings', 'cifar_app', 'ExportSettings', 'cifar_export', 'main']
 
 # %% ../nbs/80_cli.ipynb #0c38264d
-import os, shutil, signal, sys, tempfile, traceback, warnings
+import json, os, shutil, signal, sys, tempfile, traceback, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
@@ -116,6 +116,7 @@ def _command(f):
         rank, n = _launched()
         with warnings.catch_warnings(), _silence() if rank else nullcontext(), printed_log():
             warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # from fastai
+            warnings.filterwarnings('ignore', message='Glyph .* missing', category=UserWarning) # a box is drawn for it
             warnings.showwarning = partial(_print_warning, f.__name__, set())
             try:
                 _check_surroundings()
@@ -354,6 +355,7 @@ class PredictSettings:
     images: tyro.conf.Positional[tuple[str, ...]] # image files, or folders of them; scaled to the size of the network's input, centre crop
     model: str|None = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
+    json: bool = False # print a JSON object for each image, with the probability of each class
 
 @_command
 def cifar_predict(settings:PredictSettings):
@@ -367,10 +369,10 @@ def cifar_predict(settings:PredictSettings):
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
         for start in range(0, len(images), 256):
-            n_refused += _predict(images[start:start + 256], pool, classify, vocab)
+            n_refused += _predict(images[start:start + 256], pool, classify, vocab, settings.json)
     if n_refused: sys.exit(1)
 
-def _predict(paths, pool, classify, vocab): # -> number of files that were not images
+def _predict(paths, pool, classify, vocab, as_json): # -> number of files that were not images
     from cifar_fastai.data.picture import read_image
     def read(path): # -> image or exception
         try: return read_image(path, classify.size)
@@ -383,7 +385,9 @@ def _predict(paths, pool, classify, vocab): # -> number of files that were not i
             print(f'cifar_predict: {printable(" ".join(str(image).split()))}', file=sys.stderr)
             continue
         probs = next(predictions)
-        print(f'{printable(path)}: {printable(vocab[probs.argmax()])} {probs.max():.1%}')
+        best = vocab[probs.argmax()]
+        if as_json: print(json.dumps({'image': str(path), 'class': best, 'probabilities': dict(zip(vocab, map(float, probs)))}))
+        else: print(f'{printable(path)}: {printable(best)} {probs.max():.1%}')
     return len(paths) - len(readable)
 
 # %% ../nbs/80_cli.ipynb #93a88772

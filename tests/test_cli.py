@@ -257,6 +257,17 @@ def test_predict_says_class_and_probability_of_each_image(finished, images, caps
     expected = [f'{image}: {config["data"]["vocab"][p.argmax()]} {p.max():.1%}' for image, p in zip(images, probs)]
     assert capsys.readouterr().out.splitlines() == expected
 
+def test_predict_prints_all_probabilities_for_programs(finished, images, capsys):
+    cifar_predict(['--json', '--model', str(finished[0]), *map(str, images)])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row['image'] for row in rows] == list(map(str, images))
+    for row in rows:
+        probs = row['probabilities']
+        assert max(probs, key=probs.get) == row['class'] and sum(probs.values()) == pytest.approx(1, abs=1e-5) and len(probs) == 10
+
+def test_predict_refuses_a_web_address_by_its_name():
+    assert 'https://example.org/cat.jpg' in refused(cifar_predict, 'https://example.org/cat.jpg')
+
 def test_predict_takes_the_best_weights_when_asked(finished, images, capsys, tmp_path):
     run = shutil.copytree(finished[0], tmp_path/'run')
     (run/'model.safetensors').unlink()

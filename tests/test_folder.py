@@ -21,7 +21,7 @@ from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.report import write_report
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.run.folder import learner_from_run
-from cifar_fastai.run.train import settings_learner, train
+from cifar_fastai.run.train import resume, settings_learner, train
 from cifar_fastai.use.export import export_model
 from cifar_fastai.use.predict import load_classifier
 
@@ -634,3 +634,14 @@ def test_colour_pictures_of_16_bits_are_counted_too(pets):
     for i, highest in enumerate((4095, 60_000)): save_rgb_16(pets/'palace'/f'deep{i}.png', np.stack([grey_photo(highest - k) for k in range(3)], -1))
     _, [said] = told(pets)
     assert '1 of 2' in said
+
+def test_a_folder_that_has_moved_is_named_with_its_run(trained, tmp_path):
+    run, pictures = trained
+    moved = shutil.copytree(run, tmp_path/'run')
+    config = read_json(moved/'config.json')
+    config['settings']['data'] = str(tmp_path/'gone')
+    write_json(moved/'config.json', config)
+    with pytest.raises(FileNotFoundError, match=f'{tmp_path/"gone"}.*{moved}'): CifarInterpretation.from_run(moved)
+    (moved/'summary.json').unlink()
+    with pytest.raises(FileNotFoundError, match=f'{tmp_path/"gone"}.*{moved}'): resume(moved)
+    assert CifarInterpretation.from_run(moved, pictures).accuracy == CifarInterpretation.from_run(run).accuracy

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'read_config', 'read_summary', 'read_temperature', 'read_csv_exact', 'read_history',
-           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'learner_from_run']
+           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'missing_data', 'learner_from_run']
 
 # %% ../../nbs/40_run.folder.ipynb #ab1e0160
 import csv, os, shutil, stat
@@ -301,6 +301,10 @@ def unfinished(
     return printable(f'{run} is not finished: it has epoch {n} of {epochs}')
 
 # %% ../../nbs/40_run.folder.ipynb #297373bc
+def missing_data(error, source, run): # -> `FileNotFoundError`, which says so if the images of a run are gone
+    if Path(source).exists(): return error
+    return FileNotFoundError(f'{error}; {run} was trained on it, so if it has moved, give its new place as data')
+
 def learner_from_run(
     run:str|Path, # run folder
     data=None, # source of the images, as for `load_cifar10`; `None` is the source in the settings of the run
@@ -313,7 +317,8 @@ def learner_from_run(
     model, config = load_run(run, weights)
     settings = settings_from(config['settings']).resolved()
     changed = data is None and Path(settings.data).is_dir() # pictures of your own may have changed since
-    data = load_cifar10(settings.data if data is None else data, size=settings.size)
+    try: data = load_cifar10(settings.data if data is None else data, size=settings.size)
+    except FileNotFoundError as e: raise missing_data(e, settings.data, run) if data is None else e from None
     facts = config['data']
     if data.vocab != facts['vocab']:
         raise ValueError(f"the classes of the run are {', '.join(facts['vocab'])}, and those of the data "

@@ -41,7 +41,7 @@ from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_
 from ..callback.tensorboard import TensorBoardLog
 from ..networks import check_name, check_output, pretrained_stats
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
-from .folder import RunFolder, history_columns, read_config, read_range_test, read_summary
+from .folder import RunFolder, history_columns, missing_data, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
 from ..look.plots import plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
@@ -555,7 +555,8 @@ def _resume(run, changes, data, force, processes):
     save_run.begin()
     try:
         if summary := processes.from_first(lambda: _finished(run)): return summary
-        learn, data = settings_learner(settings, data, processes)
+        try: learn, data = settings_learner(settings, data, processes)
+        except FileNotFoundError as e: raise missing_data(e, settings.data, run) if data is None else e from None
         _check_images(processes, data, fingerprint)
         machine = processes.in_turn(lambda: _check_versions(config, learn, force))
         if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an uninterrupted run', stacklevel=2)

@@ -71,9 +71,10 @@ def load_explainer(
 def find_images(
     paths, # files and folders
 ) -> list[str]: # files, in the given order, and sorted within a folder
-    "Replace each folder by the pictures in it; raise `ValueError` for a folder without pictures"
+    "Replace each folder by the pictures in it; raise `ValueError` for a folder without pictures, and for a web address"
     files = []
     for path in paths:
+        if '://' in str(path): raise ValueError(f'{printable(path)} is a web address: download the file, and give its path')
         if not Path(path).is_dir(): files.append(str(path))
         elif found := list(filter(_is_picture, list_files(Path(path), max_pictures, follow_links=True))):
             files += [str(Path(path)/name) for name in found]
