@@ -522,8 +522,8 @@ def test_unreadable_pictures_are_grouped_by_their_reason(tmp_path, n_good):
 
 def test_reasons_that_differ_in_a_number_are_one_group(tmp_path):
     for name in 'ab': save_squares(tmp_path/name, 5)
-    for i in range(8): Image.new('1', (6000 + i, 6000)).save(tmp_path/'a'/f'large{i}.png')
-    assert refused(tmp_path, '8 of 18').count('save it smaller') == 1
+    for i in range(3): Image.new('1', (6000 + i, 6000)).save(tmp_path/'a'/f'large{i}.png')
+    assert refused(tmp_path, '3 of 13').count('save it smaller') == 1
 
 def test_copies_between_the_splits_are_named(empty_home, split):
     for i in range(5): shutil.copy(split/'train'/'a'/f'{i:04}.png', split/'test'/'b'/f'copy{i}.png')
