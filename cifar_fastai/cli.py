@@ -265,7 +265,7 @@ def cifar_lr_find(settings:LRFindSettings):
     _tune_allocator(settings)
     with lost_worker_in_words():
         learn, _ = settings_learner(settings)
-        print('range test of at most 100 steps …', flush=True)
+        print('range test of at most 100 steps …', file=sys.stderr, flush=True)
         lrs, losses = range_test(learn)
     bounds = bounds_from(lrs, losses)
     print(f'lr_min {bounds.lr_min:.3e}\nlr_max {bounds.lr_max:.3e}', flush=True) # before the plot, which may fail
