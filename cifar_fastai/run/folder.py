@@ -301,7 +301,12 @@ def unfinished(
     return printable(f'{run} is not finished: it has epoch {n} of {epochs}')
 
 # %% ../../nbs/40_run.folder.ipynb #297373bc
-def missing_data(error, source, run): # -> `FileNotFoundError`, which says so if the images of a run are gone
+def missing_data(
+    error:FileNotFoundError,
+    source, # of the images, in the settings of the run
+    run, # run folder
+) -> FileNotFoundError:
+    "Return the error, with the name of the run if its images have moved"
     if Path(source).exists(): return error
     return FileNotFoundError(f'{error}; {run} was trained on it, so if it has moved, give its new place as data')
 
