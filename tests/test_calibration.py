@@ -1,5 +1,5 @@
 """Probabilities: measures against NumPy and scikit-learn, the temperature, and where it is applied."""
-import math
+import math, re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from cifar_fastai.look.interpret import CifarInterpretation, class_probabilities
 from cifar_fastai.look.page import read_run, run_predictions
 from cifar_fastai.run.folder import load_run, read_summary, read_temperature
 from cifar_fastai.models import load_pretrained
-from cifar_fastai.run.train import find_temperature, run_calibration, train
+from cifar_fastai.run.train import changed_from_recipe, find_temperature, run_calibration, train
 from cifar_fastai.use.predict import load_classifier
 
 def draw(n=2000, classes=5, scale=1., seed=0): # -> (logits, labels): labels are drawn from the softmax of the logits, so scale 1 is calibrated
@@ -201,6 +201,22 @@ def test_a_run_on_all_training_images_takes_the_constant_of_its_recipe_if_nothin
     assert find_temperature(config | dict(data=dict(fingerprint=['0'*64]*2)), interp)[0] == 1
     monkeypatch.delitem(recipe_temperatures, 'quick')
     assert find_temperature(config, interp)[0] == 1
+
+def test_settings_that_follow_from_others_are_not_named_as_changes():
+    pictures = dict(vocab=['a', 'b', 'c'], n_train=95, fingerprint=['0'*64]*2)
+    changed = lambda data=pictures, **given: set(changed_from_recipe(dict(settings=vars(TrainSettings('pictures', **given).resolved()), data=data)))
+    assert changed(epochs=4, bs=8, size=64) == {'epochs', 'size', 'data'} # not peak_epoch, cutout and bs
+    assert changed(bs=16, size=64, cutout=8, epochs=4, peak_epoch=2.) == {'bs', 'size', 'cutout', 'epochs', 'peak_epoch', 'data'}
+    assert changed(model='resnet18', bs=8) == {'model', 'data'}
+    assert changed(pictures | dict(vocab=list('0123456789')), flip='none', bs=8) == {'data'}
+    assert changed(dict(fingerprint=list(cifar10_fingerprint), vocab=list(cifar10_classes), n_train=50_000), bs=256) == {'bs'}
+
+def test_without_a_temperature_a_run_says_what_differs_and_which_option_fits_one(finished):
+    interp = run_predictions(read_run(finished[0]))
+    pictures = dict(vocab=['a', 'b', 'c'], n_train=95, fingerprint=['0'*64]*2)
+    temperature, how = find_temperature(dict(settings=vars(TrainSettings('pictures', epochs=4, bs=8).resolved()), data=pictures), interp)
+    assert temperature == 1 and '--valid holdout' in how
+    assert {name for name in vars(TrainSettings()) if name in re.findall(r'\w+', how)} == {'epochs', 'data', 'recipe', 'valid'}
 
 def test_runs_without_a_temperature_stay_readable(finished, tmp_path):
     import shutil

@@ -15,6 +15,8 @@ from fastai.vision.all import (CrossEntropyLossFlat, DataBlock, DataLoaders, Dat
                                ImageBlock, ImageDataLoaders, LabelSmoothingCrossEntropy,
                                LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, MultiCategoryBlock, Perplexity,
                                ProgressCallback, RegressionBlock, Resize, RocAuc, accuracy, error_rate, set_seed, top_k_accuracy)
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, precision_score, recall_score
@@ -25,7 +27,7 @@ from torch.utils.data import SubsetRandomSampler, TensorDataset
 from cifar_fastai.core import recipes
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.run.folder import learner_from_run, load_run
-from cifar_fastai.look.plots import plot_classes, plot_history, plot_images, plot_lrs
+from cifar_fastai.look.plots import plot_classes, plot_history, plot_images, plot_lrs, save_figure
 from cifar_fastai.look.interpret import CifarInterpretation, class_probabilities
 from cifar_fastai.data.inspect import first_images
 from cifar_fastai.callback.checkpoint import save_weights
@@ -664,3 +666,60 @@ def test_curves_and_rates_lie_inside_their_pictures(tiny_learner):
     lrs = np.geomspace(1e-7, 10, 100)
     losses = np.r_[np.full(40, 2.3), np.linspace(2.3, .3, 50), np.geomspace(.3, 9, 10)]
     assert_all_inside(plot_range_test(lrs, losses, bounds_from(lrs, losses)).figure)
+
+def test_zeros_are_written_up_to_fifteen_classes():
+    for n in 15, 16, 30:
+        interp = predictions(n)
+        for normalize in False, True:
+            texts = [t.get_text() for t in interp.plot_confusion_matrix(normalize=normalize).axes[0].texts]
+            counts = interp.confusion_matrix().ravel()
+            assert [bool(text) for text in texts] == [n < 16 or bool(count) for count in counts] and (counts == 0).any()
+
+def test_the_title_of_a_normalised_matrix_says_so():
+    interp = predictions(3)
+    titles = [interp.plot_confusion_matrix(**kwargs).axes[0].get_title() for kwargs in (dict(), dict(normalize=True), dict(normalize=True, title='mine'))]
+    assert 'normalised' not in titles[0] and 'normalised' in titles[1] and titles[2] == 'mine'
+
+@pytest.mark.parametrize('n', [30, 100, 250])
+def test_names_of_classes_are_legible_or_left_out(n):
+    ax = predictions(n, n_images=2*n).plot_confusion_matrix().axes[0]
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    if n <= 100: assert names == [f'class {i}' for i in range(n)] and min(t.get_fontsize() for t in ax.get_yticklabels()) >= 6
+    else: assert not any(names) and str(n) in ax.get_xlabel() and str(n) in ax.get_ylabel()
+
+def test_a_single_mistake_fills_its_picture():
+    interp = predictions(3)
+    one_wrong = interp.targs.clone()
+    one_wrong[0] = (one_wrong[0] + 1) % 3
+    interp = CifarInterpretation(None, interp.dl, torch.eye(3)[one_wrong], interp.targs, interp.losses)
+    fig = interp.plot_misclassified(25)
+    left, right, *_ = fig.axes[0].images[0].get_extent()
+    assert interp.n_wrong == 1 and (right - left)/fig.get_figwidth() > .5
+    assert_all_inside(fig)
+
+def test_white_images_have_a_frame():
+    white = np.full((4, 32, 32, 3), 255, np.uint8)
+    for fig in (plot_images(white, list('abcd')), plot_classes(white, np.array([0, 0, 1, 1]), ['a', 'b'])):
+        frames = [p.get_bbox().extents for p in fig.axes[0].patches if not p.get_fill()]
+        left, right, bottom, top = np.transpose([image.get_extent() for image in fig.axes[0].images])
+        assert np.allclose(sorted(map(tuple, frames)), sorted(zip(left, top, right, bottom)))
+
+# ---- characters that the font lacks
+
+script_a, unknown = '\U0001d49c', '\U000f0000' # a letter that STIXGeneral has, which comes with matplotlib; one that no font has
+
+@pytest.mark.filterwarnings('error')
+def test_no_warning_of_a_character_that_no_font_has(tmp_path):
+    names = [f'{unknown} a', '\u685c', 'c']
+    interp, x = predictions(3, names), np.zeros((3, 32, 32, 3), np.uint8)
+    figures = interp.plot_misclassified(4), interp.plot_confusion_matrix(), plot_images(x, names), plot_classes(x, np.arange(3), names)
+    for i, fig in enumerate(figures): save_figure(fig, tmp_path/f'{i}.png')
+
+def test_a_character_is_drawn_in_a_font_that_has_it():
+    names, x = [script_a, 'b', 'c'], np.zeros((3, 32, 32, 3), np.uint8)
+    with_it = [e.name for e in fontManager.ttflist if 'Last' not in e.name and FT2Font(e.fname).get_char_index(ord(script_a))]
+    interp = predictions(3, names)
+    texts = [*plot_images(x, names).axes[0].texts, *interp.plot_misclassified(4).axes[0].texts, *interp.plot_confusion_matrix().axes[0].get_yticklabels(), *plot_classes(x, np.arange(3), names).axes[0].get_yticklabels()]
+    drawn = [t for t in texts if script_a in t.get_text()]
+    assert len(drawn) > 3 and all(set(t.get_fontfamily()) & set(with_it) for t in drawn)
+    assert plt.rcParams['font.family'] == plt.rcParamsDefault['font.family']

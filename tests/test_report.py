@@ -3,6 +3,7 @@ import base64, hashlib, html, io, re, shlex, shutil
 from dataclasses import asdict, fields
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cifar_fastai.core import TrainSettings, data_variable
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.data.images import CIFAR10Data
 from cifar_fastai.run.folder import read_history
+from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.page import read_run, run_images, run_predictions
 from cifar_fastai.look.report import changed_settings, repeat_command, report_page, run_lrs, write_report
 from cifar_fastai.look.compare import mcnemar, write_comparison
@@ -199,6 +201,89 @@ def test_what_does_not_fit_is_left_out_and_said(finished):
     page = report_page(record, run_predictions(record, dls), dls, most=20_000)
     n = page.count('<li data-pair="')
     assert 0 < n < record.summary['n_wrong'] and f"{n} of {record.summary['n_wrong']} shown" in page
+
+# ---- pictures of your own
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    "A run with class weights on 12 unbalanced classes, with three copies between the splits: the run folder, and its images"
+    rng, n_each = np.random.default_rng(0), np.array([20, *[6]*11])
+    train_y, test_y = np.repeat(np.arange(12), n_each), np.array([*np.repeat(np.arange(12), 2), 0, 1, 2])
+    train_x, test_x = (rng.integers(0, 256, (len(y), 32, 32, 3), dtype=np.uint8) for y in (train_y, test_y))
+    test_x[-3:] = train_x[[0, 20, 26]]
+    data = CIFAR10Data(train_x, train_y, test_x, test_y, [f'kind {i}' for i in range(12)])
+    run = tmp_path_factory.mktemp('own')/'run'
+    train(TrainSettings('pictures', epochs=3, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', width=8, class_weights=True, out=str(run)), data)
+    return run, data
+
+@pytest.fixture(scope='module')
+def own_page(own): return Page(write_report(*own))
+
+def cards(page): return dict(re.findall(r'<dt>([^<]*)</dt><dd>(.*?)</dd>', re.search('<dl class="cards">.*?</dl>', page.source, re.DOTALL)[0]))
+
+def test_the_accuracy_has_its_standard_error(own_page, reported):
+    for page, n in ((own_page, 27), (Page(reported), 40)):
+        accuracy = float(re.match(r'[0-9.]+', cards(page)['accuracy'])[0])/100
+        assert re.search(rf'\b{100*(accuracy*(1 - accuracy)/n)**.5:.1f} points\b.*\bn = {n}\b', cards(page)['accuracy'])
+
+def test_an_accuracy_without_variance_has_an_interval_only(run):
+    kept = load_file(run/'predictions.safetensors')
+    kept['probs'] = torch.eye(10)[kept['targs']]
+    save_file(kept, run/'predictions.safetensors')
+    with_mistakes(run, 0, len(kept['targs']))
+    shown = cards(Page(write_report(run)))['accuracy']
+    assert '95% interval for 40 images' in shown and 'n = 40' not in shown
+
+def test_the_calibration_error_of_few_images_says_so(own_page, recorded_run):
+    assert re.search(r'\b100\b', cards(own_page)['calibration error'])
+    assert not re.search(r'\b100\b', cards(Page(write_report(recorded_run('24-epochs'))))['calibration error'])
+
+def test_copies_of_training_images_are_counted(own_page, own, reported):
+    assert cards(own_page)['copies'].startswith('3<') and re.search(r'\b27\b', cards(own_page)['copies'])
+    run, data = own
+    assert 'copies' not in cards(Page(reported))
+
+def test_the_class_table_has_the_training_images_and_comes_before_many_mistakes(own_page, own, reported, run, change):
+    _, data = own
+    shown = {row['class']: (row['training images'], row['validation images']) for row in rows(own_page, 'Results by class')}
+    assert shown == {name: (str((data.train_y == i).sum()), str((data.test_y == i).sum())) for i, name in enumerate(data.vocab)}
+    assert own_page.source.index('>Results by class<') < own_page.source.index('id="images"')
+    assert Page(reported).source.index('>Results by class<') > Page(reported).source.index('id="images"')
+    change('config.json', lambda c: c['settings'].update(data='/moved/away'))
+    assert 'training images' not in rows(Page(write_report(run)), 'Results by class')[0]
+
+def test_the_caption_of_the_loss_names_class_weights(own_page, reported):
+    [caption], [plain] = (re.findall('<figcaption>(Loss.*?)</figcaption>', page.source) for page in (own_page, Page(reported)))
+    assert 'class_weights' in caption and 'class_weights' not in plain
+
+def test_settings_that_follow_from_the_images_are_no_changes(own_page, own):
+    bold = re.findall(r'<div class="changed"><dt>(\w+)</dt>', own_page.source)
+    assert set(bold) == {'data', 'epochs', 'lr_min', 'lr_max', 'num_workers', 'precision', 'width', 'class_weights'}
+    shown = html.unescape(re.search(r'<code id="command">(.*?)</code>', own_page.source)[1])
+    assert '--class_weights' in shown and '--bs' not in shown and set(re.findall(r'--(\w+)', shown)) == set(bold)
+    pictures = dict(vocab=list('abc'), n_train=95)
+    assert changed_settings(TrainSettings('p', bs=8), pictures) == dict(data='p') and changed_settings(TrainSettings('p', bs=16), pictures) == dict(data='p', bs=16)
+    assert changed_settings(TrainSettings('p', bs=32, flip='none'), dict(vocab=list('0123456789'), n_train=700)) == dict(data='p')
+    assert changed_settings(TrainSettings(model='resnet18').resolved()) == dict(model='resnet18')
+
+def test_settings_without_a_value_have_words(reported):
+    shown = dict(re.findall(r'<dt>(\w+)</dt><dd>([^<]*)</dd>', reported.read_text()))
+    assert shown['sizes'] == 'none' and all(value.strip() not in ('', '-', '—') for value in shown.values())
+
+def of_many_classes(record, n, path):
+    "The page of made-up predictions of `n` classes"
+    names, g = [f'kind of picture {i}' for i in range(n)], torch.Generator().manual_seed(0)
+    targs = torch.arange(n).repeat(4)
+    probs = (torch.randn(len(targs), n, generator=g) + 3*torch.eye(n)[targs]).softmax(1)
+    interp = CifarInterpretation(None, SimpleNamespace(n=len(targs), vocab=names), probs, targs, -probs.log()[range(len(targs)), targs])
+    path.write_text(report_page(record._replace(data=record.data | dict(vocab=names)), interp), encoding='utf8')
+    return path
+
+@pytest.mark.parametrize('n', [16, 100])
+def test_a_matrix_of_many_classes_leaves_zeros_out(finished, tmp_path, n):
+    page = Page(of_many_classes(read_run(finished[0]), n, tmp_path/'report.html'))
+    matrix = re.search('<table class="matrix.*?</table>', page.source, re.DOTALL)[0]
+    assert not re.search('<span class="none">0</span>', matrix) and len(re.findall('<td[ >]', matrix)) == n*n + 1
 
 # ---- the command
 
@@ -479,6 +564,15 @@ def test_keys_and_pairs_filter_too(opened, reported):
 @pytest.mark.parametrize('width', [320, 390, 768])
 def test_a_narrow_page_does_not_scroll_sideways(opened, reported, compared, width):
     for path in (reported, compared[1]): assert opened(path, width).evaluate('document.documentElement.scrollWidth') <= width
+
+@pytest.mark.parametrize('n', [30, 100])
+@pytest.mark.parametrize('width', [390, 1200])
+def test_a_matrix_of_many_classes_scrolls_in_its_own_box(opened, finished, tmp_path, n, width):
+    page = opened(of_many_classes(read_run(finished[0]), n, tmp_path/'report.html'), width)
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    box, table = page.evaluate('[document.querySelector(".matrix").parentElement.clientWidth, document.querySelector(".matrix").offsetWidth]')
+    if (n, width) == (30, 1200): assert table <= box
+    else: assert page.locator('.matrix').evaluate('o => getComputedStyle(o.parentElement).overflowX') == 'auto'
 
 def test_a_page_is_dark_where_that_is_wanted_and_light_on_paper(opened, reported, compared):
     colours = 'o => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, getComputedStyle(document.querySelector("svg text")).fill]'

@@ -246,6 +246,7 @@ def plot_confusion_matrix(self:CifarInterpretation,
     "Plot the confusion matrix with actual classes in rows and predicted classes in columns"
     matrix = self.confusion_matrix()
     if normalize: matrix = matrix/matrix.sum(axis=1, keepdims=True).clip(min=1)
+    if normalize and title == 'Confusion matrix': title = 'Confusion matrix, normalised by actual class'
     number_format = f'.{norm_dec}f' if normalize else 'd'
     return _plot_matrix(matrix, self.vocab, number_format if plot_txt else None, cmap, title, **kwargs)
 

@@ -6,7 +6,7 @@
 __all__ = ['RunRecord', 'read_run', 'run_images', 'run_predictions', 'page_plot', 'image_uri']
 
 # %% ../../nbs/50_look.page.ipynb #115a63f1
-import base64, hashlib, io, math, os, re, warnings
+import base64, hashlib, io, math, os, re
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +33,7 @@ from ..models import CustomResNet
 from ..callback.schedule import LRBounds
 from ..run.folder import read_config, read_history, read_range_test, read_summary
 from .interpret import CifarInterpretation
+from .plots import drawable
 
 # %% ../../nbs/50_look.page.ipynb #0db6c5d9
 class RunRecord(NamedTuple):
@@ -176,9 +177,7 @@ def page_plot(
 ) -> Markup: # `svg` element
     "Return a plot as inline SVG in the text colour of the page"
     # The salt makes the ids inside the SVG unique in a page, and the same each time.
-    with mpl.rc_context({**_style, 'svg.hashsalt': alt}), warnings.catch_warnings():
-        # The reader's fonts may have glyphs that are missing here.
-        warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
+    with mpl.rc_context({**_style, 'svg.hashsalt': alt}), drawable([alt]):
         fig = Figure(figsize=size, layout='constrained')
         plot(fig.subplots())
         buffer = io.StringIO()

@@ -7,7 +7,8 @@ __all__ = ['changed_settings', 'repeat_command', 'run_lrs', 'augmented_images', 
 
 # %% ../../nbs/51_look.report.ipynb #28f6bd9d
 import math, shlex
-from dataclasses import asdict, fields, replace
+from collections import Counter
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from scipy.stats import binomtest
 
 from ..core import TrainSettings, cifar10_classes, named_source
 from ..files import write_whole
-from ..data.images import cifar10_fingerprint
+from ..data.images import CIFAR10Data, cifar10_fingerprint
+from ..data.block import implied_settings
+from ..data.folder import n_duplicates
 from ..data.augment import (augment_batch, draw, flipped_in_epoch, pack_colour, pack_pixels, sized_augment,
                                        unpack_pixels)
 from ..callback.schedule import one_cycle_lr, peak_step_of, plot_range_test
-from .calibration import draw_confidences, draw_reliability
+from .calibration import draw_confidences, draw_reliability, min_images
 from .plots import plot_lrs
 from ..run.folder import load_run
 from .explain import explainer
@@ -35,30 +38,31 @@ from .page import (RunRecord, _percent, _template, _thinned, _valid_images, imag
 # %% ../../nbs/51_look.report.ipynb #45d4c48e
 def changed_settings(
     settings:TrainSettings,
+    images:dict=None, # about the images: vocab and n_train, as in `config.json`, since bs and flip may follow from them
 ) -> dict: # name → value
-    "Return the settings that differ from the defaults of their data set, recipe and number of epochs"
-    settings, own = settings.resolved(), TrainSettings(settings.data, settings.recipe, size=settings.size)
-    defaults = asdict(replace(own, epochs=settings.epochs).resolved()) # the default of peak_epoch depends on epochs
-    defaults |= {name: getattr(TrainSettings, name) for name in ('data', 'recipe', 'size')}
-    defaults['epochs'] = own.resolved().epochs
+    "Return the settings that differ from the defaults and do not follow from data, recipe, epochs, size or model"
+    settings, images = settings.resolved(), images or {}
+    defaults = asdict(implied_settings(settings, images.get('vocab'), images.get('n_train', 0)))
+    defaults |= {name: getattr(TrainSettings, name) for name in ('data', 'recipe', 'size', 'model')}
+    defaults['epochs'] = TrainSettings(settings.data, settings.recipe).resolved().epochs
     return {name: value for name, value in asdict(settings).items() if name != 'out' and value != defaults[name]}
 
 def repeat_command(
     settings:TrainSettings,
+    images:dict=None, # as for `changed_settings`
 ) -> str: # one line
     "Return the `cifar_train` command that repeats a run in a new folder"
     types = {f.name: f.type for f in fields(TrainSettings)}
     words = ['cifar_train']
-    for name, value in changed_settings(settings).items(): words += _option(name, value, types[name])
+    for name, value in changed_settings(settings, images).items(): words += _option(name, value, types[name])
     return shlex.join(words)
 
 def _option(name, value, kind):
     "Return an option of the command line as a list of words"
-    option = '--' + name.replace('_', '-')
-    if kind is bool: return [option if value else option.replace('--', '--no-', 1)]
-    if isinstance(value, (tuple, list)): return [option, *map(str, value)]
+    if kind is bool: return [f'--{name}' if value else f'--no_{name}']
+    if isinstance(value, (tuple, list)): return [f'--{name}', *map(str, value)]
     looks_like_option = str(value).startswith('-')
-    return [f'{option}={value}'] if looks_like_option else [option, str(value)]
+    return [f'--{name}={value}'] if looks_like_option else [f'--{name}', str(value)]
 
 # %% ../../nbs/51_look.report.ipynb #3daef7fe
 def run_lrs(
@@ -172,7 +176,7 @@ def _training_images(record, dls, n=4) -> list[dict]: # name, uris: the original
 def _loss_note(settings) -> str: # of the caption
     smoothing, notes = settings.label_smoothing, []
     if smoothing: notes.append(f'label smoothing {smoothing:g}')
-    if settings.class_weights: notes.append('weighted by class')
+    if settings.class_weights: notes.append('both losses are weighted by class, as class_weights says')
     return f' ({", ".join(notes)})' if notes else ''
 
 def _duration(seconds) -> str:
@@ -189,22 +193,35 @@ def _balanced(interp): # -> the balanced accuracy, if some classes have more ima
 
 def _interval(interp): # of the accuracy
     if not (n := len(interp.targs)): return ''
-    low, high = binomtest(n - interp.n_wrong, n).proportion_ci(method='wilson')
-    return f'; 95% interval for {n:,} images: {100*low:.1f} to {100*high:.1f}%'
+    n_right = n - interp.n_wrong
+    error = math.sqrt(n_right*interp.n_wrong/n**3)
+    standard_error = f'; ± {100*error:.1f} points, standard error, n = {n:,}' if error else '' # zero would say too much
+    low, high = binomtest(n_right, n).proportion_ci(method='wilson')
+    return f'{standard_error}; 95% interval for {n:,} images: {100*low:.1f} to {100*high:.1f}%'
 
-def _figures(record, interp) -> list[dict]: # name, value, note
+def _copies(dls): # -> the number of copies between the splits, if there are some
+    if not dls: return []
+    (train, *_), (valid, *_) = (zip(*dl.items) for dl in dls)
+    n = n_duplicates(CIFAR10Data(train, None, valid, None, list(dls.vocab)))
+    note = f'of {len(valid):,} validation images are also training images, which inflates the accuracy'
+    return [('copies', f'{n:,}', note)] if n else []
+
+def _figures(record, interp, dls=None) -> list[dict]: # name, value, note
     "Return the headline figures"
     s, images, device = record.summary, _valid_images(record), record.summary.get('device')
     per_epoch = s['seconds']/len(record.history)
     tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its horizontal flip'
     error = f'{100*interp.calibration().ece:.1f} points'
+    is_small = len(interp.targs) < min_images
+    reliable = f'; not reliable, because fewer than {min_images} images validate' if is_small else ''
     rows = [
         ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch{_interval(interp)}'),
         ('misclassified', f"{s['n_wrong']:,}", f'of {len(interp.targs):,} {images}'),
+        *_copies(dls),
         *_balanced(interp),
         ('accuracy with TTA', _percent(s.get('flip_averaged_accuracy')), tta),
         ('best accuracy', _percent(s['best_accuracy']), f"after epoch {s['best_epoch']}, {s.get('best_is')}"),
-        ('calibration error', error, 'expected calibration error, in 15 bins of confidence'),
+        ('calibration error', error, f'expected calibration error, in 15 bins of confidence{reliable}'),
         ('parameters', f"{s['n_params']:,}", ''),
         ('training time', _duration(s['seconds']), f"{s['seconds']:,.0f} s, {per_epoch:,.1f} s per epoch"),
         ('device', device, record.environment.get('processor') if device == 'cpu' else ''),
@@ -220,7 +237,7 @@ def _shown(value) -> str:
 
 def _settings(record) -> list[dict]: # name, value, changed
     "Return all settings except the run folder, as text"
-    changed, values = changed_settings(record.settings), asdict(record.settings)
+    changed, values = changed_settings(record.settings, record.data), asdict(record.settings)
     del values['out']
     return [dict(name=name, value=_shown(value), changed=name in changed) for name, value in values.items()]
 
@@ -315,15 +332,16 @@ def _shades(
     wrong = np.where(is_diagonal, 0, confusion)
     return np.where(is_diagonal, confusion/max(1, confusion.max()), wrong/max(1, wrong.max())).round(3)
 
-def _mistakes(interp) -> dict: # name in the template → value
+def _mistakes(interp, dls=None) -> dict: # name in the template → value
     "Return the confusion matrix, its shades, the most confused pairs and the results by class"
     confusion, label = interp.confusion_matrix(), {name: i for i, name in enumerate(interp.vocab)}
-    pairs, classes = [], []
+    pairs, classes, n_train = [], [], Counter(name for _, name, _ in dls.train.items) if dls else None
     for actual, predicted, n in interp.most_confused()[:10]:
         pairs.append(dict(actual=actual, predicted=predicted, n=n, pair=f'{label[actual]}-{label[predicted]}'))
     for name, row in interp.per_class().iterrows():
         scores = {score: f'{row[score]:.3f}' for score in ('precision', 'recall', 'f1')}
-        classes.append(dict(name=name, images=f'{int(row["images"]):,}', **scores))
+        counts = dict(n_train=n_train and f'{n_train[name]:,}', n_valid=f'{int(row["images"]):,}')
+        classes.append(dict(name=name, **counts, **scores))
     return dict(confusion=confusion.tolist(), shares=_shades(confusion).tolist(), pairs=pairs, classes=classes)
 
 # %% ../../nbs/51_look.report.ipynb #7f12a013
@@ -343,14 +361,14 @@ def report_page(
     values = dict(
         name=record.name, origin=_origin(record), vocab=list(interp.vocab), n_train=record.data['n_train'],
         n_valid=n_valid, images=_valid_images(record), accuracy=_percent(record.summary['accuracy']),
-        n_wrong=interp.n_wrong, figures=_figures(record, interp), command=repeat_command(record.settings),
+        n_wrong=interp.n_wrong, figures=_figures(record, interp, dls), command=repeat_command(record.settings, record.data),
         settings=_settings(record), lr_text=_lr_text(record), aug=_augmentation(record),
-        smoothing=_loss_note(record.settings), machine=_machine(record),
+        smoothing=_loss_note(record.settings), epochs=record.settings.epochs, machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),
         gallery=_gallery(interp, most, explain) if dls else None,
         label_issues=_label_issues(interp) if dls else None, missing=missing.rstrip('.'),
         augmented=_training_images(record, dls) if dls else [])
-    return _template('report.html.j2').render(**values, **_plots(record, interp), **_mistakes(interp))
+    return _template('report.html.j2').render(**values, **_plots(record, interp), **_mistakes(interp, dls))
 
 # %% ../../nbs/51_look.report.ipynb #2b651cb9
 def write_report(

@@ -34,7 +34,7 @@ from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.source import load_cifar10
 from ..data.augment import CropFlipCutout, plot_augmented, sized_augment
 from ..data.loader import lost_worker_in_words, resolve_device
-from ..data.block import cifar_dls, default_bs, default_flip
+from ..data.block import cifar_dls, default_bs, default_flip, implied_settings
 from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bounds
 from ..callback.precision import precision_callbacks, precision_of
 from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_weights
@@ -203,15 +203,19 @@ _same_network = ('device', 'precision', 'compile', 'valid', 'pipeline', 'num_wor
 def changed_from_recipe(
     config:dict, # content of `config.json`
 ) -> list[str]: # 'data' for other images than CIFAR-10
-    "Return the names of settings that make the network of a run another one than that of its recipe"
-    settings = settings_from(config['settings']).resolved()
-    defaults = asdict(TrainSettings(recipe=settings.recipe).resolved())
-    changed = [name for name in defaults if name not in _same_network and getattr(settings, name) != defaults[name]]
+    """Return the names of settings that make the network of a run another one than that of its recipe.
+
+    Those that follow from others, such as `cutout` from `size`, are not named."""
+    settings, facts = settings_from(config['settings']).resolved(), config['data']
+    recipe = asdict(TrainSettings(recipe=settings.recipe).resolved())
+    implied = asdict(implied_settings(settings, facts.get('vocab'), facts.get('n_train', 0)))
+    implied |= {name: recipe[name] for name in ('epochs', 'size', 'model')}
+    changed = [name for name in implied if name not in _same_network and getattr(settings, name) != implied[name]]
     return changed + ['data']*(tuple(config['data']['fingerprint']) != cifar10_fingerprint)
 
 def _unlike(settings, changed):
-    names = ', '.join(changed)
-    return f'{names} differ from recipe {settings.recipe} on CIFAR-10, whose temperature is known; valid holdout fits one'
+    differ = f'they differ from recipe {settings.recipe} on CIFAR-10 in {", ".join(changed)}'
+    return f'no temperature is known for these settings, because {differ}; --valid holdout fits one'
 
 def find_temperature(
     config:dict, # content of `config.json`
