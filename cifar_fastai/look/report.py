@@ -195,7 +195,7 @@ def _interval(interp): # of the accuracy
     if not (n := len(interp.targs)): return ''
     n_right = n - interp.n_wrong
     error = math.sqrt(n_right*interp.n_wrong/n**3)
-    standard_error = f'; ± {100*error:.1f} points, standard error, n = {n:,}' if error else '' # zero would say too much
+    standard_error = f'; ±\u00a0{100*error:.1f} points, standard error, n = {n:,}' if error else '' # zero would say too much
     low, high = binomtest(n_right, n).proportion_ci(method='wilson')
     return f'{standard_error}; 95% interval for {n:,} images: {100*low:.1f} to {100*high:.1f}%'
 
