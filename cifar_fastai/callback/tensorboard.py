@@ -12,7 +12,6 @@ from fastcore.basics import patch
 
 from ..core import require_extra
 from ..files import Count, checked, own_folder
-from ..look.plots import drawable
 
 # %% ../../nbs/24_callback.tensorboard.ipynb #875287c2
 def _plain(value): return value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -93,6 +92,5 @@ def write_pictures(self:TensorBoardLog,
 ):
     "Add the most confident mistakes and the confusion matrix, at the last epoch"
     self.write(interp.learn.recorder.history)
-    figures = {'misclassified': interp.plot_misclassified(25), 'confusion matrix': interp.plot_confusion_matrix()}
-    with drawable():
-        for name, fig in figures.items(): self.writer.add_figure(name, fig, self.written)
+    self.writer.add_figure('misclassified', interp.plot_misclassified(25), self.written)
+    self.writer.add_figure('confusion matrix', interp.plot_confusion_matrix(), self.written)

@@ -195,7 +195,7 @@ def _interval(interp): # of the accuracy
     if not (n := len(interp.targs)): return ''
     n_right = n - interp.n_wrong
     error = math.sqrt(n_right*interp.n_wrong/n**3)
-    standard_error = f'; ±\u00a0{100*error:.1f} points, standard error, n = {n:,}' if error else '' # zero would say too much
+    standard_error = f'; ±\u00a0{100*error:.1f} points, standard error, n = {n:,}' if error else '' # 0 says too much
     low, high = binomtest(n_right, n).proportion_ci(method='wilson')
     return f'{standard_error}; 95% interval for {n:,} images: {100*low:.1f} to {100*high:.1f}%'
 
@@ -361,7 +361,8 @@ def report_page(
     values = dict(
         name=record.name, origin=_origin(record), vocab=list(interp.vocab), n_train=record.data['n_train'],
         n_valid=n_valid, images=_valid_images(record), accuracy=_percent(record.summary['accuracy']),
-        n_wrong=interp.n_wrong, figures=_figures(record, interp, dls), command=repeat_command(record.settings, record.data),
+        n_wrong=interp.n_wrong, figures=_figures(record, interp, dls),
+        command=repeat_command(record.settings, record.data),
         settings=_settings(record), lr_text=_lr_text(record), aug=_augmentation(record),
         smoothing=_loss_note(record.settings), epochs=record.settings.epochs, machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),

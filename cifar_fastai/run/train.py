@@ -43,7 +43,7 @@ from ..networks import check_name, check_output, pretrained_stats
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
 from .folder import RunFolder, history_columns, missing_data, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
-from ..look.plots import plot_classes, plot_history, plot_lrs, save_figure
+from ..look.plots import drawable, plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
 
 # %% ../../nbs/43_run.train.ipynb #06b168a5
@@ -470,7 +470,8 @@ def _save_interrupted(learn, save_run, checkpoints, logs):
 
 def _finish(settings, learn, data, tested, save_run, logs):
     summary, interp = finish_run(learn, save_run, tested, data)
-    for log in logs: log.write_pictures(interp)
+    with drawable():
+        for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
     balanced = f", balanced accuracy {interp.balanced_accuracy:.2%}" if interp.is_unbalanced else ''
     best = f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}"
