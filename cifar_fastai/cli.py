@@ -352,7 +352,7 @@ def _shift(interp, settings, plots):
 @dataclass(frozen=True)
 class PredictSettings:
     "Images to classify, and the model."
-    images: tyro.conf.Positional[tuple[str, ...]] # image files, or folders of them; scaled to the size of the network's input, centre crop
+    images: tyro.conf.Positional[tuple[str, ...]] # image files or folders; scaled to the network's input, centre crop
     model: str|None = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
     json: bool = False # print a JSON object for each image, with the probability of each class
@@ -386,7 +386,9 @@ def _predict(paths, pool, classify, vocab, as_json): # -> number of files that w
             continue
         probs = next(predictions)
         best = vocab[probs.argmax()]
-        if as_json: print(json.dumps({'image': str(path), 'class': best, 'probabilities': dict(zip(vocab, map(float, probs)))}))
+        if as_json:
+            of_classes = dict(zip(vocab, map(float, probs)))
+            print(json.dumps({'image': str(path), 'class': best, 'probabilities': of_classes}))
         else: print(f'{printable(path)}: {printable(best)} {probs.max():.1%}')
     return len(paths) - len(readable)
 

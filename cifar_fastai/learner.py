@@ -217,14 +217,16 @@ def _training_labels(dls) -> np.ndarray: # (N,)
     if resident is not None: return resident.labels.cpu().numpy()
     labels = dataset.tls[-1] if isinstance(dataset, Datasets) else getattr(dataset, 'targets', None)
     if labels is not None: return np.array([int(label) for label in labels])
-    raise ValueError('class_weights is True: the labels of the training images are unknown: give loss_func=balanced_loss(labels)')
+    remedy = 'give loss_func=balanced_loss(labels)'
+    raise ValueError(f'class_weights is True: the labels of the training images are unknown: {remedy}')
 
 def _balanced_loss_of(dls, label_smoothing):
     labels, n = _training_labels(dls), _n_classes(dls)
     missing = sorted(set(range(n)) - set(labels.tolist()))
     if missing:
         name = (class_names(dls) or range(n))[missing[0]]
-        raise ValueError(f'class_weights is True: class {name} has no training images: add some, or leave class_weights out')
+        remedy = 'add some, or leave class_weights out'
+        raise ValueError(f'class_weights is True: class {name} has no training images: {remedy}')
     loss = balanced_loss(labels, label_smoothing)
     loss.to(_device_of(dls)) # in place
     return loss
@@ -270,7 +272,7 @@ def _check_model(dls, model):
 
 def _optimizer(recipe, opt_func, wd, wd_bn_bias, **options): # -> (`opt_func`, `wd` for fastai's `Learner`)
     if opt_func is None: opt_func = partial(FusedAdam, wd=recipe.wd)
-    # A given `wd` is returned as well: `fit` sets the one of `Learner` in any optimizer, also in one that is not `FusedAdam`.
+    # A given `wd` is returned as well: `fit` sets the one of `Learner` in any optimizer, not only in `FusedAdam`.
     given = {name: value for name, value in options.items() if value is not None}
     if getattr(opt_func, 'func', opt_func) is FusedAdam:
         if wd is not None: given['wd'] = wd
@@ -312,11 +314,14 @@ def cifar_learner(
     is_checked = loss_func is None and cbs is None and hasattr(dls, 'recipe') # else other inputs and outputs may be meant
     loss_func = _recipe_loss(dls, recipe, loss_func, label_smoothing, class_weights)
     opt_func, wd = _optimizer(recipe, opt_func, wd, wd_bn_bias, betas=betas, eps=eps)
-    if pretrained and not isinstance(model, str): raise ValueError(f'pretrained is {pretrained}: give the model by its name')
+    if pretrained and not isinstance(model, str):
+        raise ValueError(f'pretrained is {pretrained}: give the model by its name')
     if isinstance(model, str) and model != 'custom':
         model = new_model(dls, False, name=model, pretrained=pretrained)
         freeze_first = freeze_first or 0 # its first part may be nearly all of it
-    if model is None or isinstance(model, str): model = new_model(dls, recipe.whiten, recipe.dirac, pretrained=pretrained, ghost=recipe.ghost, logit_scale=recipe.logit_scale)
+    if model is None or isinstance(model, str):
+        network = dict(ghost=recipe.ghost, logit_scale=recipe.logit_scale)
+        model = new_model(dls, recipe.whiten, recipe.dirac, pretrained=pretrained, **network)
     if is_checked: _check_model(dls, model)
     if compile: model.compile()
     if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']

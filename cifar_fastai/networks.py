@@ -45,19 +45,20 @@ def build_network(
     n_out:int=10, # number of classes
     size:int=32, # pixels of a side of an image
     pretrained:bool=False, # load the weights of `load_pretrained_layers`; not for 'custom'
-    **network, # further arguments of `CustomResNet`; of these, 'resnet18' and 'resnet34' have `norm` and `n_groups`, others none
+    **network, # further arguments of `CustomResNet`; 'resnet18' and 'resnet34' use `norm` and `n_groups`, others none
 ) -> nn.Module: # takes normalised images (N, 3, size, size), returns logits (N, n_out)
     """Return a new network.
 
     Raises `ValueError` for an unknown name, and for a network that does not take images of this size,
     `ModuleNotFoundError` for a model of timm without timm, and `FileNotFoundError` for weights that cannot be had."""
     if name == 'custom':
-        if pretrained: raise ValueError(f'pretrained is {pretrained}: load_pretrained returns CustomResNet with its weights')
+        if pretrained: raise ValueError('pretrained is True: load_pretrained returns CustomResNet with its weights')
         return CustomResNet(n_out, **network)
     check_name(name)
     norms = {key: network[key] for key in ('norm', 'n_groups') if key in network}
     if pretrained and norms.get('norm', 'batch') != 'batch':
-        raise ValueError(f'norm is {norms["norm"]!r}: must be batch with pretrained weights, which were trained with it')
+        remedy = 'must be batch with pretrained weights, which were trained with it'
+        raise ValueError(f'norm is {norms["norm"]!r}: {remedy}')
     if name in with_norms: model = small_image_resnet(name, n_out, **norms)
     else: model = _by_name(name, n_out, size)
     check_output(model, name, n_out, size)
@@ -173,11 +174,13 @@ def load_pretrained_layers(
 ):
     """Load pretrained weights, which are downloaded first if needed, into all layers whose shape they fit.
 
-    The rest stays new, and is logged. Raises `ValueError` if there are none, and `FileNotFoundError` if they cannot be had."""
+    The rest stays new, and is logged. Raises `ValueError` if there are none, and `FileNotFoundError` if they cannot be
+    had."""
     _offered(name)
     try: found = _weights_of(name)
     except Exception as e: # of the network, of a checksum, or of a file
-        raise FileNotFoundError(f'pretrained is True: the weights of {name} cannot be loaded: {one_line(e)[:300]}') from None
+        reason = one_line(e)[:300]
+        raise FileNotFoundError(f'pretrained is True: the weights of {name} cannot be loaded: {reason}') from None
     own = model.state_dict()
     fitting = {key: t for key, t in found.items() if key in own and t.shape == own[key].shape}
     model.load_state_dict(own | fitting)

@@ -38,7 +38,7 @@ def main(folder, *runs):
         history = (folder/run.replace(' ', ',')/'history.csv').read_text().splitlines()
         last = dict(zip(history[0].split(','), map(float, history[-1].split(','))))
         with open(folder/'runs.jsonl', 'a') as f:
-            f.write(json.dumps(dict(what=run, **summary['bounds']) | {'training accuracy': 100*last['train_accuracy'], 'accuracy': 100*summary['accuracy'], 'with mirror images': 100*summary['flip_averaged_accuracy']}) + '\n')
+            f.write(json.dumps(dict(what=run, **summary['bounds']) | {'training accuracy': 100*last['train_accuracy'], 'accuracy': 100*summary['accuracy'], 'with flip TTA': 100*summary['flip_averaged_accuracy']}) + '\n')
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -79,7 +79,9 @@ def _classes(folder, names, split, skipped=()): # -> {class name: files}
             reason = f'has {_kinds(_count_kinds(others))}, which cannot be read: save them as PNG or JPEG'
         raise ValueError(f'{folder}: class folder {printable(name)} {reason}')
     classes = {}
-    for name, files in found.items(): classes.setdefault(_class_name(folder, name.removeprefix(prefix)[:-1]), []).extend(files)
+    for name, files in found.items():
+        class_name = _class_name(folder, name.removeprefix(prefix)[:-1])
+        classes.setdefault(class_name, []).extend(files)
     return classes
 
 def _class_name(folder, name): # macOS and Linux write accents in different ways
@@ -91,16 +93,17 @@ def _class_name(folder, name): # macOS and Linux write accents in different ways
 # %% ../../nbs/04_data.folder.ipynb #cd5e83ac
 def _split_folders(folder): # -> names of the folders of both splits, of one, or [''] without splits
     tops = _subfolders(folder)
-    named = {kind: [name for name in tops if name.lower() in names] for kind, names in dict(train=_train_names, valid=_valid_names).items()}
-    splits, others = named['train'] + named['valid'], [name for name in tops if name not in named['train'] + named['valid']]
-    if not splits: return ['']
-    if not named['train']: raise ValueError(f'{folder} has {", ".join(splits)}, but no train folder')
-    if len(named['train']) > 1: raise ValueError(f'{folder} has {" and ".join(named["train"])}: keep one of them')
-    if others: raise ValueError(f'{folder} has {others[0]} beside {", ".join(splits)}: is it a class or a split? Move it elsewhere')
-    with_classes = [name for name in sorted(named['valid'], key=lambda name: _valid_names.index(name.lower())) if _subfolders(folder/name)]
-    for name in named['valid']:
-        if name not in with_classes[:1]: warnings.warn(f'{folder}: {name} is not used', stacklevel=4)
-    return named['train'] + with_classes[:1]
+    train, valid = ([name for name in tops if name.lower() in names] for names in (_train_names, _valid_names))
+    others, listed = [name for name in tops if name not in train + valid], ', '.join(train + valid)
+    if not listed: return ['']
+    if not train: raise ValueError(f'{folder} has {listed}, but no train folder')
+    if len(train) > 1: raise ValueError(f'{folder} has {" and ".join(train)}: keep one of them')
+    if others: raise ValueError(f'{folder} has {others[0]} beside {listed}: is it a class or a split? Move it elsewhere')
+    preferred = sorted(valid, key=lambda name: _valid_names.index(name.lower()))
+    used = [name for name in preferred if _subfolders(folder/name)][:1]
+    for name in valid:
+        if name not in used: warnings.warn(f'{folder}: {name} is not used', stacklevel=4)
+    return train + used
 
 # %% ../../nbs/04_data.folder.ipynb #da878c92
 def _check_same_classes(folder, parts, splits):

@@ -90,7 +90,8 @@ def _lr_text(record) -> str:
     elif len(given) == 1: source = f'{given[0]} was given; the other bound was found by a range test.'
     else: source = 'Both bounds were given, so there was no range test.'
     shape = dict(linear='linearly', cos='along half-cosine curves')[s.anneal]
-    rise = f'rises from {s.lr_start or low:.3g} at the first step to {high:.3g} at the end of epoch {round(s.peak_epoch, 2):g}'
+    peak = f'{high:.3g} at the end of epoch {round(s.peak_epoch, 2):g}'
+    rise = f'rises from {s.lr_start or low:.3g} at the first step to {peak}'
     return f'The learning rate {rise} and falls back to {low:.3g} at the last step, {shape}. {source}'
 
 # %% ../../nbs/51_look.report.ipynb #7f12a009
@@ -167,8 +168,8 @@ def _training_images(record, dls, n=4) -> list[dict]: # name, uris: the original
         if set(vocab[:n]) <= found.keys(): break
     first = {name: found[name] for name in vocab[:n] if name in found}
     n_epoch = min(8, record.settings.epochs)
-    rows = []
-    for name, before, after in zip(first, first.values(), augmented_images(record, np.stack(list(first.values())), n_epoch)):
+    rows, versions = [], augmented_images(record, np.stack(list(first.values())), n_epoch)
+    for name, before, after in zip(first, first.values(), versions):
         rows.append(dict(name=name, uris=[image_uri(img) for img in (before, *after)]))
     return rows
 

@@ -185,8 +185,8 @@ def run_summary(
     best = max(history, key=lambda row: row['accuracy'], default=None)
     return dict(
         accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, balanced_accuracy=balanced_accuracy,
-        flip_averaged_accuracy=flip_averaged, calibration=calibration, best_accuracy=best and best['accuracy'], best_epoch=best and best['epoch'],
-        best_is=best_is(settings['valid']),
+        flip_averaged_accuracy=flip_averaged, calibration=calibration, best_accuracy=best and best['accuracy'],
+        best_epoch=best and best['epoch'], best_is=best_is(settings['valid']),
         valid=settings['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=settings['seed'],
@@ -475,7 +475,8 @@ def _finish(settings, learn, data, tested, save_run, logs):
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
     balanced = f", balanced accuracy {interp.balanced_accuracy:.2%}" if interp.is_unbalanced else ''
     best = f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}"
-    logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}; "
+    wrong = f'{interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}'
+    logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {wrong}; "
                 f"with test-time augmentation (horizontal flip) {summary['flip_averaged_accuracy']:.2%}; "
                 f"{best}; {printable(save_run.path)}")
     return summary

@@ -74,7 +74,8 @@ def find_images(
     "Replace each folder by the pictures in it; raise `ValueError` for a folder without pictures, and for a web address"
     files = []
     for path in paths:
-        if '://' in str(path): raise ValueError(f'{printable(path)} is a web address: download the file, and give its path')
+        if '://' in str(path):
+            raise ValueError(f'{printable(path)} is a web address: download the file, and give its path')
         if not Path(path).is_dir(): files.append(str(path))
         elif found := list(filter(_is_picture, list_files(Path(path), max_pictures, follow_links=True))):
             files += [str(Path(path)/name) for name in found]
