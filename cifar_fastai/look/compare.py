@@ -62,7 +62,7 @@ def _plot_accuracies(records, names):
             drawn, style = _thinned(record.history), ['-', '--', ':', '-.'][k//6 % 4]
             ax.plot(drawn['epoch'], 100*drawn['accuracy'], marker='.', linestyle=style)
         ax.set(xlabel='epoch', ylabel='accuracy, %')
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(alpha=.2)
         ax.legend(ax.lines, labels, fontsize=8)
     return plot

@@ -243,7 +243,7 @@ def plot_history(
     for ax, (name, sets) in zip(axs.flat, curves.items()):
         for label, values in sets.items(): ax.plot(epochs, values, marker='.', label=label)
         ax.set(xlabel='epoch', ylabel=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(alpha=.3)
         ax.legend()
     return fig

@@ -105,7 +105,7 @@ def _curves(
         drawn = _thinned(history)
         for column, label in columns.items(): ax.plot(drawn['epoch'], drawn[column], marker='.', label=label)
         ax.set(xlabel='epoch', ylabel=ylabel)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(alpha=.2)
         ax.legend()
     return plot

@@ -192,7 +192,7 @@ def plot_band(
         ax.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=color, alpha=.25, linewidth=0)
         ax.plot(epochs, curves.mean(axis=0), color=color, linewidth=2, label=label)
     ax.set(xlabel='epoch', ylabel='accuracy, %')
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.grid(alpha=.3)
     ax.legend(fontsize=8)
     return ax
