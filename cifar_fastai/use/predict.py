@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import cifar10_classes, cifar10_stats, printable, settings_from
 from ..data.archive import list_files
-from ..data.folder import _is_picture, max_pictures
+from ..data.folder import max_pictures, pictures_among
 from ..models import load_pretrained
 from ..run.folder import load_run, read_temperature
 from ..look.explain import explainer
@@ -77,7 +77,7 @@ def find_images(
         if '://' in str(path):
             raise ValueError(f'{printable(path)} is a web address: download the file, and give its path')
         if not Path(path).is_dir(): files.append(str(path))
-        elif found := list(filter(_is_picture, list_files(Path(path), max_pictures, follow_links=True))):
+        elif found := pictures_among(list_files(Path(path), max_pictures, follow_links=True)):
             files += [str(Path(path)/name) for name in found]
         else: raise ValueError(f'{printable(path)} has no pictures: give picture files, or a folder of them')
     return files
