@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 context = multiprocessing.get_context('forkserver')
 imported = [f'cifar_fastai.{name}' for name in ('cli', 'bench', 'look.compare', 'look.report', 'run.distributed', 'run.repeat', 'use.app', 'use.export', 'use.serve')]
 for name in imported: assert find_spec(name), f'{name} was renamed: the server would import nothing, and say nothing'
@@ -17,6 +19,7 @@ def _child(function, args, env, folder, files):
     os.setsid() # a group of its own, which Ctrl-C of a terminal would reach
     os.environ.clear()
     os.environ.update(env)
+    if n_threads := env.get('OMP_NUM_THREADS'): torch.set_num_threads(int(n_threads)) # it was read before the fork
     tempfile.tempdir = None # that of the server; TMPDIR may be another
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT: signal.signal(number, signal.SIG_DFL) # nohup has some ignored
     os.chdir(folder)

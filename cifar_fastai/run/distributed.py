@@ -259,14 +259,17 @@ class ShareBatches(DistributedTrainer):
 
 # %% ../../nbs/45_run.distributed.ipynb #aa9e30b5
 @patch
-def after_batch(self:ShareBatches):
-    if not self.training: return
+def after_backward(self:ShareBatches): # and not later: `Lookahead` averages over the steps, after each of them
+    if not self.averaged: return
     with lost_in_words(self.launched):
-        self.summed.wait()
-        if not self.averaged: return
         flat = torch.cat([b.flatten() for b in self.averaged])/self.launched.n
         dist.all_reduce(flat)
     for b, mean in zip(self.averaged, flat.split([b.numel() for b in self.averaged])): b.copy_(mean.view_as(b))
+
+@patch
+def after_batch(self:ShareBatches):
+    if not self.training: return
+    with lost_in_words(self.launched): self.summed.wait()
 
 @patch
 def after_train(self:ShareBatches): self._sum_metrics()
