@@ -1,10 +1,13 @@
 """Folders of pictures of one's own, from the files to a trained run."""
-import logging, os, re, shutil, struct, warnings, zlib
+import json, logging, os, pickle, re, shutil, struct, warnings, zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fastai.data.external import fastai_cfg
 from PIL import Image
+from markupsafe import escape
 from sklearn.datasets import load_sample_images
 
 from cifar_fastai.cli import cifar_interpret, cifar_predict, cifar_train
@@ -13,7 +16,7 @@ from cifar_fastai.files import read_json, write_json
 from cifar_fastai.data.augment import CropFlipCutout, ItemAugment, sized_augment
 from cifar_fastai.data.block import cifar_block, cifar_dls, default_bs
 from cifar_fastai.data.folder import find_pictures, n_duplicates, picture_suffixes, read_folder
-from cifar_fastai.data.images import CIFAR10Data
+from cifar_fastai.data.images import CIFAR10Data, load_digits
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.data.source import load_cifar10
 from cifar_fastai.learner import balanced_loss, cifar_learner
@@ -115,6 +118,39 @@ def test_links_to_themselves_and_to_nothing_are_no_folders(pets):
         (place/'itself').symlink_to('itself'); (place/'nothing').symlink_to('nowhere')
     found = find_pictures(pets)
     assert (found.vocab, len(found.splits[0]), found.skipped) == (['flower', 'palace'], 40, {'': 4})
+
+def files_of(images, files, folder):
+    assert len(images) == len(files) and len(set(files)) == len(files)
+    return [np.array_equal(img, read_image(folder/file)) for img, file in zip(images, files)]
+
+def test_the_files_are_known_in_the_order_of_the_images(pets):
+    for data in read_folder(pets), load_cifar10(pets), load_cifar10(pets), pickle.loads(pickle.dumps(read_folder(pets))): # decoded, cached, a process of a loader
+        for images, files in zip((data.train_x, data.test_x), data.files): assert all(files_of(images, files, pets))
+    few = data.first(10, 3)
+    assert all(files_of(few.train_x, few.files[0], pets)) and few.files[1] == data.files[1][:3]
+    assert load_digits().files == ((), ()) and load_digits().first(3, 2).files == ((), ())
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('valid', ['test', 'holdout'])
+def test_mistakes_have_the_names_of_their_files(pets, pipeline, valid):
+    dls = cifar_dls(pets, 8, pipeline, valid, 0, num_workers=0, device='cpu')
+    learn = cifar_learner(dls, CustomResNet(2, width=16), precision='fp32')
+    for ds_idx in 0, 1:
+        interp = CifarInterpretation.from_learner(learn, ds_idx)
+        files = [interp.file(i) for i in range(len(interp.targs))]
+        assert [Path(file).parts[0] for file in files] == [interp.vocab[label] for label in interp.targs]
+        for found in interp, interp.flip_averaged(): assert all(wrong.file == files[wrong.idx] for wrong in found.misclassified())
+    assert all(files_of([interp.image(i) for i in range(len(files))], files, pets)) # as they are, in validation
+
+def test_a_cache_of_a_version_that_did_not_keep_the_names_is_made_anew(pets, tmp_path, monkeypatch):
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path/'home'))
+    files = load_cifar10(pets).files
+    [cache] = (tmp_path/'home').rglob('*.npz')
+    arrays = dict(np.load(cache))
+    notes = json.loads(arrays['notes'].item())
+    assert list(map(tuple, notes.pop('files'))) == list(map(tuple, files))
+    np.savez(cache, **arrays | dict(notes=np.array(json.dumps(notes))))
+    assert list(map(list, load_cifar10(pets).files)) == list(map(list, files))
 
 def test_a_hundred_and_more_than_256_classes_are_read(tmp_path):
     for i in range(300):
@@ -262,6 +298,8 @@ def test_a_run_records_size_and_batch_size_and_everything_reads_them(trained, tm
     assert classify.size == 48 and probs.shape == (1, 3) and vocab == interp.vocab
     report = write_report(run).read_text()
     assert 'palace &amp; co' in report and 'palace & co' not in report
+    mistakes = CifarInterpretation.from_run(run).misclassified()
+    assert mistakes and all(f'title="{escape(mistake.file)}"' in report for mistake in mistakes)
     assert "--size 48" in report
 
 def test_a_run_is_resumed_predicted_and_interpreted_by_the_commands(trained, capsys):

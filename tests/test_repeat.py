@@ -84,14 +84,14 @@ def test_invalid_values_are_refused(changes, message):
 
 @pytest.mark.slow # a narrow network finds no bounds on so few images
 def test_an_ablation_takes_each_ingredient_away_alone_and_never_looks_at_the_test_images(settings, tmp_path, small):
-    kept = {k: v for k, v in asdict(settings()).items() if k not in ('out', *asdict(recipes['best']))}
-    s = RepeatSettings(**kept | dict(epochs=1, peak_epoch=.5, valid='holdout', width=64), n=1, ablate=True, out=str(tmp_path/'ablation'))
+    kept = {k: v for k, v in asdict(settings()).items() if k not in ('out', 'lr_max', *recipe_ingredients())}
+    s = RepeatSettings(**kept | dict(epochs=1, peak_epoch=.5, valid='holdout'), n=1, ablate=True, out=str(tmp_path/'ablation'))
     results = ablate_recipe(s, small)
     assert list(results) == ['best'] + [f'without {name}' for name in recipe_ingredients()]
     for name, runs in results.items():
         config = read_json(tmp_path/'ablation'/name.replace(' ', '-')/'seed-0/config.json')['settings']
         assert config['valid'] == 'holdout'
-        assert {k for k in asdict(recipes['best']) if config[k] != asdict(recipes['best'])[k]} == ({name.removeprefix('without ')} if name != 'best' else set())
+        assert {k for k in recipe_ingredients() if config[k] != asdict(recipes['best'])[k]} == ({name.removeprefix('without ')} if name != 'best' else set())
     assert read_json(tmp_path/'ablation/ablation.json') == results and list(ablation_effects(results).index) == recipe_ingredients()
     with pytest.raises(ValueError, match="valid is 'test'"): ablate_recipe(RepeatSettings(n=1, out=str(tmp_path/'b')), small)
 

@@ -42,6 +42,12 @@ def split_images(
     images = partial(MappedImages, x) if isinstance(x, np.memmap) else x.__getitem__
     return tuple((images(np.flatnonzero(part)), y[part]) for part in (~is_valid, is_valid))
 
+def _split_files(data, valid): # -> names of the files of the images in both sets, none if they have no files
+    train, test = data.files
+    if valid == 'test' or not train: return train, test
+    is_valid = first_of_each_class(data.train_y, 0.1)
+    return tuple([train[i] for i in np.flatnonzero(part)] for part in (~is_valid, is_valid))
+
 # %% ../../nbs/08_data.block.ipynb #eb2ea697
 def _items(source, valid, size=32): # -> list of (image, class name, is it for validation)
     data = load_cifar10(source, size=size)
@@ -120,6 +126,7 @@ def cifar_dls(
     else: # the first element of `dl_kwargs` goes to the training loader, the second to the validation loader
         dls = block.dataloaders(data, dl_type=BatchDL, dl_kwargs=resident_images(data, valid), **kwargs)
     dls.recipe, dls.size = recipe, data.size
+    for dl, files in zip(dls, _split_files(data, valid)): dl.files = files
     return dls
 
 def resident_images(

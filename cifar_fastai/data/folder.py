@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['picture_suffixes', 'max_pictures', 'max_bytes_in_memory', 'PictureFiles', 'pictures_among', 'find_pictures',
-           'NotStored', 'UnreadablePictures', 'FolderNotes', 'read_with_notes', 'read_folder', 'class_counts',
-           'folder_lines', 'folder_warnings', 'n_duplicates', 'warn_of_duplicates']
+           'NotStored', 'UnreadablePictures', 'FolderData', 'FolderNotes', 'read_with_notes', 'read_folder',
+           'class_counts', 'folder_lines', 'folder_warnings', 'n_duplicates', 'warn_of_duplicates']
 
 # %% ../../nbs/04_data.folder.ipynb #d958b9d3
 import hashlib, os, re, warnings
@@ -215,6 +215,18 @@ def _report_unreadable(folder, reasons, n): # {file: reason}
 # %% ../../nbs/04_data.folder.ipynb #23b10717
 _valid_share = .2
 
+class FolderData(CIFAR10Data):
+    "Images of a folder of pictures, and the names of their files, relative to the folder"
+    def __new__(cls, *fields, files=((), ())):
+        self = super().__new__(cls, *fields)
+        self.files = files # a list of `str` for each split, in the order of the images
+        return self
+
+    def first(self, n_train:int, n_test:int) -> 'FolderData':
+        "Return the first images of each split, a fair sample of all classes"
+        train, test = self.files
+        return FolderData(*super().first(n_train, n_test), files=(train[:n_train], test[:n_test]))
+
 class FolderNotes(NamedTuple):
     "What is known of a folder of pictures beside its images"
     has_split: bool # has it a folder to validate on?
@@ -249,7 +261,7 @@ def read_with_notes(
     size:int=32, # of a side of the images, in pixels: a multiple of 8 from 16 to 128
     show_progress:bool=None, # show a progress bar; `None`: in a notebook or a terminal
     store:Path=None, # folder to make for the images if they take more than `max_bytes_in_memory`; `None`: in memory
-) -> tuple[CIFAR10Data, FolderNotes]:
+) -> tuple[FolderData, FolderNotes]:
     "Decode all pictures of a folder, as `read_folder` does, and return what else there is to say about it"
     check_size(size)
     found = find_pictures(folder)
@@ -266,19 +278,21 @@ def read_with_notes(
     y = labels[idxs]
     is_valid = is_valid[idxs] if has_split else first_of_each_class(y, _valid_share)
     _check_splits(folder, found.vocab, y, is_valid, has_split)
-    train, valid = ((_gathered(x, idxs[part], into), y[part]) for part, into in zip((~is_valid, is_valid), sorted_))
+    parts = ~is_valid, is_valid
+    train, valid = ((_gathered(x, idxs[part], into), y[part]) for part, into in zip(parts, sorted_))
     n_dark = sum(peak < 256//16 for peak in peaks)
     copies = _copies(x, files, idxs[~is_valid], idxs[is_valid])
     if is_large: decoded.unlink()
     notes = FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies)
-    return CIFAR10Data(*train, *valid, found.vocab), notes
+    names = tuple([files[i] for i in idxs[part]] for part in parts)
+    return FolderData(*train, *valid, found.vocab, files=names), notes
 
 def read_folder(
     folder:str|Path, # as for `find_pictures`
     size:int=32, # of a side of the images, in pixels: a multiple of 8 from 16 to 128
     show_progress:bool=None, # show a progress bar; `None`: in a notebook or a terminal
     store:Path=None, # as for `read_with_notes`
-) -> CIFAR10Data: # images `uint8` (N, size, size, 3), in canonical order
+) -> FolderData: # images `uint8` (N, size, size, 3), in canonical order
     """Decode all pictures of a folder: PNG, JPEG, GIF, BMP, WebP and TIFF files of one frame, as `read_image` does.
 
     Without a folder to validate on, a fixed fifth of each class validates. Unreadable pictures are left out with a

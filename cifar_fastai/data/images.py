@@ -55,6 +55,7 @@ class CIFAR10Data(NamedTuple):
     test_x: np.ndarray
     test_y: np.ndarray
     vocab: list
+    files = (), () # names of the files of the training and of the test images, if there is one for each image
 
     def __repr__(self):
         counts = f'{len(self.train_y):,} training and {len(self.test_y):,} test images'

@@ -21,7 +21,7 @@ from ..files import check_file, remove_parts, rename_folder, temporary_folder, w
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, list_files, read_images
 from .download import fetch_archive
-from .folder import (FolderNotes, NotStored, UnreadablePictures, folder_lines, folder_warnings,
+from .folder import (FolderData, FolderNotes, NotStored, UnreadablePictures, folder_lines, folder_warnings,
                                       max_pictures, read_with_notes, warn_of_duplicates)
 from .named import find_named, is_cifar100, read_cifar100, read_named
 
@@ -94,6 +94,8 @@ def _read_arrays(path:Path): # -> {name: array}
     if (path/'notes.npy').exists(): modes['notes'] = None
     return {name: np.load(check_file(path/f'{name}.npy', 2**40), mode, allow_pickle=False) for name, mode in modes.items()}
 
+def _with_notes(data, files, **notes): return FolderData(*data, files=files), FolderNotes(**notes)
+
 def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
     """Return data and notes in the cache file or folder of memory-mapped images; `None` when it is missing or damaged.
 
@@ -102,16 +104,18 @@ def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
         try:
             arrays = _read_arrays(path)
             notes = arrays.pop('notes', None)
-            notes = None if notes is None else FolderNotes(**json.loads(notes.item()))
             data = CIFAR10Data(**arrays | {'vocab': arrays['vocab'].tolist()})
+            if notes is not None: data, notes = _with_notes(data, **json.loads(notes.item()))
             for x, y in (data[:2], data[2:4]):
                 expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
                 if (x.dtype, x.shape, y.dtype, y.shape) != expected: raise ValueError(f'{path} has other arrays')
+            if notes and list(map(len, data.files)) != [len(data.train_y), len(data.test_y)]: raise ValueError(f'{path} has other files')
             return data, notes
         except Exception: pass # a damaged file may raise anything
 
 def _arrays(data, notes): # -> {name: array or list}
-    return data._asdict() | ({} if notes is None else {'notes': np.array(json.dumps(notes._asdict()))})
+    if notes is None: return data._asdict()
+    return data._asdict() | dict(notes=np.array(json.dumps(notes._asdict() | dict(files=data.files))))
 
 def _write_cache(file:Path, data:CIFAR10Data, notes:FolderNotes|None=None):
     "Write the cache file, or warn that it cannot be written"

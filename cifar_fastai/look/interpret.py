@@ -50,7 +50,9 @@ def _ordered_dl(dls, ds_idx) -> DataLoader:
     if is_empty:
         kind = {0: 'training images', 1: 'validation images'}.get(ds_idx, 'such images')
         raise ValueError(f'ds_idx is {ds_idx}, and the learner has no {kind}: give another ds_idx, or dl')
-    return in_order(dl)
+    ordered = in_order(dl)
+    ordered.files = getattr(dl, 'files', ())
+    return ordered
 
 def _check_single_label(outputs, targs):
     "Raise `ValueError` unless each image has one class as target and one output per class"
@@ -145,12 +147,19 @@ def __getitem__(self:CifarInterpretation, idxs) -> tuple:
     return inputs, self.probs[idxs], self.targs[idxs], self.decoded[idxs], self.losses[idxs]
 
 # %% ../../nbs/42_look.interpret.ipynb #78ea5303
+@patch
+def file(self:CifarInterpretation, idx:int) -> str:
+    "Return the name of the file of the image at `idx`, relative to the folder of your own pictures; '' for other data"
+    files = getattr(self.dl, 'files', ())
+    return files[idx] if files else ''
+
 class Misclassified(NamedTuple):
     "A wrong prediction"
     idx: int # position in the data set
     actual: str # class name
     predicted: str # class name
     probability: float # of the predicted class
+    file: str = '' # name of the picture of your own, relative to its folder
 
 @patch
 def misclassified(self:CifarInterpretation,
@@ -162,7 +171,8 @@ def misclassified(self:CifarInterpretation,
     found = []
     for i in wrong[p.argsort(descending=True, stable=True)[:k]].tolist():
         actual, predicted = self.targs[i], self.decoded[i]
-        found.append(Misclassified(i, self.vocab[actual], self.vocab[predicted], float(self.probs[i, predicted])))
+        names = self.vocab[actual], self.vocab[predicted]
+        found.append(Misclassified(i, *names, float(self.probs[i, predicted]), self.file(i)))
     return found
 
 # %% ../../nbs/42_look.interpret.ipynb #57ba2cee
@@ -352,6 +362,7 @@ class LabelIssue(NamedTuple):
     given: str # class name of the label
     suggested: str # predicted class
     probability: float # of the given class
+    file: str = '' # name of the picture of your own, relative to its folder
 
 @patch
 def label_issues(self:CifarInterpretation,
@@ -371,7 +382,8 @@ def label_issues(self:CifarInterpretation,
     issues = []
     for i in map(int, found[:k]):
         given, suggested = self.targs[i], self.decoded[i]
-        issues.append(LabelIssue(i, self.vocab[given], self.vocab[suggested], float(self.probs[i, given])))
+        names = self.vocab[given], self.vocab[suggested]
+        issues.append(LabelIssue(i, *names, float(self.probs[i, given]), self.file(i)))
     return issues
 
 @patch

@@ -18,7 +18,7 @@ import torch
 from fastai.vision.all import DataLoaders
 from scipy.stats import binomtest
 
-from ..core import TrainSettings, cifar10_classes, named_source
+from ..core import TrainSettings, cifar10_classes, named_source, printable
 from ..files import write_whole
 from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.block import implied_settings
@@ -278,7 +278,7 @@ def _gallery(
     interp:CifarInterpretation,
     most:int, # bytes
     explain=None, # images and labels → images with Grad-CAM maps
-) -> list[dict]: # uri, cams, pair, actual, predicted, probability
+) -> list[dict]: # uri, cams, pair, actual, predicted, probability, file
     "Return the misclassified images, the most confident mistakes first, as far as they fit into `most` bytes"
     pictures, markup = [], 700 # bytes of the elements around an image, at most
     wrong = interp.misclassified()
@@ -286,10 +286,10 @@ def _gallery(
         part = wrong[start:start + 64]
         for m, cams in zip(part, _cams(interp, part, explain)):
             uri = image_uri(interp.image(m.idx))
-            most -= len(uri) + sum(map(len, cams)) + 4*(len(m.actual) + len(m.predicted)) + markup
+            most -= len(uri) + sum(map(len, cams)) + 4*(len(m.actual) + len(m.predicted)) + 6*len(m.file) + markup
             if most < 0: return pictures
             pair = f'{interp.targs[m.idx]}-{interp.decoded[m.idx]}'
-            names = dict(actual=m.actual, predicted=m.predicted)
+            names = dict(actual=m.actual, predicted=m.predicted, file=printable(m.file))
             pictures.append(dict(uri=uri, cams=cams, pair=pair, probability=f'({m.probability:.0%})', **names))
     return pictures
 
@@ -309,7 +309,7 @@ def _explainer(record): # -> function: images and labels → images with Grad-CA
 def _label_issues(interp, k=24): # -> list of dicts: uri, idx, given, suggested; `None` without cleanlab
     if find_spec('cleanlab') is None: return None
     issues = interp.label_issues(k)
-    return [dict(uri=image_uri(interp.image(issue.idx)), **issue._asdict()) for issue in issues]
+    return [dict(issue._asdict(), uri=image_uri(interp.image(issue.idx)), file=printable(issue.file)) for issue in issues]
 
 # %% ../../nbs/51_look.report.ipynb #d7b0a9cc
 def _shift(record) -> dict|None: # rows and plot; `None` without a table
