@@ -256,14 +256,14 @@ class LRFindSettings(TrainSettings):
 def cifar_lr_find(settings:LRFindSettings):
     "Find LRMIN and LRMAX with a range test, print them and save the plot."
     from cifar_fastai.callback.schedule import bounds_from, plot_range_test, range_test
-    from cifar_fastai.data.loader import lost_worker_in_words
+    from cifar_fastai.data.loader import explain_lost_worker
     from cifar_fastai.look.plots import figure_format, save_figure
     from cifar_fastai.run.train import settings_learner
     if not Path(settings.plot).absolute().parent.is_dir() or Path(settings.plot).is_dir():
         raise ValueError(f'plot is {settings.plot}: must be a file in an existing folder')
     figure_format(settings.plot) # raises before the test
     _tune_allocator(settings)
-    with lost_worker_in_words():
+    with explain_lost_worker():
         learn, _ = settings_learner(settings)
         print('range test of at most 100 steps …', file=sys.stderr, flush=True)
         lrs, losses = range_test(learn)
@@ -300,13 +300,13 @@ def cifar_interpret(settings:InterpretSettings):
     if settings.k < 0: raise ValueError(f'k is {settings.k}: must be 0 or more')
     if settings.cam: require_extra('explain', 'captum')
     if settings.label_issues: require_extra('explain', 'cleanlab')
-    from cifar_fastai.data.loader import lost_worker_in_words
+    from cifar_fastai.data.loader import explain_lost_worker
     from cifar_fastai.look.interpret import CifarInterpretation
     from cifar_fastai.look.plots import save_figure
     from cifar_fastai.run.folder import read_config, read_history
     from cifar_fastai.run.train import best_is, save_plots
     history = read_history(settings.run)
-    with lost_worker_in_words():
+    with explain_lost_worker():
         interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
         averaged = interp.flip_averaged().accuracy if settings.flip_average else None
     _say_if_unfinished('cifar_interpret', settings.run)
@@ -423,7 +423,7 @@ def _print_rates(result, key, label):
     if key == 'batches': return
     if key == 'own':
         mean, least, most = ratio(rates['own'], rates['data'])
-        print(f'{label}, own × data: {mean:.3f} ({least:.3f} to {most:.3f})')
+        print(f'{label}, throughput own/data: {mean:.3f} ({least:.3f} to {most:.3f})')
     memory = [f"{name} {case['memory']/2**30:.1f}" for name, case in cases.items() if case['memory']]
     print(f'{label}, peak memory, GiB: ' + ', '.join(memory))
 

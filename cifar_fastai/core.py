@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'named_sets', 'recipes', 'recipe_temperatures', 'ingredients',
-           'not_of_other_models', 'with_norms', 'Norm', 'logger', 'named_source', 'source_defaults',
+           'values_for_other_models', 'models_with_norm', 'Norm', 'logger', 'named_source', 'source_defaults',
            'default_peak_epoch', 'check_size', 'check_lr_order', 'Recipe', 'get_recipe', 'sized', 'TrainSettings',
            'BenchSettings', 'RepeatSettings', 'printable', 'settings_from', 'environment', 'peak_memory',
            'require_extra', 'printed_log', 'shows_progress']
@@ -59,7 +59,7 @@ def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool
 def _is_positive(x): return _is_number(x) and 0 < x < math.inf
 
 def _has_type(value, kind) -> bool:
-    "Is `value` of the annotated type `kind`? An `int` is accepted as a `float`; a `bool` is never a number"
+    "Return whether `value` has the annotated type `kind`. An `int` is accepted as a `float`; a `bool` is never a number"
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal: return value in args
     if origin in (Union, UnionType): return any(_has_type(value, k) for k in args)
@@ -151,10 +151,10 @@ def sized(
     return dict(cutout=recipe.cutout*size//32, sizes=tuple(side*size//32 for side in recipe.sizes))
 
 # Values of a recipe that change `CustomResNet` alone, as they are for other models, and further settings of it.
-not_of_other_models = dict(ghost=0, logit_scale=1., whiten=False, dirac=False, freeze_first=0)
-_not_given = dict(width=64, dropout=0., conv_bias=False)
+values_for_other_models = dict(ghost=0, logit_scale=1., whiten=False, dirac=False, freeze_first=0)
+_without_option = dict(width=64, dropout=0., conv_bias=False)
 _norms = dict(norm='batch', n_groups=2) # further settings of `CustomResNet` and of the networks below
-with_norms = 'resnet18', 'resnet34'
+models_with_norm = 'resnet18', 'resnet34'
 
 def _one_of_the_recipes(name):
     renamed = " ('seed' is now called 'baseline')" if name == 'seed' else ''
@@ -230,7 +230,7 @@ class TrainSettings(_Settings):
         values = asdict(recipe) | source_defaults(self.data, recipe.epochs, recipe.bs)
         if str(named_source(self.data)) == 'digits': values['flip'] = 'none' # a mirrored 2 is no digit
         if _has_type(self.size, int): values |= sized(recipe, self.size)
-        if self.model != 'custom': values |= not_of_other_models
+        if self.model != 'custom': values |= values_for_other_models
         epochs = values['epochs'] if self.epochs is None else self.epochs
         if _has_type(epochs, int): values['peak_epoch'] = default_peak_epoch(epochs)
         return {name: value for name, value in values.items() if getattr(self, name) is None}
@@ -303,7 +303,7 @@ def check_train_settings(s): # resolved values
 
 def _fixed(model): # -> {setting that a network does not have: its neutral value}
     if model == 'custom': return {}
-    return not_of_other_models | _not_given | ({} if model in with_norms else _norms)
+    return values_for_other_models | _without_option | ({} if model in models_with_norm else _norms)
 
 # %% ../nbs/00_core.ipynb #df423139
 _cases = 'plain', 'fastai', 'package', 'bare', 'limit'
@@ -469,6 +469,6 @@ def printed_log():
         logger.setLevel(level) # and not by assignment: loggers cache what is enabled
 
 def shows_progress() -> bool:
-    "Is the output a notebook or a terminal, where a progress bar can be drawn?"
+    "Return whether the output is a notebook or a terminal, where a progress bar can be drawn"
     from fastcore.imports import IN_NOTEBOOK
     return IN_NOTEBOOK or sys.stdout is not None and sys.stdout.isatty() # a closed stdout is `None`

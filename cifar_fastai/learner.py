@@ -7,6 +7,7 @@ __all__ = ['SetEpoch', 'Processes', 'CifarLearner', 'ClassWeightedLoss', 'balanc
            'cifar_learner']
 
 # %% ../nbs/30_learner.ipynb #ea85e02f
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
@@ -18,7 +19,8 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNative
 from fastai.callback.progress import ProgressCallback
 from fastai.losses import BaseLoss
 from fastai.torch_core import no_random
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Datasets, L, Learner, Recorder, accuracy
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoaders, Datasets, L, Learner, Normalize, Recorder,
+                               accuracy)
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
@@ -27,8 +29,8 @@ from .core import Recipe, get_recipe, recipes, shows_progress, sized
 from .files import Count, checked
 from .data.loader import SeededDL
 from .data.inspect import _check_data, _device_of, _n_classes, class_names, first_images
-from .models import dirac_layers, whiten_first_layer
-from .networks import build_network, check_module
+from .models import CustomResNet, dirac_layers, whiten_first_layer
+from .networks import build_network, check_module, pretrained_splitter, pretrained_stats
 from .optimizer import FusedAdam
 from .callback.average import Lookahead
 from .callback.cost import FreezeFirst, ImageSizes
@@ -204,9 +206,13 @@ class ClassWeightedLoss(CrossEntropyLossFlat):
 def balanced_loss(
     labels:np.ndarray, # of the training images (N,), from 0 on
     label_smoothing:float=0.,
+    n_classes:int=None, # `None`: up to the highest label
 ) -> ClassWeightedLoss:
-    "Return a cross-entropy in which all classes have the same weight, however many training images they have"
-    counts = np.bincount(labels)
+    """Return a cross-entropy in which all classes have the same weight, however many training images they have.
+
+    Raises `ValueError` for a class without training images."""
+    counts = np.bincount(labels, minlength=n_classes or 0)
+    if not counts.all(): raise ValueError(f'class {counts.argmin()} has no training images: add some')
     return ClassWeightedLoss(torch.tensor(len(labels)/(len(counts)*counts), dtype=torch.float32), label_smoothing)
 
 # %% ../nbs/30_learner.ipynb #020b40df
@@ -217,7 +223,7 @@ def _training_labels(dls) -> np.ndarray: # (N,)
     if resident is not None: return resident.labels.cpu().numpy()
     labels = dataset.tls[-1] if isinstance(dataset, Datasets) else getattr(dataset, 'targets', None)
     if labels is not None: return np.array([int(label) for label in labels])
-    remedy = 'give loss_func=balanced_loss(labels)'
+    remedy = 'give loss_func=balanced_loss(labels, n_classes=dls.c)'
     raise ValueError(f'class_weights is True: the labels of the training images are unknown: {remedy}')
 
 def _balanced_loss_of(dls, label_smoothing):
@@ -282,6 +288,15 @@ def _optimizer(recipe, opt_func, wd, wd_bn_bias, **options): # -> (`opt_func`, `
     return opt_func, wd
 
 # %% ../nbs/30_learner.ipynb #10db38fe
+def _prepare_pretrained(dls, name, kwargs):
+    "Have new layers in a parameter group of their own, and warn if the images are not normalised for the weights"
+    kwargs.setdefault('splitter', pretrained_splitter)
+    transforms = getattr(getattr(dls, 'after_batch', None), 'fs', ())
+    found = [stat.flatten().cpu() for f in transforms if isinstance(f, Normalize) for stat in (f.mean, f.std)]
+    if all(np.allclose(*pair, atol=1e-3) for pair in zip(found, pretrained_stats(name))): return
+    remedy = f"give cifar_dls stats=pretrained_stats('{name}') of cifar_fastai.networks"
+    warnings.warn(f'the images are not normalised as the pretrained weights of {name} need it: {remedy}', stacklevel=3)
+
 def cifar_learner(
     dls, # `DataLoaders`, of `cifar_dls` or any others
     model=None, # gives logits (N, `dls.c`), or a name as in `build_network`; `None` is a new `CustomResNet` as in the recipe
@@ -298,9 +313,9 @@ def cifar_learner(
     metrics=accuracy, # of both sets
     wd_bn_bias:bool=False, # decay norms and biases, too
     sizes=None, # of `ImageSizes`, () for images as they are; `None` is the recipe's
-    freeze_first:int=None, # epochs of `FreezeFirst`, 0 for none; `None` is the recipe's, or 0 for a model that is given by name
+    freeze_first:int=None, # epochs of `FreezeFirst`, 0 for none; `None` is the recipe's for a `CustomResNet`, and 0 for others
     lookahead:int=None, # steps of `Lookahead`, 0 for none; `None` is the recipe's
-    pretrained:bool=False, # for a model that is given by name: start from pretrained weights
+    pretrained:bool=False, # for a model that is given by name: start from pretrained weights; `freeze` leaves the new layers
     class_weights:bool=False, # weigh the loss of a class by the inverse of its share of the training images
     **kwargs, # further arguments of fastai's `Learner`
 ) -> CifarLearner:
@@ -317,11 +332,13 @@ def cifar_learner(
     if pretrained and not isinstance(model, str):
         raise ValueError(f'pretrained is {pretrained}: give the model by its name')
     if isinstance(model, str) and model != 'custom':
-        model = new_model(dls, False, name=model, pretrained=pretrained)
-        freeze_first = freeze_first or 0 # its first part may be nearly all of it
+        name, model = model, new_model(dls, False, name=model, pretrained=pretrained)
+        if pretrained: _prepare_pretrained(dls, name, kwargs)
     if model is None or isinstance(model, str):
         network = dict(ghost=recipe.ghost, logit_scale=recipe.logit_scale)
         model = new_model(dls, recipe.whiten, recipe.dirac, pretrained=pretrained, **network)
+    is_custom = isinstance(getattr(model, '_orig_mod', model), CustomResNet)
+    if not is_custom: freeze_first = freeze_first or 0 # the first part of another model may be nearly all of it
     if is_checked: _check_model(dls, model)
     if compile: model.compile()
     if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']

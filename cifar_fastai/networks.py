@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['small_image_resnet', 'build_network', 'check_name', 'check_output', 'check_module', 'pretrained_stats',
-           'load_pretrained_layers']
+           'load_pretrained_layers', 'pretrained_splitter']
 
 # %% ../nbs/12_networks.ipynb #0dc85f48
 import re
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .core import Norm, logger, require_extra, with_norms
+from .core import Norm, logger, require_extra, models_with_norm
 from .models import CustomResNet, check_norm, norm_layer
 from .data.picture import one_line
 
@@ -59,7 +59,7 @@ def build_network(
     if pretrained and norms.get('norm', 'batch') != 'batch':
         remedy = 'must be batch with pretrained weights, which were trained with it'
         raise ValueError(f'norm is {norms["norm"]!r}: {remedy}')
-    if name in with_norms: model = small_image_resnet(name, n_out, **norms)
+    if name in models_with_norm: model = small_image_resnet(name, n_out, **norms)
     else: model = _by_name(name, n_out, size)
     check_output(model, name, n_out, size)
     if pretrained: load_pretrained_layers(model, name)
@@ -89,7 +89,7 @@ def check_name(
     "Raise `ValueError` for an unknown network, with a similar name, and `ModuleNotFoundError` for one of timm without timm"
     from torchvision import models
     if name.startswith('timm:'): return _check_timm(name.removeprefix('timm:'))
-    names = 'custom', *with_norms, *models.list_models(module=models)
+    names = 'custom', *models_with_norm, *models.list_models(module=models)
     if name not in names: raise _unknown(name, names)
 
 def _check_timm(name):
@@ -185,7 +185,16 @@ def load_pretrained_layers(
     fitting = {key: t for key, t in found.items() if key in own and t.shape == own[key].shape}
     model.load_state_dict(own | fitting)
     new = [key for key in own if key not in fitting and not key.endswith('num_batches_tracked')]
+    model.new_tensors = frozenset(new)
     logger.info(f'{name} starts from pretrained weights; new are {", ".join(new)}')
+
+def pretrained_splitter(
+    model:nn.Module, # with pretrained weights
+) -> list: # of lists of parameters: those that were loaded, and the new ones
+    "Split the parameters for fastai's `freeze` and `fine_tune`, which begin with the new layers alone"
+    groups = [], []
+    for name, p in model.named_parameters(): groups[name in model.new_tensors].append(p)
+    return list(groups)
 
 def _weights_of(name): # -> {name of a tensor: tensor}
     if name.startswith('timm:'):

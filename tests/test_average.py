@@ -57,6 +57,12 @@ def test_a_second_fit_begins_with_the_weights_of_its_own(tiny_learner):
     fit(two, 1, Lookahead(2)); fit(two, 1, Lookahead(2))
     assert same(weights(one), weights(two))
 
+def test_a_fit_of_fewer_steps_than_the_interval_trains(tiny_learner):
+    learn = tiny_learner()
+    before = weights(learn)
+    fit(learn, 1, Lookahead(len(learn.dls.train) + 1))
+    assert not same(before, weights(learn))
+
 def test_a_range_test_averages_nothing(tiny_learner):
     plain, other = tiny_learner(), tiny_learner()
     other.add_cb(Lookahead(1))

@@ -17,7 +17,7 @@ from cifar_fastai.data.images import CIFAR10Data, cifar10_fingerprint, first_of_
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.data.archive import read_images
 from cifar_fastai.data.source import fetch_cifar10, find_cifar10, load_cifar10
-from cifar_fastai.data.loader import lost_worker_in_words
+from cifar_fastai.data.loader import explain_lost_worker
 from cifar_fastai.data.block import cifar_block, cifar_dls
 
 
@@ -553,7 +553,7 @@ class Dies(Transform):
 def test_a_worker_that_dies_is_one_sentence(small_dls):
     dls = small_dls(pipeline='item', num_workers=1)
     dls.add_tfms([Dies()], 'after_item')
-    with pytest.raises(ChildProcessError, match=r'pid.*num_workers') as e, lost_worker_in_words(): list(dls.train)
+    with pytest.raises(ChildProcessError, match=r'pid.*num_workers') as e, explain_lost_worker(): list(dls.train)
     assert '\n' not in str(e.value)
 
 @pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
@@ -569,7 +569,7 @@ def test_a_run_whose_worker_dies_ends_with_one_sentence(small_archive, monkeypat
     assert re.search(r'^cifar_train: [^\n]*pid[^\n]*num_workers', e.value.code)
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match='^shape$'), lost_worker_in_words(): raise RuntimeError('shape')
+    with pytest.raises(RuntimeError, match='^shape$'), explain_lost_worker(): raise RuntimeError('shape')
 
 # ---- plain fastai
 

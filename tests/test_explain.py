@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from cifar_fastai.core import cifar10_classes
@@ -148,6 +149,16 @@ def test_labels_that_were_changed_are_found():
         assert issue.probability == pytest.approx(float(probs[issue.idx, given[issue.idx]]))
 
 # ---- changed images
+
+@pytest.mark.parametrize('name', ['blur', 'translation', 'lower resolution'])
+@pytest.mark.parametrize('size', [16, 64, 128])
+def test_changes_are_as_strong_at_every_size(small, name, size):
+    coarse = [Image.fromarray(image).resize((8, 8)) for image in small.test_x[:8]] # with the same details at every size
+    def images(size):
+        if name == 'lower resolution': return np.random.default_rng(0).integers(256, size=(8, size, size, 3), dtype=np.uint8)
+        return np.stack([np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in coarse])
+    change = {n: np.abs(shifted(images(n), name, shifts[name][1][-1]).astype(int) - images(n)).mean() for n in (32, size)}
+    assert change[size] == pytest.approx(change[32], rel=.25)
 
 @pytest.mark.parametrize('name', list(shifts))
 def test_a_stronger_change_moves_pixels_further_and_is_the_same_each_time(name, small):

@@ -337,6 +337,11 @@ def test_class_weights_make_the_loss_the_mean_of_the_classes():
     assert balanced_loss(labels)(logits, targs).item() == pytest.approx(expected, rel=1e-5)
     assert balanced_loss(labels, .2).func.label_smoothing == .2
 
+@pytest.mark.parametrize('labels, n_classes, missing', [([0, 0, 2], None, 1), ([0, 1, 1], 3, 2)])
+def test_a_class_without_images_has_no_weight(labels, n_classes, missing):
+    with pytest.raises(ValueError, match=f'class {missing}'): balanced_loss(np.array(labels), n_classes=n_classes)
+    assert balanced_loss(np.array([0, 1, 1, 2]), n_classes=3).func.weight.tolist() == pytest.approx([4/3, 2/3, 4/3])
+
 def test_a_run_weighs_its_classes_on_request_and_the_report_has_the_balanced_accuracy(tmp_path):
     for name, n in dict(many=40, few=10).items(): save_squares(tmp_path/'p'/name, n, photo=len(name)%2, seed=n)
     settings = dict(epochs=1, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32')
@@ -415,10 +420,23 @@ def test_own_classes_from_0_to_9_are_no_digits_of_scikit_learn(tmp_path):
     data = load_cifar10(tmp_path)
     assert 'scikit' not in data.origin and default_bs(data) == 8 and default_bs(load_cifar10('digits'), 64) == 64
 
+@pytest.mark.parametrize('n', [99, 100, 149])
+def test_no_batch_of_one_image_is_left_over_in_a_hold_out(n):
+    x, y = np.zeros((n, 32, 32, 3), dtype=np.uint8), np.arange(n)%2
+    data = CIFAR10Data(x, y, x[:2], y[:2], ['a', 'b'])
+    assert all(cifar_dls(data, valid=valid, num_workers=0, device='cpu').train.n % default_bs(data, valid=valid) != 1 for valid in ('test', 'holdout'))
+
 @pytest.mark.parametrize('n', [9, 17, 57, 161, 1009])
 def test_no_batch_of_one_image_is_left_over_by_default(n):
     data = CIFAR10Data(np.zeros((0,)), np.zeros(n), None, None, ['a', 'b'])
     assert n%default_bs(data) != 1 and default_bs(data) >= 5
+
+@pytest.mark.parametrize('data, out', [('../pets', '{pets}/runs/a'), ('{pets}', 'link/a'), ('{pets}/../pets', '../pets/a'), ('cifar10', '{pets}/a'), ('~/pets', '{pets}/a')])
+def test_a_run_folder_among_the_pictures_is_refused_by_any_name(pets, tmp_path, monkeypatch, data, out):
+    (tmp_path/'elsewhere').mkdir(); (tmp_path/'elsewhere'/'link').symlink_to(pets, target_is_directory=True)
+    monkeypatch.chdir(tmp_path/'elsewhere'); monkeypatch.setenv('CIFAR_FASTAI_DATA', str(pets)); monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(ValueError, match='out is'): train(TrainSettings(data.format(pets=pets), epochs=1, out=out.format(pets=pets)))
+    assert sorted(folder.name for folder in pets.iterdir()) == ['flower', 'palace']
 
 def test_a_run_folder_among_the_pictures_is_refused(pets, monkeypatch):
     monkeypatch.chdir(pets)

@@ -1,14 +1,16 @@
 """Networks by name, in a learner, in a run folder and in the commands."""
-import shutil
+import re, shutil
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cifar_fastai.cli import cifar_predict, cifar_train
 from cifar_fastai.core import RepeatSettings, TrainSettings, recipes
 from cifar_fastai.files import read_json, write_json
+from cifar_fastai.callback.cost import FreezeFirst
 from cifar_fastai.data.block import cifar_dls
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.learner import cifar_learner
@@ -248,6 +250,37 @@ def test_weights_that_cannot_be_had_are_one_sentence(home):
                                   lambda: build_network('resnet99', pretrained=True), lambda: TrainSettings(model='resnet18', pretrained='yes')])
 def test_pretrained_is_refused_where_there_are_no_weights(call):
     with pytest.raises(ValueError, match='pretrained is|model is'): call()
+
+def test_pretrained_layers_are_frozen_apart_from_new_ones(home, digits):
+    cached('shufflenet_v2_x0_5', home)
+    stats = pretrained_stats('shufflenet_v2_x0_5')
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0, device='cpu', stats=stats)
+    learn = cifar_learner(dls, 'shufflenet_v2_x0_5', 'fp32', pretrained=True)
+    learn.freeze()
+    new = {name for name, p in learn.model.named_parameters() if p.requires_grad and not re.search('norm|bn|branch|conv', name)}
+    assert new == {'fc.weight', 'fc.bias'}
+    before = {name: t.clone() for name, t in learn.model.state_dict().items()}
+    learn.fine_tune(1, 1e-2, freeze_epochs=1)
+    assert not {name for name, t in learn.model.named_parameters() if torch.equal(before[name], t)}
+    assert [len(group) for group in learn.opt.param_lists] == [len(list(learn.model.parameters())) - 2, 2]
+
+def test_pretrained_weights_ask_for_their_own_normalisation(home, digits):
+    cached('shufflenet_v2_x0_5', home)
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0, device='cpu')
+    with pytest.warns(UserWarning, match='normalised.*shufflenet_v2_x0_5'): cifar_learner(dls, 'shufflenet_v2_x0_5', 'fp32', pretrained=True)
+
+@pytest.mark.parametrize('recipe', ['fast', 'quick'])
+def test_the_first_part_of_a_module_of_ones_own_is_not_frozen(digits, recipe):
+    dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0, device='cpu', recipe=recipe)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def frozen(model, **kwargs): return [cb for cb in cifar_learner(dls, model, 'fp32', **kwargs).cbs if isinstance(cb, FreezeFirst)]
+    assert not frozen(nn.Sequential(body, nn.Linear(8, 10))) and frozen(CustomResNet(width=8)) and frozen(None)
+    assert frozen(nn.Sequential(body, nn.Linear(8, 10)), freeze_first=2)
+
+def test_a_last_batch_of_one_image_is_refused_where_batch_norm_needs_two(digits, tmp_path):
+    settings = TrainSettings('digits', model='mobilenet_v3_small', bs=8, epochs=1, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(tmp_path/'run'))
+    with pytest.raises(ValueError, match='bs is 8'): settings_learner(settings, digits.first(65, 32))
+    settings_learner(settings, digits.first(66, 32))
 
 def test_a_learner_with_a_module_of_its_own_refuses_pretrained(digits):
     dls = cifar_dls(digits.first(64, 32), bs=32, num_workers=0)

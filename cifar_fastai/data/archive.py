@@ -31,7 +31,7 @@ def _is_wanted(name): return bool(_png_name.search(name) or _batch_name.search(n
 def is_cifar10(
     names, # of the files of a folder
 ) -> bool:
-    "Is a folder meant as CIFAR-10? It has batches, or PNG files in folders of its ten classes and of no others"
+    "Return whether a folder is meant as CIFAR-10: it has batches, or PNG files in folders of its ten classes and of no others"
     pngs = filter(None, map(_png_name.search, names))
     return any(map(_batch_name.search, names)) or {png[2] for png in pngs} == set(cifar10_classes)
 

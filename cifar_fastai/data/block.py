@@ -84,17 +84,23 @@ def _flip_of(vocab, flip): return 'none' if vocab == _digits else flip
 def default_bs(
     data:CIFAR10Data,
     most:int=512, # of the recipe
+    valid:Literal['test', 'holdout']='test', # which images validate
 ) -> int:
     """Return the batch size for a data set: `most`, or less for few pictures of your own.
 
     That is the largest power of two that makes 20 batches of the training images, but at least 8: with fewer steps per
     epoch, the epochs of a recipe are too few."""
-    return _bs_of(data.vocab, len(data.train_y), most)
+    bs, y = _bs_of(data.vocab, len(data.train_y), most), data.train_y
+    if valid == 'test' or data.vocab == list(cifar10_classes): return bs
+    return _without_single_image(bs, np.count_nonzero(~first_of_each_class(y, 0.1)))
 
 def _bs_of(vocab, n, most):
     if vocab == list(cifar10_classes): return most
     bs = min(most, max(8, 2**int(math.log2(max(1, n/20)))))
-    while n > bs and n%bs == 1: bs -= 1 # batch norm needs more than one image
+    return _without_single_image(bs, n)
+
+def _without_single_image(bs, n): # batch norm needs more than one image in the last batch
+    while n > bs and n%bs == 1: bs -= 1
     return bs
 
 def cifar_dls(
@@ -118,7 +124,7 @@ def cifar_dls(
     if bs is not None and bs < 1: raise ValueError(f'bs is {bs}: must be 1 or more')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source, size=size)
-    if bs is None: bs = default_bs(data, source_defaults('loaded' if source is data else source, bs=recipe.bs)['bs'])
+    if bs is None: bs = default_bs(data, source_defaults('loaded' if source is data else source, bs=recipe.bs)['bs'], valid)
     aug = aug or sized_augment(data.size, sized(recipe, data.size)['cutout'], default_flip(data, recipe.flip))
     block = cifar_block(stats or data.stats, data.vocab, aug, valid, data.size)
     kwargs = dict(bs=bs, drop_last=False, seed=seed, num_workers=num_workers, device=resolve_device(device))

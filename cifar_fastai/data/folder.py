@@ -229,8 +229,8 @@ class FolderData(CIFAR10Data):
 
 class FolderNotes(NamedTuple):
     "What is known of a folder of pictures beside its images"
-    has_split: bool # has it a folder to validate on?
-    skipped: dict # number of files that are no pictures by their suffix, by suffix
+    has_split: bool # whether it has a folder to validate on
+    skipped: dict # number of files that were skipped, by suffix
     n_beside: int # pictures beside the class folders
     n_deep: int # pictures of 16 bits per channel
     n_dark: int # of them, those that use less than a sixteenth of the range

@@ -76,7 +76,7 @@ def _is_of_cifar100(name): return bool(_png_name.search(name) or _pickle_name.se
 def is_cifar100(
     path:Path, # archive
 ) -> bool:
-    "Has an archive images of CIFAR-100, and none of CIFAR-10 before them? The errors are those of `read_cifar100`"
+    "Return whether an archive has images of CIFAR-100, and none of CIFAR-10 before them. The errors are those of `read_cifar100`"
     def is_either(name): return _is_wanted(name) or _is_of_cifar100(name)
     first = next(iter_members(path, is_either, _max_pickle_bytes), None)
     return first is not None and not _is_wanted(first[0])

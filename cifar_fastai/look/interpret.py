@@ -220,9 +220,9 @@ def balanced_accuracy(self:CifarInterpretation) -> float:
 
 @patch(as_prop=True)
 def is_unbalanced(self:CifarInterpretation) -> bool:
-    "Do the classes differ in their number of images by more than a factor of 1.5?"
-    counts = self.targs.bincount()
-    return bool(counts.max() > 1.5*counts[counts > 0].min())
+    "Return whether the largest class has more than 1.2 times the images of the smallest, or a class has none"
+    counts = self.targs.bincount(minlength=len(self.vocab))
+    return bool(counts.max() > 1.2*counts.min())
 
 @patch
 def print_classification_report(self:CifarInterpretation) -> None:

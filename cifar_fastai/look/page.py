@@ -33,7 +33,7 @@ from ..models import CustomResNet
 from ..callback.schedule import LRBounds
 from ..run.folder import read_config, read_history, read_range_test, read_summary
 from .interpret import CifarInterpretation
-from .plots import drawable
+from .plots import fallback_fonts
 
 # %% ../../nbs/50_look.page.ipynb #0db6c5d9
 class RunRecord(NamedTuple):
@@ -177,7 +177,7 @@ def page_plot(
 ) -> Markup: # `svg` element
     "Return a plot as inline SVG in the text colour of the page"
     # The salt makes the ids inside the SVG unique in a page, and the same each time.
-    with mpl.rc_context({**_style, 'svg.hashsalt': alt}), drawable([alt]):
+    with mpl.rc_context({**_style, 'svg.hashsalt': alt}), fallback_fonts([alt]):
         fig = Figure(figsize=size, layout='constrained')
         plot(fig.subplots())
         buffer = io.StringIO()

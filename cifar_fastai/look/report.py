@@ -187,8 +187,8 @@ def _duration(seconds) -> str:
     return f'{minutes} min' if minutes < 120 else f'{hours:.1f} h'
 
 def _balanced(interp): # -> the balanced accuracy, if some classes have more images than others
-    counts = interp.targs.bincount()
-    if counts.max() <= 1.2*counts[counts > 0].min(): return []
+    if not interp.is_unbalanced: return []
+    counts = interp.targs.bincount(minlength=len(interp.vocab))
     note = f'mean recall of the classes, which have {counts.min():,} to {counts.max():,} images'
     return [('balanced accuracy', _percent(interp.balanced_accuracy), note)]
 
@@ -303,7 +303,7 @@ def _cams(interp, wrong, explain):
 
 def _explainer(record): # -> function: images and labels → images with Grad-CAM maps; `None` without Captum or weights
     try: model, config = load_run(record.path)
-    except (ValueError, OSError): return None
+    except (ValueError, OSError, ModuleNotFoundError): return None
     return explainer(model, config['data']['stats'], record.settings.size)
 
 def _label_issues(interp, k=24): # -> list of dicts: uri, idx, given, suggested; `None` without cleanlab
@@ -365,7 +365,7 @@ def report_page(
         n_wrong=interp.n_wrong, figures=_figures(record, interp, dls),
         command=repeat_command(record.settings, record.data),
         settings=_settings(record), lr_text=_lr_text(record), aug=_augmentation(record),
-        smoothing=_loss_note(record.settings), epochs=record.settings.epochs, machine=_machine(record),
+        loss_note=_loss_note(record.settings), epochs=record.settings.epochs, machine=_machine(record),
         calibration=_calibration_text(record, interp), shift=_shift(record),
         gallery=_gallery(interp, most, explain) if dls else None,
         label_issues=_label_issues(interp) if dls else None, missing=missing.rstrip('.'),

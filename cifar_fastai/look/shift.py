@@ -7,6 +7,7 @@ __all__ = ['shifts', 'shift_file', 'strength_names', 'shifted', 'plot_shifts', '
            'read_shift_table', 'plot_shift_table', 'plot_shift_rows']
 
 # %% ../../nbs/46_look.shift.ipynb #56fa0869
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,24 +27,27 @@ from .calibration import calibration
 def _mean_colour(x): return x.float().mean(dim=(1, 2)).tolist()
 
 def _jpeg(x, quality): return tv.jpeg(x, quality)
-def _blur(x, sigma): return tv.gaussian_blur(x, [7, 7], [sigma, sigma])
+def _scaled(x, pixels): return round(pixels*x.shape[-1]/32)
+def _blur(x, sigma):
+    sigma = sigma*x.shape[-1]/32
+    return tv.gaussian_blur(x, [max(7, 2*math.ceil(3*sigma) + 1)]*2, [sigma, sigma])
 def _noise(x, sigma): return (tv.gaussian_noise(x.float()/255, sigma=sigma)*255).round().to(torch.uint8)
 def _rotate(x, degrees): return tv.rotate(x, degrees, InterpolationMode.BILINEAR, fill=_mean_colour(x))
-def _translate(x, pixels): return tv.affine(x, 0, [pixels, pixels], 1, [0, 0], fill=_mean_colour(x))
+def _translate(x, pixels): return tv.affine(x, 0, [_scaled(x, pixels)]*2, 1, [0, 0], fill=_mean_colour(x))
 def _lower_resolution(x, size):
-    small = tv.resize(x, [size, size], antialias=True)
+    small = tv.resize(x, [_scaled(x, size)]*2, antialias=True)
     return tv.resize(small, list(x.shape[1:]), antialias=True)
 
 # Name → (function of a `uint8` image (3, H, W) and a strength, three strengths, unit)
 shifts = {
     'JPEG compression': (_jpeg, (80, 50, 20), 'quality'),
-    'blur': (_blur, (.5, .75, 1.), 'sigma in pixels'),
+    'blur': (_blur, (.5, .75, 1.), 'sigma in pixels of 32'),
     'noise': (_noise, (.02, .05, .1), 'sigma, of 1'),
     'brightness': (tv.adjust_brightness, (.75, .5, .25), 'factor'),
     'contrast': (tv.adjust_contrast, (.75, .5, .25), 'factor'),
     'rotation': (_rotate, (10, 20, 30), 'degrees'),
-    'translation': (_translate, (2, 4, 8), 'pixels, right and down'),
-    'lower resolution': (_lower_resolution, (24, 20, 16), 'pixels per side')}
+    'translation': (_translate, (2, 4, 8), 'pixels of 32, right and down'),
+    'lower resolution': (_lower_resolution, (24, 20, 16), 'pixels per side, of 32')}
 
 def shifted(
     images, # `uint8` (N, H, W, 3)

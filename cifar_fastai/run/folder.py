@@ -24,7 +24,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from ..core import printable, settings_from
 from ..files import Count, Positive, Share, Text, ThreeNumbers, check_file, checked, read_json, write_json
-from ..data.source import load_cifar10
+from ..data.source import load_cifar10, source_folder
+from ..callback.precision import resolve_precision
 from ..data.augment import sized_augment
 from ..data.block import cifar_dls
 from ..networks import build_network
@@ -321,7 +322,7 @@ def learner_from_run(
     if the classes of the data are not those of the run, or its pictures have changed."""
     model, config = load_run(run, weights)
     settings = settings_from(config['settings']).resolved()
-    changed = data is None and Path(settings.data).is_dir() # pictures of your own may have changed since
+    changed = data is None and source_folder(settings.data) # pictures of your own may have changed since
     try: data = load_cifar10(settings.data if data is None else data, size=settings.size)
     except FileNotFoundError as e: raise missing_data(e, settings.data, run) if data is None else e from None
     facts = config['data']
@@ -333,4 +334,9 @@ def learner_from_run(
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
                     aug=sized_augment(**settings.augmentation), stats=facts['stats'],
                     num_workers=settings.num_workers, recipe=settings.recipe)
-    return no_bar_without_tty(cifar_learner(dls, model, settings.precision, **settings.optimization))
+    precision = _supported_precision(settings.precision, dls.device)
+    return no_bar_without_tty(cifar_learner(dls, model, precision, **settings.optimization))
+
+def _supported_precision(precision, device): # the run may come from a machine with other devices
+    try: return resolve_precision(precision, device)
+    except ValueError: return 'auto'

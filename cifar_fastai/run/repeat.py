@@ -61,7 +61,7 @@ def _check_folder(folder):
     if not folder.exists(): return
     if not folder.is_dir(): raise ValueError(f'out is {folder}: must be a folder')
     others = [file.name for file in folder.iterdir() if not file.name.startswith(('seed-', 'repeat.json', '.'))]
-    if others: raise ValueError(f'out is {folder}: it has {printable(sorted(others)[0])}, so it is no folder of repeated runs')
+    if others: raise ValueError(f'out is {folder}: it has {printable(sorted(others)[0])}, so it is not a folder of repeated runs')
 
 def repeat_runs(
     settings:RepeatSettings, # `out` is the folder of the run folders

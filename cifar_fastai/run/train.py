@@ -27,13 +27,13 @@ from fastai.vision.all import Callback, Learner, set_seed
 from fastcore.basics import patch
 from typing_extensions import TypedDict
 
-from ..core import (TrainSettings, environment, get_recipe, logger, not_of_other_models, peak_memory, printable,
+from ..core import (TrainSettings, environment, get_recipe, logger, values_for_other_models, peak_memory, printable,
                                recipe_temperatures, require_extra, settings_from)
 from ..files import Count, checked, own_folder, remove_parts, write_json, write_whole
 from ..data.images import CIFAR10Data, cifar10_fingerprint
-from ..data.source import load_cifar10
+from ..data.source import load_cifar10, source_folder
 from ..data.augment import CropFlipCutout, plot_augmented, sized_augment
-from ..data.loader import lost_worker_in_words, resolve_device
+from ..data.loader import explain_lost_worker, resolve_device
 from ..data.block import cifar_dls, default_bs, default_flip, implied_settings
 from ..callback.schedule import LRBounds, OneCycle, plot_range_test, resolve_bounds
 from ..callback.precision import precision_callbacks, precision_of
@@ -43,7 +43,7 @@ from ..networks import check_name, check_output, pretrained_stats
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
 from .folder import RunFolder, history_columns, missing_data, read_config, read_range_test, read_summary
 from ..look.calibration import fit_temperature, log_probabilities
-from ..look.plots import drawable, plot_classes, plot_history, plot_lrs, save_figure
+from ..look.plots import fallback_fonts, plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
 
 # %% ../../nbs/43_run.train.ipynb #06b168a5
@@ -77,8 +77,9 @@ def run_config(
     learn:Learner=None, # to record its device and precision
 ) -> dict: # JSON-ready
     "Return the content of `config.json`"
-    facts = dict(vocab=list(data.vocab), stats=_stats(settings, data), fingerprint=data.fingerprint,
-                 is_cifar10=data.fingerprint == cifar10_fingerprint, n_train=len(data.train_y), n_test=len(data.test_y))
+    fingerprint = data.fingerprint
+    facts = dict(vocab=list(data.vocab), stats=_stats(settings, data), fingerprint=fingerprint,
+                 is_cifar10=fingerprint == cifar10_fingerprint, n_train=len(data.train_y), n_test=len(data.test_y))
     return dict(id=token_hex(16), settings=asdict(settings.resolved()), bounds=bounds and bounds._asdict(), data=facts,
                 environment=run_environment(learn) if learn else environment())
 
@@ -311,7 +312,7 @@ def load_data(
     settings = replace(settings, size=data.size)
     defaults = settings.resolved()
     flip = settings.flip or (defaults.flip if 'flip' in getattr(settings, 'without', ()) else default_flip(data, defaults.flip))
-    bs = settings.bs or default_bs(data, defaults.bs)
+    bs = settings.bs or default_bs(data, defaults.bs, settings.valid)
     return replace(settings, bs=bs, flip=flip).resolved(), data
 
 def unused_ingredients(
@@ -319,10 +320,15 @@ def unused_ingredients(
 ) -> list[str]:
     "Return the ingredients of the recipe that the model of a run has no use for"
     recipe = get_recipe(settings.recipe)
-    values = {} if settings.model == 'custom' else not_of_other_models
+    values = {} if settings.model == 'custom' else values_for_other_models
     return [name for name, value in values.items() if getattr(recipe, name) != value]
 
 def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
+
+def _check_last_batch(settings, n):
+    if settings.model == 'custom' or n%settings.bs != 1: return # `CustomResNet` has a map of 2×2 or more before its pooling
+    reason = f'the last batch of {n:,} training images has 1 image, and batch norm may need 2'
+    raise ValueError(f'bs is {settings.bs}: {reason}: give another batch size')
 
 def settings_learner(
     settings:TrainSettings,
@@ -337,6 +343,7 @@ def settings_learner(
                     aug=sized_augment(**settings.augmentation), stats=_stats(settings, data),
                     num_workers=settings.num_workers, device=device, recipe=settings.recipe)
     processes.check(dls)
+    _check_last_batch(settings, dls.train.n)
     model = new_model(dls, settings.whiten, settings.dirac, settings.model, settings.pretrained, **settings.network)
     if settings.model != 'custom':
         for size in set(settings.sizes): check_output(model, settings.model, dls.c, size)
@@ -377,8 +384,7 @@ def train(
 ) -> dict: # content of `summary.json`, in each process
     "Train one run. On Ctrl-C or SIGTERM, save a checkpoint, the history and the weights before raising"
     run = processes.from_first(lambda: new_run_folder(settings.out))
-    folder = Path(settings.data).absolute()
-    if folder.is_dir() and folder in run.absolute().parents:
+    if source_folder(settings.data) in run.resolve().parents:
         raise ValueError(f'out is {run}: it is in the folder of the images, {settings.data}, and would be a class of its own')
     settings, data = load_data(settings, data, processes)
     learn, data = settings_learner(settings, data, processes)
@@ -394,7 +400,7 @@ def _check_images(processes, data, fingerprint=None): # `None`: that of the firs
         raise ValueError(f'the images are not those of the run: {data}, {data.origin}')
 
 # %% ../../nbs/43_run.train.ipynb #b823c9fb
-@lost_worker_in_words()
+@explain_lost_worker()
 def _run(settings, learn, data, save_run):
     "Find the bounds, fit, and finish the run; a resumed run skips what is already done"
     save_run.begin()
@@ -470,7 +476,7 @@ def _save_interrupted(learn, save_run, checkpoints, logs):
 
 def _finish(settings, learn, data, tested, save_run, logs):
     summary, interp = finish_run(learn, save_run, tested, data)
-    with drawable():
+    with fallback_fonts():
         for log in logs: log.write_pictures(interp)
     images = dict(test='test images', holdout='held-out training images')[settings.valid]
     balanced = f", balanced accuracy {interp.balanced_accuracy:.2%}" if interp.is_unbalanced else ''
@@ -561,8 +567,9 @@ def _resume(run, changes, data, force, processes):
     save_run.begin()
     try:
         if summary := processes.from_first(lambda: _finished(run)): return summary
-        try: learn, data = settings_learner(settings, data, processes)
+        try: settings, images = load_data(settings, data, processes)
         except FileNotFoundError as e: raise missing_data(e, settings.data, run) if data is None else e from None
+        learn, data = settings_learner(settings, images, processes)
         _check_images(processes, data, fingerprint)
         machine = processes.in_turn(lambda: _check_versions(config, learn, force))
         if machine: warnings.warn(f'{"; ".join(machine)}: the weights may differ from those of an uninterrupted run', stacklevel=2)
