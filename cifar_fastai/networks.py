@@ -14,10 +14,11 @@ from functools import partial
 from itertools import chain
 
 import torch
+from fastcore.foundation import L
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .core import Norm, logger, require_extra, models_with_norm
+from .core import Norm, logger, models_with_norm, require_extra
 from .models import CustomResNet, check_norm, norm_layer
 from .data.picture import one_line
 
@@ -62,7 +63,7 @@ def build_network(
     if name in models_with_norm: model = small_image_resnet(name, n_out, **norms)
     else: model = _by_name(name, n_out, size)
     check_output(model, name, n_out, size)
-    if pretrained: load_pretrained_layers(model, name)
+    if pretrained: load_pretrained_layers(model, name, size)
     return model
 
 def _by_name(name, n_out, size):
@@ -98,12 +99,12 @@ def _check_timm(name):
     if re.fullmatch(r'[a-z0-9_.]+', name) and timm.is_model(name.split('.')[0]): return # no address, from which code may come
     raise _unknown(f'timm:{name}', [f'timm:{known}' for known in timm.list_models()])
 
-def _of_timm(name, n_out, size):
+def _of_timm(name, n_out, size, pretrained=False):
     import timm
     kind = name.split('.')[0]
     has_size = timm.models.is_model_in_modules(kind, ['vision_transformer', 'swin_transformer', 'deit'])
     options = dict(img_size=size) if has_size else {}
-    return timm.create_model(name, pretrained=False, num_classes=n_out, **options)
+    return timm.create_model(name, pretrained=pretrained, num_classes=n_out, **options)
 
 def _does_not_fit(name, size, reason):
     return ValueError(f'model is {name!r}: it does not take images of {size}×{size}: {reason[:200]}')
@@ -171,13 +172,14 @@ def _offered(name): # -> a description with `mean` and `std`
 def load_pretrained_layers(
     model:nn.Module, # of `build_network`, changed in place
     name:str, # of the same network
+    size:int=32, # pixels of a side of an image
 ):
     """Load pretrained weights, which are downloaded first if needed, into all layers whose shape they fit.
 
-    The rest stays new, and is logged. Raises `ValueError` if there are none, and `FileNotFoundError` if they cannot be
+    timm resamples the position embeddings of a transformer to `size`. The rest stays new, and is logged. Raises `ValueError` if there are none, and `FileNotFoundError` if they cannot be
     had."""
     _offered(name)
-    try: found = _weights_of(name)
+    try: found = _weights_of(name, model, size)
     except Exception as e: # of the network, of a checksum, or of a file
         reason = one_line(e)[:300]
         raise FileNotFoundError(f'pretrained is True: the weights of {name} cannot be loaded: {reason}') from None
@@ -194,11 +196,14 @@ def pretrained_splitter(
     "Split the parameters for fastai's `freeze` and `fine_tune`, which begin with the new layers alone"
     groups = [], []
     for name, p in model.named_parameters(): groups[name in model.new_tensors].append(p)
-    return list(groups)
+    return [group for group in groups if group]
 
-def _weights_of(name): # -> {name of a tensor: tensor}
+def _weights_of(name, model, size): # -> {name of a tensor: tensor}
     if name.startswith('timm:'):
-        import timm
-        return timm.create_model(name.removeprefix('timm:'), pretrained=True).state_dict()
+        found = _of_timm(name.removeprefix('timm:'), model.num_classes, size, pretrained=True).state_dict()
+        cfg = _offered(name)
+        if model.num_classes == cfg.num_classes: return found
+        new = tuple(f'{layer}.' for layer in L(cfg.classifier)) # timm makes it anew for other classes
+        return {key: t for key, t in found.items() if not key.startswith(new)}
     from torchvision.models import get_model_weights
     return get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)

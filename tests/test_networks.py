@@ -239,6 +239,20 @@ def test_timm_loads_its_own_weights(tmp_path, monkeypatch):
     assert torch.equal(model.layer4[0].conv1.weight, state['layer4.0.conv1.weight']) and model.fc.weight.shape[0] == 3
     assert pretrained_stats('timm:resnet10t')[0] == pytest.approx((.485, .456, .406))
 
+@needs_timm
+def test_timm_resamples_the_positions_of_a_transformer(tmp_path, monkeypatch):
+    import timm
+    state = timm.create_model('vit_tiny_patch16_224', pretrained=False).state_dict()
+    torch.save(state, tmp_path/'weights.pth')
+    monkeypatch.setattr(timm.get_pretrained_cfg('vit_tiny_patch16_224'), 'file', str(tmp_path/'weights.pth'), raising=False)
+    from timm.models import _registry
+    for name, cfg in _registry._model_pretrained_cfgs.items():
+        if name.startswith('vit_tiny_patch16_224'): monkeypatch.setattr(cfg, 'file', str(tmp_path/'weights.pth')); monkeypatch.setattr(cfg, 'custom_load', False)
+    model = build_network('timm:vit_tiny_patch16_224', 3, 32, pretrained=True)
+    assert model.new_tensors == {'head.weight', 'head.bias'} and model.pos_embed.shape == (1, 5, 192)
+    assert torch.allclose(model.pos_embed[:, 0], state['pos_embed'][:, 0]) and torch.equal(model.blocks[3].attn.qkv.weight, state['blocks.3.attn.qkv.weight'])
+    assert (model.pos_embed[:, 1:].mean() - state['pos_embed'][:, 1:].mean()).abs() < 1e-2
+
 def test_weights_that_cannot_be_had_are_one_sentence(home):
     with pytest.raises(FileNotFoundError, match='pretrained is True.*resnet34') as e: build_network('resnet34', pretrained=True)
     assert '\n' not in str(e.value)
