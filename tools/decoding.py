@@ -2,10 +2,11 @@
 
     python tools/decoding.py [N [--turns TURNS] [--out OUT.json]]
 
-Writes N files of 256×256 pixels, which are crops of scikit-learn's two photographs, to a temporary folder. `read_folder` reads them
-at 32×32, and so do two programs of Pillow and NumPy alone: a pool of threads and a pool of processes, one per core, each with
-`Image.open(file).convert('RGB').resize((32, 32))`. All make the same pixels, which is checked. Each measurement is a process of its own,
-and they take turns. The ratio of a turn is that of `read_folder` to the faster of the two pools. Imports are not measured; the pools are."""
+Writes N files of 256×256 pixels, which are crops of scikit-learn's two photographs, to a temporary folder. `read_folder`
+reads them at 32×32, and so do two programs of Pillow and NumPy alone: a pool of threads and a pool of processes, one per
+core, each with `Image.open(file).convert('RGB').resize((32, 32))`. All make the same pixels, which is checked. Each
+measurement is a process of its own, and they take turns. The ratio of a turn is that of `read_folder` to the faster of
+the two pools. Imports are not measured; the pools are."""
 import argparse, json, os, subprocess, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from hashlib import sha256
@@ -62,7 +63,8 @@ def measure(name, folder): # in a process of its own -> dict
     before, start = memory('VmRSS'), time.perf_counter()
     arrays = read(folder)
     seconds, peak = time.perf_counter() - start, memory('VmHWM')
-    beyond = None if peak is None else peak - before - sum(x.nbytes for x in arrays) # of this process, without others of a pool
+    of_result = sum(x.nbytes for x in arrays)
+    beyond = None if peak is None else peak - before - of_result # of this process, without others of a pool
     digest = sha256(b''.join(sorted(img.tobytes() for x in arrays for img in x))).hexdigest()
     return dict(seconds=seconds, memory=beyond, pixels=digest)
 
@@ -71,7 +73,8 @@ def in_turns(folder, n_turns): # -> {name: measurements, one per turn}
     found = {name: [] for name in names}
     for turn in range(n_turns):
         for name in names[turn % 3:] + names[:turn % 3]:
-            done = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--measure', name, folder], check=True, stdout=subprocess.PIPE)
+            command = [sys.executable, '-W', 'ignore', __file__, '--measure', name, folder]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             found[name].append(json.loads(done.stdout))
     pixels = {measured['pixels'] for of_name in found.values() for measured in of_name}
     if len(pixels) > 1: sys.exit('the readers made different pixels')
@@ -82,15 +85,19 @@ def summary(found, n, n_bytes): # -> JSON-ready dict
     from cifar_fastai.core import environment
     rates = {name: [n/measured['seconds'] for measured in found[name]] for name in names}
     ratio = [package/max(pools) for package, *pools in zip(*rates.values())]
-    return dict(n=n, bytes_per_file=n_bytes/n, images_per_second=rates, ratio=ratio, memory_beyond_result=[measured['memory'] for measured in found['read_folder']],
+    beyond = [measured['memory'] for measured in found['read_folder']]
+    return dict(n=n, bytes_per_file=n_bytes/n, images_per_second=rates, ratio=ratio, memory_beyond_result=beyond,
                 result_bytes=n*32*32*3, cores=n_cores(), environment=environment())
 
 
 def show(result):
-    print(f"{result['n']:,} JPEG files of 256×256 pixels, {result['bytes_per_file']/1000:.1f} kB each, {result['cores']} cores; images/s")
+    files = f"{result['n']:,} JPEG files of 256×256 pixels, {result['bytes_per_file']/1000:.1f} kB each"
+    print(f"{files}, {result['cores']} cores; images/s")
     print('turn', *(f'{name:>12}' for name in names), '       ratio', '  memory beyond the result, MB')
-    for turn, (*rates, ratio, beyond) in enumerate(zip(*result['images_per_second'].values(), result['ratio'], result['memory_beyond_result']), 1):
-        print(f'{turn:4}', *(f'{rate:12,.0f}' for rate in rates), f'{ratio:12.3f}', '' if beyond is None else f'{beyond/1e6:12.1f}')
+    turns = zip(*result['images_per_second'].values(), result['ratio'], result['memory_beyond_result'])
+    for turn, (*rates, ratio, beyond) in enumerate(turns, 1):
+        memory = '' if beyond is None else f'{beyond/1e6:12.1f}'
+        print(f'{turn:4}', *(f'{rate:12,.0f}' for rate in rates), f'{ratio:12.3f}', memory)
     print(f"mean ratio {np.mean(result['ratio']):.3f}")
 
 

@@ -124,7 +124,8 @@ def cifar_dls(
     if bs is not None and bs < 1: raise ValueError(f'bs is {bs}: must be 1 or more')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source, size=size)
-    if bs is None: bs = default_bs(data, source_defaults('loaded' if source is data else source, bs=recipe.bs)['bs'], valid)
+    most = source_defaults('loaded' if source is data else source, bs=recipe.bs)['bs']
+    if bs is None: bs = default_bs(data, most, valid)
     aug = aug or sized_augment(data.size, sized(recipe, data.size)['cutout'], default_flip(data, recipe.flip))
     block = cifar_block(stats or data.stats, data.vocab, aug, valid, data.size)
     kwargs = dict(bs=bs, drop_last=False, seed=seed, num_workers=num_workers, device=resolve_device(device))

@@ -50,7 +50,9 @@ def pictures_among(names:list) -> list: # of file names
     "Return the names of pictures, by their suffixes"
     return [name for name in names if _suffix(name) in picture_suffixes]
 
-def _skipped_among(names): return [name for name in names if _suffix(name) not in (None, *picture_suffixes, *_never_pictures)]
+def _skipped_among(names):
+    known = None, *picture_suffixes, *_never_pictures
+    return [name for name in names if _suffix(name) not in known]
 
 def _subfolders(folder): # -> names; a link to a folder counts
     with os.scandir(folder) as entries: names = [entry.name for entry in entries if os.path.isdir(entry.path)]
@@ -185,7 +187,8 @@ def _read_all(folder, files, size, show_progress, into=None): # -> (images, is e
             except (OSError, ValueError) as e: reasons[i] = _reason(e, path)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # here, because warning filters are global: threads would overwrite each other's
-        parallel(read, list(chunked(range(len(files)), 32)), n_workers=defaults.cpus, threadpool=True, progress=show_progress)
+        parts = list(chunked(range(len(files)), 32))
+        parallel(read, parts, n_workers=defaults.cpus, threadpool=True, progress=show_progress)
     _report_unreadable(folder, {files[i]: reasons[i] for i in sorted(reasons)}, len(files))
     return x, np.array([i not in reasons for i in range(len(files))]), peaks
 

@@ -103,7 +103,8 @@ def _read_arrays(path:Path): # -> {name: array}
         with open(check_file(path, 2**36), 'rb') as f, np.load(f, allow_pickle=False) as arrays: return dict(arrays)
     modes = {name: 'r' if name in ('train_x', 'test_x') else None for name in CIFAR10Data._fields}
     if (path/'notes.npy').exists(): modes['notes'] = None
-    return {name: np.load(check_file(path/f'{name}.npy', 2**40), mode, allow_pickle=False) for name, mode in modes.items()}
+    files = {name: check_file(path/f'{name}.npy', 2**40) for name in modes}
+    return {name: np.load(file, modes[name], allow_pickle=False) for name, file in files.items()}
 
 def _with_notes(data, files, **notes): return FolderData(*data, files=files), FolderNotes(**notes)
 
@@ -120,7 +121,8 @@ def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
             for x, y in (data[:2], data[2:4]):
                 expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
                 if (x.dtype, x.shape, y.dtype, y.shape) != expected: raise ValueError(f'{path} has other arrays')
-            if notes and list(map(len, data.files)) != [len(data.train_y), len(data.test_y)]: raise ValueError(f'{path} has other files')
+            n_files = [len(data.train_y), len(data.test_y)]
+            if notes and list(map(len, data.files)) != n_files: raise ValueError(f'{path} has other files')
             return data, notes
         except Exception: pass # a damaged file may raise anything
 

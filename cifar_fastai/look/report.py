@@ -309,7 +309,8 @@ def _explainer(record): # -> function: images and labels → images with Grad-CA
 def _label_issues(interp, k=24): # -> list of dicts: uri, idx, given, suggested; `None` without cleanlab
     if find_spec('cleanlab') is None: return None
     issues = interp.label_issues(k)
-    return [dict(issue._asdict(), uri=image_uri(interp.image(issue.idx)), file=printable(issue.file)) for issue in issues]
+    shown = lambda issue: dict(uri=image_uri(interp.image(issue.idx)), file=printable(issue.file))
+    return [issue._asdict() | shown(issue) for issue in issues]
 
 # %% ../../nbs/51_look.report.ipynb #d7b0a9cc
 def _shift(record) -> dict|None: # rows and plot; `None` without a table

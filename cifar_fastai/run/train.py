@@ -311,7 +311,8 @@ def load_data(
     data = processes.in_turn(lambda: load_cifar10(settings.data if data is None else data, size=settings.size))
     settings = replace(settings, size=data.size)
     defaults = settings.resolved()
-    flip = settings.flip or (defaults.flip if 'flip' in getattr(settings, 'without', ()) else default_flip(data, defaults.flip))
+    has_no_flip = 'flip' in getattr(settings, 'without', ()) # an ablation
+    flip = settings.flip or (defaults.flip if has_no_flip else default_flip(data, defaults.flip))
     bs = settings.bs or default_bs(data, defaults.bs, settings.valid)
     return replace(settings, bs=bs, flip=flip).resolved(), data
 
@@ -326,7 +327,7 @@ def unused_ingredients(
 def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 def _check_last_batch(settings, n):
-    if settings.model == 'custom' or n%settings.bs != 1: return # `CustomResNet` has a map of 2×2 or more before its pooling
+    if settings.model == 'custom' or n%settings.bs != 1: return # `CustomResNet` has 2×2 positions or more in its norms
     reason = f'the last batch of {n:,} training images has 1 image, and batch norm may need 2'
     raise ValueError(f'bs is {settings.bs}: {reason}: give another batch size')
 
