@@ -319,6 +319,7 @@ def cifar_interpret(settings:InterpretSettings):
     print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format), '\n')
     for actual, predicted, n in interp.most_confused()[:settings.k]:
         print(printable(f'{actual} predicted as {predicted}: {n}'))
+    _print_files(interp.misclassified(settings.k))
     plots = Path(settings.run)/'plots'
     save_plots(plots, interp, history)
     if settings.cam: save_figure(interp.plot_misclassified(25, cam=True), plots/'cam.png')
@@ -327,12 +328,18 @@ def cifar_interpret(settings:InterpretSettings):
     print('\n' + printable(f'plots {plots}'))
 
 # %% ../nbs/80_cli.ipynb #e8072b58
+def _print_files(mistakes): # of pictures of your own, the most confident mistakes first
+    named = [m for m in mistakes if m.file]
+    if named: print()
+    for m in named: print(printable(f'{m.file}: predicted as {m.predicted} ({m.probability:.1%})'))
+
 def _label_issues(interp, k, plots):
     from cifar_fastai.look.plots import save_figure
     issues = interp.label_issues()
-    print(f'\n{len(issues):,} labels are likely to be wrong; the first {min(k, len(issues))}, by position among the validation images:')
+    place = 'file' if issues and issues[0].file else 'position among the validation images'
+    print(f'\n{len(issues):,} labels are likely to be wrong; the first {min(k, len(issues))}, by {place}:')
     for issue in issues[:k]:
-        print(printable(f'{issue.idx}: label {issue.given} ({issue.probability:.1%}), predicted {issue.suggested}'))
+        print(printable(f'{issue.file or issue.idx}: label {issue.given} ({issue.probability:.1%}), predicted {issue.suggested}'))
     if issues: save_figure(interp.plot_label_issues(25), plots/'label_issues.png')
 
 def _shift(interp, settings, plots):

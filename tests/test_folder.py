@@ -1,5 +1,6 @@
 """Folders of pictures of one's own, from the files to a trained run."""
 import json, logging, os, pickle, re, shutil, struct, warnings, zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +148,9 @@ def test_a_cache_of_a_version_that_did_not_keep_the_names_is_made_anew(pets, tmp
     files = load_cifar10(pets).files
     [cache] = (tmp_path/'home').rglob('*.npz')
     arrays = dict(np.load(cache))
-    notes = json.loads(arrays['notes'].item())
+    notes = json.loads(arrays['notes'].tobytes())
     assert list(map(tuple, notes.pop('files'))) == list(map(tuple, files))
-    np.savez(cache, **arrays | dict(notes=np.array(json.dumps(notes))))
+    np.savez(cache, **arrays | dict(notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)))
     assert list(map(list, load_cifar10(pets).files)) == list(map(list, files))
 
 def test_a_hundred_and_more_than_256_classes_are_read(tmp_path):
@@ -285,6 +286,13 @@ def trained(tmp_path_factory):
     settings = TrainSettings(str(folder/'pictures'), size=48, epochs=2, width=8, lr_min=1e-3, lr_max=1e-2, num_workers=0, precision='fp32', out=str(folder/'run'))
     train(settings)
     return folder/'run', folder/'pictures'
+
+def test_the_command_names_the_files_of_mistakes_and_doubtful_labels(trained, capsys):
+    run, pictures = trained
+    cifar_interpret([str(run), '--k', '4', *['--label_issues']*bool(find_spec('cleanlab'))])
+    said, interp = capsys.readouterr().out, CifarInterpretation.from_run(run)
+    assert all(f'{m.file}: ' in said and (pictures/m.file).is_file() for m in interp.misclassified(4))
+    if find_spec('cleanlab'): assert all(f'{issue.file}: label {issue.given}' in said for issue in interp.label_issues(4))
 
 def test_a_run_records_size_and_batch_size_and_everything_reads_them(trained, tmp_path):
     run, pictures = trained

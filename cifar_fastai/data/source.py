@@ -117,7 +117,7 @@ def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
             arrays = _read_arrays(path)
             notes = arrays.pop('notes', None)
             data = CIFAR10Data(**arrays | {'vocab': arrays['vocab'].tolist()})
-            if notes is not None: data, notes = _with_notes(data, **json.loads(notes.item()))
+            if notes is not None: data, notes = _with_notes(data, **json.loads(notes.tobytes()))
             for x, y in (data[:2], data[2:4]):
                 expected = np.uint8, (len(y), data.size, data.size, 3), np.int64, (len(x),)
                 if (x.dtype, x.shape, y.dtype, y.shape) != expected: raise ValueError(f'{path} has other arrays')
@@ -128,7 +128,8 @@ def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
 
 def _arrays(data, notes): # -> {name: array or list}
     if notes is None: return data._asdict()
-    return data._asdict() | dict(notes=np.array(json.dumps(notes._asdict() | dict(files=data.files))))
+    facts = json.dumps(notes._asdict() | dict(files=data.files)).encode()
+    return data._asdict() | dict(notes=np.frombuffer(facts, dtype=np.uint8)) # text of NumPy takes 4 bytes a character
 
 def _write_cache(file:Path, data:CIFAR10Data, notes:FolderNotes|None=None):
     "Write the cache file, or warn that it cannot be written"
