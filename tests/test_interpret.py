@@ -723,3 +723,15 @@ def test_a_character_is_drawn_in_a_font_that_has_it():
     drawn = [t for t in texts if script_a in t.get_text()]
     assert len(drawn) > 3 and all(set(t.get_fontfamily()) & set(with_it) for t in drawn)
     assert plt.rcParams['font.family'] == plt.rcParamsDefault['font.family']
+
+@pytest.mark.parametrize('plot', [lambda: plot_images([np.zeros((8, 8, 3), np.uint8)], ['é']), lambda: plot_classes(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)%2, ['é', 'b'])], ids=['images', 'classes'])
+def test_what_a_first_figure_sets_is_kept(plot, monkeypatch):
+    "It makes pyplot interactive in a notebook, which shows no further figure otherwise"
+    subplots = plt.subplots
+    def first(*args, **kwargs):
+        plt.ion()
+        return subplots(*args, **kwargs)
+    monkeypatch.setattr(plt, 'subplots', first)
+    with plt.ioff():
+        plot()
+        assert plt.isinteractive()

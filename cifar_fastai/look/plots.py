@@ -71,10 +71,12 @@ def fallback_fonts(
     "Draw with fonts that have the characters of `texts`, without warnings of characters that no font has"
     chars = ''.join(sorted({char for text in texts for char in text if ord(char) > 127 and char.isprintable()}))
     family = mpl.rcParams['font.family']
-    families = [*family, *_fallbacks(tuple(family), chars)]
-    with mpl.rc_context({'font.family': families}), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
-        yield
+        # `rc_context` would restore all parameters: a first figure in a notebook makes pyplot interactive.
+        mpl.rcParams['font.family'] = [*family, *_fallbacks(tuple(family), chars)]
+        try: yield
+        finally: mpl.rcParams['font.family'] = family
 
 # %% ../../nbs/41_look.plots.ipynb #7d217739
 def figure_format(
