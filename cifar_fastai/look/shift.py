@@ -41,13 +41,13 @@ def _lower_resolution(x, size):
 # Name → (function of a `uint8` image (3, H, W) and a strength, three strengths, unit)
 shifts = {
     'JPEG compression': (_jpeg, (80, 50, 20), 'quality'),
-    'blur': (_blur, (.5, .75, 1.), 'sigma in pixels of 32'),
+    'blur': (_blur, (.5, .75, 1.), 'sigma, 32 pixels'),
     'noise': (_noise, (.02, .05, .1), 'sigma, of 1'),
     'brightness': (tv.adjust_brightness, (.75, .5, .25), 'factor'),
     'contrast': (tv.adjust_contrast, (.75, .5, .25), 'factor'),
     'rotation': (_rotate, (10, 20, 30), 'degrees'),
-    'translation': (_translate, (2, 4, 8), 'pixels of 32, right and down'),
-    'lower resolution': (_lower_resolution, (24, 20, 16), 'pixels per side, of 32')}
+    'translation': (_translate, (2, 4, 8), 'of 32 pixels'),
+    'lower resolution': (_lower_resolution, (24, 20, 16), 'of 32 pixels')}
 
 def shifted(
     images, # `uint8` (N, H, W, 3)
