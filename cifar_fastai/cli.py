@@ -303,15 +303,16 @@ def cifar_interpret(settings:InterpretSettings):
     from cifar_fastai.data.loader import explain_lost_worker
     from cifar_fastai.look.interpret import CifarInterpretation
     from cifar_fastai.look.plots import save_figure
-    from cifar_fastai.run.folder import read_config, read_history
+    from cifar_fastai.run.folder import read_config, read_history, validation_images
     from cifar_fastai.run.train import best_is, save_plots
-    history = read_history(settings.run)
+    config, history = read_config(settings.run), read_history(settings.run)
     with explain_lost_worker():
         interp = CifarInterpretation.from_run(settings.run, settings.data, settings.weights)
         averaged = interp.flip_averaged().accuracy if settings.flip_average else None
     _say_if_unfinished('cifar_interpret', settings.run)
-    valid = settings_from(read_config(settings.run)['settings']).valid
-    chosen = f', with the best weights, {best_is(valid)}' if settings.weights == 'best' else ''
+    recorded = config['settings']
+    images = validation_images(recorded['data'], recorded['valid'], config['data']['vocab'])
+    chosen = f', with the best weights, {best_is(images)}' if settings.weights == 'best' else ''
     balanced = f', balanced accuracy {interp.balanced_accuracy:.2%}' if interp.is_unbalanced else ''
     print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}{chosen}')
     if settings.flip_average: print(f'with test-time augmentation (horizontal flip) {averaged:.2%}')
@@ -336,11 +337,13 @@ def _print_files(mistakes): # of pictures of your own, the most confident mistak
 def _label_issues(interp, k, plots):
     from cifar_fastai.look.plots import save_figure
     issues = interp.label_issues()
-    place = 'file' if issues and issues[0].file else 'position among the validation images'
-    print(f'\n{len(issues):,} labels are likely to be wrong; the first {min(k, len(issues))}, by {place}:')
+    if not issues: return print('\nno label is likely to be wrong')
+    place = 'file' if issues[0].file else 'position among the validation images'
+    are = 'label is' if len(issues) == 1 else 'labels are'
+    print(f'\n{len(issues):,} {are} likely to be wrong; the first {min(k, len(issues))}, by {place}:')
     for issue in issues[:k]:
         print(printable(f'{issue.file or issue.idx}: label {issue.given} ({issue.probability:.1%}), predicted {issue.suggested}'))
-    if issues: save_figure(interp.plot_label_issues(25), plots/'label_issues.png')
+    save_figure(interp.plot_label_issues(25), plots/'label_issues.png')
 
 def _shift(interp, settings, plots):
     import numpy as np

@@ -287,6 +287,29 @@ def trained(tmp_path_factory):
     train(settings)
     return folder/'run', folder/'pictures'
 
+def test_one_picture_in_two_classes_is_no_copy_to_remove_but_a_label_to_correct(split):
+    first = sorted((split/'train'/'a').iterdir())[0]
+    for k in range(3): shutil.copy(sorted((split/'train'/'b').iterdir())[k], split/'test'/'b'/f'again_{k}.png')
+    shutil.copy(first, split/'test'/'c'/'other.png')
+    with pytest.warns(UserWarning, match=r'4 of 13 .*inflates.*1 of them in another class.*test/c/other\.png = train/a/') as found: load_cifar10(split)
+    for k in range(3): (split/'test'/'b'/f'again_{k}.png').unlink()
+    with pytest.warns(UserWarning, match='1 of 10 .*another class') as found: load_cifar10(split)
+    assert 'inflates' not in str(found[0].message)
+
+def test_own_pictures_are_no_test_images(trained, capsys):
+    run, pictures = trained
+    assert 'validation images' in read_json(run/'summary.json')['best_is'] and 'test images' not in write_report(run).read_text()
+
+def test_a_report_says_when_its_images_are_no_longer_those_of_the_run(trained, tmp_path, caplog):
+    run, pictures = trained
+    shutil.copytree(run, tmp_path/'run'); shutil.copytree(pictures, tmp_path/'pictures')
+    config = read_json(tmp_path/'run/config.json')
+    config['settings']['data'] = str(tmp_path/'pictures')
+    write_json(tmp_path/'run/config.json', config)
+    save_squares(tmp_path/'pictures'/'zebra', 1, 'bmp', seed=99)
+    write_report(tmp_path/'run')
+    assert any(record.levelname == 'WARNING' and 'no images' in record.message for record in caplog.records)
+
 def test_the_command_names_the_files_of_mistakes_and_doubtful_labels(trained, capsys):
     run, pictures = trained
     cifar_interpret([str(run), '--k', '4', *['--label_issues']*bool(find_spec('cleanlab'))])

@@ -193,6 +193,7 @@ def _read_all(folder, files, size, show_progress, into=None): # -> (images, is e
     return x, np.array([i not in reasons for i in range(len(files))]), peaks
 
 def _reason(error, path): # without the name of the file
+    if isinstance(error, FileNotFoundError): return 'the file does not exist'
     if isinstance(error, OSError) and error.strerror: return error.strerror
     text = one_line(error)
     for name in path, printable(path): text = text.removeprefix(' '.join(str(name).split())).strip()
@@ -238,16 +239,16 @@ class FolderNotes(NamedTuple):
     n_deep: int # pictures of 16 bits per channel
     n_dark: int # of them, those that use less than a sixteenth of the range
     n_copies: int # validation images that are also training images
+    n_contradictions: int # of them, those of another class there
     copies: list # of the first three: [file to validate on, file to train on]
 
-def _copies(x, files, train, valid): # -> (number, the first three pairs of files)
+def _copies(x, y, files, train, valid): # -> (number, that in other classes, the first three pairs of files)
     first = {}
     for i in np.sort(train): first.setdefault(hashlib.sha256(x[i]).digest(), i)
-    pairs = []
-    for i in np.sort(valid):
-        same = first.get(hashlib.sha256(x[i]).digest())
-        if same is not None: pairs.append([files[i], files[same]])
-    return len(pairs), pairs[:3]
+    found = [(i, first.get(hashlib.sha256(x[i]).digest())) for i in np.sort(valid)]
+    pairs = [(i, same) for i, same in found if same is not None]
+    pairs.sort(key=lambda pair: y[pair[0]] == y[pair[1]]) # contradictions first
+    return len(pairs), sum(bool(y[i] != y[same]) for i, same in pairs), [[files[i], files[same]] for i, same in pairs[:3]]
 
 def _check_splits(folder, vocab, y, is_valid, has_split):
     for label, name in enumerate(vocab):
@@ -284,7 +285,7 @@ def read_with_notes(
     parts = ~is_valid, is_valid
     train, valid = ((_gathered(x, idxs[part], into), y[part]) for part, into in zip(parts, sorted_))
     n_dark = sum(peak < 256//16 for peak in peaks)
-    copies = _copies(x, files, idxs[~is_valid], idxs[is_valid])
+    copies = _copies(x, labels, files, idxs[~is_valid], idxs[is_valid])
     if is_large: decoded.unlink()
     notes = FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies)
     names = tuple([files[i] for i in idxs[part]] for part in parts)
@@ -321,7 +322,7 @@ def folder_lines(
 ) -> list[str]:
     "Return what the log says about a folder of pictures"
     lines = [class_counts(data)]
-    if notes and not notes.has_split: lines.append('no folder to validate on: a fixed fifth of each class validates')
+    if notes and not notes.has_split: lines.append('no folder to validate on: a fixed fifth of each class is set aside for it')
     if notes and notes.n_beside: lines.append(f'pictures beside the class folders are ignored: {notes.n_beside:,}')
     return lines
 
@@ -355,7 +356,10 @@ def warn_of_duplicates(
     "Warn if validation images are also training images"
     n = notes.n_copies if notes else n_duplicates(data)
     if not n: return
-    both = f'{n:,} of {len(data.test_y):,} validation images are also training images'
+    n_other, are = notes.n_contradictions if notes else 0, 'is also a' if n == 1 else 'are also'
+    both = f'{n:,} of {len(data.test_y):,} validation images {are} training image{"s"*(n > 1)}'
+    if n_other < n: both = f'{both}, which inflates the accuracy: remove the copies'
+    if n_other: both += f'; {n_other:,} of them in another class: correct the label'
     pairs = [' = '.join(map(printable, pair)) for pair in (notes.copies if notes else ())]
     shown = f' ({", ".join(pairs)}{", …"*(n > len(pairs))})' if pairs else ''
-    warnings.warn(f'{source}: {both}, which inflates the accuracy: remove the copies{shown}', stacklevel=3)
+    warnings.warn(f'{source}: {both}{shown}', stacklevel=3)

@@ -125,7 +125,7 @@ def _decoding_errors(name):
             yield
     except Exception as e:
         reason = one_line(e)
-        if isinstance(e, UnidentifiedImageError): reason = f'its format is none of {", ".join(picture_formats)}'
+        if isinstance(e, UnidentifiedImageError): reason = f'it is damaged, or its format is none of {", ".join(picture_formats)}'
         raise ValueError(f'{name} cannot be read as an image: {reason}') from None
 
 # %% ../../nbs/03_data.picture.ipynb #5e92c7b2
@@ -238,6 +238,7 @@ def _read_content(content:bytes, name='the picture', size=32, peaks=None) -> np.
     "Read the content of a picture file; raises `ValueError`, which begins with `name`"
     if len(content) > max_bytes: raise ValueError(f'{name} has {len(content):,} bytes: at most {max_bytes:,} are read')
     with _decoding_errors(name):
+        if not content: raise ValueError('the file is empty')
         file = _picture_file(content)
         with Image.open(file, formats=picture_formats) as img:
             if isinstance(file, MeteredFile): file.allow_pixels()

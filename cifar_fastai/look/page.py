@@ -31,7 +31,7 @@ from ..data.augment import sized_augment
 from ..data.block import cifar_dls
 from ..models import CustomResNet
 from ..callback.schedule import LRBounds
-from ..run.folder import read_config, read_history, read_range_test, read_summary
+from ..run.folder import read_config, read_history, read_range_test, read_summary, validation_images
 from .interpret import CifarInterpretation
 from .plots import fallback_fonts
 
@@ -211,7 +211,7 @@ def _template(name) -> Template:
 # %% ../../nbs/50_look.page.ipynb #7f12a00b
 def _percent(accuracy): return '—' if accuracy is None else f'{accuracy:.2%}'
 
-def _valid_images(record): return dict(test='test images', holdout='held-out training images')[record.settings.valid]
+def _valid_images(record): return validation_images(record.settings.data, record.settings.valid, record.data['vocab'])
 
 def _thinned(
     history, # `DataFrame`

@@ -259,7 +259,7 @@ def plot_lrs(
 ) -> plt.Axes:
     "Plot the learning rate over steps"
     if ax is None: _, ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
-    ax.plot(range(len(lrs)) if steps is None else steps, lrs)
+    ax.plot(range(len(lrs)) if steps is None else steps, lrs, marker='.' if len(lrs) == 1 else None)
     ax.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
     if n_batch:
         to_epochs, to_steps = (lambda step: step/n_batch), (lambda epoch: epoch*n_batch)

@@ -18,7 +18,7 @@ import torch
 from fastai.vision.all import DataLoaders
 from scipy.stats import binomtest
 
-from ..core import TrainSettings, cifar10_classes, named_source, printable
+from ..core import TrainSettings, cifar10_classes, logger, named_source, printable
 from ..files import write_whole
 from ..data.images import CIFAR10Data, cifar10_fingerprint
 from ..data.block import implied_settings
@@ -389,5 +389,6 @@ def write_report(
         # No address is tried here, so the list of those that failed is empty.
         missing = ' '.join(str(e).split()).replace(', and it could not be fetched: tried ;', ';')
     if dls: interp = run_predictions(record, dls)
+    else: logger.warning(printable(f'{record.path}: the report has no images: {missing}'))
     page = report_page(record, interp, dls, missing, explain=_explainer(record) if dls else None)
     return write_whole(record.path/'report.html', page.encode(errors='replace'))

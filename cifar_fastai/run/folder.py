@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['history_columns', 'read_config', 'read_summary', 'read_temperature', 'read_csv_exact', 'read_history',
-           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'missing_data', 'learner_from_run']
+           'read_range_test', 'RunFolder', 'load_run', 'unfinished', 'validation_images', 'missing_data',
+           'learner_from_run']
 
 # %% ../../nbs/40_run.folder.ipynb #ab1e0160
 import csv, os, shutil, stat
@@ -22,7 +23,7 @@ from pydantic import Field
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
-from ..core import printable, settings_from
+from ..core import cifar10_classes, named_sets, named_source, printable, settings_from
 from ..files import Count, Positive, Share, Text, ThreeNumbers, check_file, checked, read_json, write_json
 from ..data.source import load_cifar10, source_folder
 from ..callback.precision import resolve_precision
@@ -302,6 +303,16 @@ def unfinished(
     return printable(f'{run} is not finished: it has epoch {n} of {epochs}')
 
 # %% ../../nbs/40_run.folder.ipynb #297373bc
+def validation_images(
+    source, # of the images, in the settings of the run
+    valid:str, # 'test' or 'holdout'
+    vocab, # class names
+) -> str:
+    "Return what the images are called that validate: only a published data set has test images"
+    if valid == 'holdout': return 'held-out training images'
+    is_named = str(named_source(source)) in ('cifar10', 'digits', *named_sets)
+    return 'test images' if is_named or list(vocab) == list(cifar10_classes) else 'validation images'
+
 def missing_data(
     error:FileNotFoundError,
     source, # of the images, in the settings of the run

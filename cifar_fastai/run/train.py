@@ -41,7 +41,8 @@ from ..callback.checkpoint import Checkpoints, FiniteLoss, checkpoints_in, save_
 from ..callback.tensorboard import TensorBoardLog
 from ..networks import check_name, check_output, pretrained_stats
 from ..learner import Processes, cifar_learner, new_model, no_bar_without_tty
-from .folder import RunFolder, history_columns, missing_data, read_config, read_range_test, read_summary
+from .folder import (RunFolder, history_columns, missing_data, read_config, read_range_test,
+                                     read_summary, validation_images)
 from ..look.calibration import fit_temperature, log_probabilities
 from ..look.plots import fallback_fonts, plot_classes, plot_history, plot_lrs, save_figure
 from ..look.interpret import CifarInterpretation
@@ -165,10 +166,10 @@ def write_range_test(
 
 # %% ../../nbs/43_run.train.ipynb #c52f9e1d
 def best_is(
-    valid:str, # 'test' or 'holdout'
+    images:str, # that validate, as `validation_images` calls them
 ) -> str:
     "Return how the best epoch was chosen"
-    return 'chosen on the test images, so optimistic' if valid == 'test' else 'chosen on the held-out images'
+    return 'chosen on the held-out images' if 'held-out' in images else f'chosen on the {images}, so optimistic'
 
 # %% ../../nbs/43_run.train.ipynb #709ea197
 def run_summary(
@@ -187,7 +188,7 @@ def run_summary(
     return dict(
         accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, balanced_accuracy=balanced_accuracy,
         flip_averaged_accuracy=flip_averaged, calibration=calibration, best_accuracy=best and best['accuracy'],
-        best_epoch=best and best['epoch'], best_is=best_is(settings['valid']),
+        best_epoch=best and best['epoch'], best_is=best_is(validation_images(settings['data'], settings['valid'], save_run.config['data']['vocab'])),
         valid=settings['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=settings['seed'],
@@ -391,6 +392,9 @@ def train(
     learn, data = settings_learner(settings, data, processes)
     if processes.n > 1: _check_images(processes, data)
     logger.info(printable(f'{data}, {data.origin}'))
+    if settings.valid == 'holdout':
+        n = learn.dls.valid.n
+        logger.info(f'{n:,} of the training images validate, and the {len(data.test_y):,} other images are not used')
     return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
 
 def _check_images(processes, data, fingerprint=None): # `None`: that of the first process
@@ -479,9 +483,9 @@ def _finish(settings, learn, data, tested, save_run, logs):
     summary, interp = finish_run(learn, save_run, tested, data)
     with fallback_fonts():
         for log in logs: log.write_pictures(interp)
-    images = dict(test='test images', holdout='held-out training images')[settings.valid]
+    images = validation_images(settings.data, settings.valid, data.vocab)
     balanced = f", balanced accuracy {interp.balanced_accuracy:.2%}" if interp.is_unbalanced else ''
-    best = f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(settings.valid)}"
+    best = f"best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']}, {best_is(images)}"
     wrong = f'{interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}'
     logger.info(f"accuracy {summary['accuracy']:.2%} on the {images}, {wrong}; "
                 f"with test-time augmentation (horizontal flip) {summary['flip_averaged_accuracy']:.2%}; "
