@@ -204,6 +204,7 @@ def test_without_the_libraries_of_onnx_the_program_is_still_written(files):
 def test_a_suffix_may_be_in_upper_case():
     assert export_model(None, 'torch', 'network.PT2') == Path('network.PT2') and Path('network.PT2').exists()
     with pytest.raises(FileNotFoundError, match='no.ONNX'): load_classifier('no.ONNX')
+    with pytest.raises(ValueError, match='network.PT2.*ONNX'): load_classifier('network.PT2')
 
 @pytest.mark.parametrize('how', ['file', 'folder', 'link'])
 def test_what_is_there_stays(how):

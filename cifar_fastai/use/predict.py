@@ -24,6 +24,7 @@ from ..look.interpret import class_probabilities
 # %% ../../nbs/55_use.predict.ipynb #a6d20536
 def _load(model, weights): # -> (network, statistics, class names, temperature, size of images)
     if model is None: return load_pretrained(), cifar10_stats, list(cifar10_classes), 1., 32
+    if Path(model).is_file(): raise ValueError(f'{printable(model)} is neither a run folder nor an ONNX file')
     network, config = load_run(model, weights)
     stats, vocab, size = config['data']['stats'], list(config['data']['vocab']), settings_from(config['settings']).size
     return network, stats, vocab, read_temperature(model, weights), size
