@@ -302,7 +302,7 @@ def unfinished(
     n, epochs = len(read_history(run)), settings_from(read_config(run)['settings']).resolved().epochs
     return printable(f'{run} is not finished: it has epoch {n} of {epochs}')
 
-# %% ../../nbs/40_run.folder.ipynb #297373bc
+# %% ../../nbs/40_run.folder.ipynb #a6d4011b
 def validation_images(
     source, # of the images, in the settings of the run
     valid:str, # 'test' or 'holdout'
@@ -313,6 +313,7 @@ def validation_images(
     is_named = str(named_source(source)) in ('cifar10', 'digits', *named_sets)
     return 'test images' if is_named or list(vocab) == list(cifar10_classes) else 'validation images'
 
+# %% ../../nbs/40_run.folder.ipynb #297373bc
 def missing_data(
     error:FileNotFoundError,
     source, # of the images, in the settings of the run
