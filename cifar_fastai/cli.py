@@ -94,6 +94,18 @@ def _check_value(option, value, kind):
     hint = f'; did you mean {point}?' if point != value and fits(point) else ''
     raise ValueError(f'{option} is {value!r}: must be {_describe(kind)}{hint}')
 
+def _check_order(settings, args):
+    "Raise `ValueError` for positional values both before and after options, which the parser does not join"
+    named = [f.name for f in fields(settings) if hasattr(f.type, '__metadata__') and get_origin(f.type.__origin__) is tuple]
+    kinds = {f.name: f.type for f in fields(settings)}
+    if not named or not args or args[0].startswith('--'): return
+    for i, arg in enumerate(args):
+        kind = kinds.get(arg[2:].replace('-', '_')) if arg.startswith('--') else None
+        if kind is None or any(get_origin(part) is tuple for part in (kind, *get_args(kind))): continue
+        n_values = 0 if kind is bool else 1
+        following = list(takewhile(lambda arg: not arg.startswith('--'), args[i + 1:]))
+        if following[n_values:]: raise ValueError(f'{following[-1]}: give the {named[0]} before the options')
+
 def _check_types(settings, args):
     "Raise `ValueError` for a value that is not of the type of its option, which tyro would describe by types of its own"
     kinds = {f.name: f.type for f in fields(settings)}
@@ -136,7 +148,9 @@ def _settings(f, args, rank, n):
     "Return the validated settings of a command"
     settings = f.__annotations__['settings']
     args = sys.argv[1:] if args is None else args
-    try: _check_types(settings, args)
+    try:
+        _check_order(settings, args)
+        _check_types(settings, args)
     except ValueError as e:
         print(printable(f'{f.__name__}: {e}'), file=sys.stderr)
         sys.exit(2) # as tyro does

@@ -475,3 +475,14 @@ def test_a_folder_below_a_file_is_refused_by_name(command):
     Path('file').write_text('mine')
     said = refused(command, '--data', 'digits', '--out', 'file/run')
     assert 'file/run' in said and '.part' not in said
+
+@pytest.mark.parametrize('command, args', [(cifar_predict, ['a.png', '--model', 'run', 'b.png']), (cifar_predict, ['a.png', '--json', 'b.png']), (cifar_report, ['run', '--out', 'a.html', 'another'])])
+def test_values_before_and_after_options_are_refused_with_their_order(command, args, capsys):
+    with pytest.raises(SystemExit) as e: command(args)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and args[-1] in said and 'before the options' in said and said.count('\n') == 1
+
+def test_values_after_options_alone_are_read(tmp_path, capsys):
+    Image.new('RGB', (32, 32)).save(tmp_path/'black.png')
+    cifar_predict(['--json', str(tmp_path/'black.png')])
+    assert 'black.png' in capsys.readouterr().out
