@@ -153,6 +153,15 @@ def test_a_cache_of_a_version_that_did_not_keep_the_names_is_made_anew(pets, tmp
     np.savez(cache, **arrays | dict(notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)))
     assert list(map(list, load_cifar10(pets).files)) == list(map(list, files))
 
+def test_pictures_that_are_read_in_another_way_are_cached_anew(pets, tmp_path, monkeypatch):
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path/'home'))
+    def n_caches():
+        load_cifar10(pets)
+        return len(list((tmp_path/'home').rglob('*.npz')))
+    assert (n_caches(), n_caches()) == (1, 1)
+    monkeypatch.setattr('cifar_fastai.data.source.decoder_version', 99)
+    assert (n_caches(), n_caches()) == (2, 2)
+
 def test_a_hundred_and_more_than_256_classes_are_read(tmp_path):
     for i in range(300):
         (tmp_path/f'{i:03}').mkdir()
