@@ -226,6 +226,10 @@ class FolderData(CIFAR10Data):
         self.files = files # a list of `str` for each split, in the order of the images
         return self
 
+    def __repr__(self):
+        n_train, n_valid = len(self.train_y), len(self.test_y)
+        return f'FolderData({n_train:,} training and {n_valid:,} validation images of {len(self.vocab)} classes)'
+
     def first(self, n_train:int, n_test:int) -> 'FolderData':
         "Return the first images of each split, a fair sample of all classes"
         train, test = self.files
