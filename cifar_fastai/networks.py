@@ -176,8 +176,8 @@ def load_pretrained_layers(
 ):
     """Load pretrained weights, which are downloaded first if needed, into all layers whose shape they fit.
 
-    timm resamples the position embeddings of a transformer to `size`. The rest stays new, and is logged. Raises `ValueError` if there are none, and `FileNotFoundError` if they cannot be
-    had."""
+    timm resamples the position embeddings of a transformer to `size`. The rest stays new, and is logged. Raises
+    `ValueError` if there are none, and `FileNotFoundError` if they cannot be had."""
     _offered(name)
     try: found = _weights_of(name, model, size)
     except Exception as e: # of the network, of a checksum, or of a file

@@ -252,7 +252,8 @@ def _copies(x, y, files, train, valid): # -> (number, that in other classes, the
     found = [(i, first.get(hashlib.sha256(x[i]).digest())) for i in np.sort(valid)]
     pairs = [(i, same) for i, same in found if same is not None]
     pairs.sort(key=lambda pair: y[pair[0]] == y[pair[1]]) # contradictions first
-    return len(pairs), sum(bool(y[i] != y[same]) for i, same in pairs), [[files[i], files[same]] for i, same in pairs[:3]]
+    n_other = sum(bool(y[i] != y[same]) for i, same in pairs)
+    return len(pairs), n_other, [[files[i], files[same]] for i, same in pairs[:3]]
 
 def _check_splits(folder, vocab, y, is_valid, has_split):
     for label, name in enumerate(vocab):
@@ -326,7 +327,8 @@ def folder_lines(
 ) -> list[str]:
     "Return what the log says about a folder of pictures"
     lines = [class_counts(data)]
-    if notes and not notes.has_split: lines.append('no folder to validate on: a fixed fifth of each class is set aside for it')
+    if notes and not notes.has_split:
+        lines.append('no folder to validate on: a fixed fifth of each class is set aside for it')
     if notes and notes.n_beside: lines.append(f'pictures beside the class folders are ignored: {notes.n_beside:,}')
     return lines
 

@@ -125,7 +125,8 @@ def _decoding_errors(name):
             yield
     except Exception as e:
         reason = one_line(e)
-        if isinstance(e, UnidentifiedImageError): reason = f'it is damaged, or its format is none of {", ".join(picture_formats)}'
+        if isinstance(e, UnidentifiedImageError):
+            reason = f'it is damaged, or its format is none of {", ".join(picture_formats)}'
         raise ValueError(f'{name} cannot be read as an image: {reason}') from None
 
 # %% ../../nbs/03_data.picture.ipynb #5e92c7b2
