@@ -84,8 +84,8 @@ def test_invalid_values_are_refused(changes, message):
 
 @pytest.mark.slow # a narrow network finds no bounds on so few images
 def test_an_ablation_takes_each_ingredient_away_alone_and_never_looks_at_the_test_images(settings, tmp_path, small):
-    kept = {k: v for k, v in asdict(settings()).items() if k not in ('out', 'lr_max', *recipe_ingredients())}
-    s = RepeatSettings(**kept | dict(epochs=1, peak_epoch=.5, valid='holdout'), n=1, ablate=True, out=str(tmp_path/'ablation'))
+    kept = {k: v for k, v in asdict(settings()).items() if k not in ('out', *asdict(recipes['best']))}
+    s = RepeatSettings(**kept | dict(epochs=1, peak_epoch=.5, valid='holdout', width=64), n=1, ablate=True, out=str(tmp_path/'ablation'))
     results = ablate_recipe(s, small)
     assert list(results) == ['best'] + [f'without {name}' for name in recipe_ingredients()]
     for name, runs in results.items():
