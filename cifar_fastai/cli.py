@@ -96,8 +96,8 @@ def _check_value(option, value, kind):
 
 def _check_order(settings, args):
     "Raise `ValueError` for positional values both before and after options, which the parser does not join"
-    named = [f.name for f in fields(settings) if hasattr(f.type, '__metadata__') and get_origin(f.type.__origin__) is tuple]
     kinds = {f.name: f.type for f in fields(settings)}
+    named = [name for name, kind in kinds.items() if get_origin(getattr(kind, '__origin__', None)) is tuple]
     if not named or not args or args[0].startswith('--'): return
     for i, arg in enumerate(args):
         kind = kinds.get(arg[2:].replace('-', '_')) if arg.startswith('--') else None

@@ -293,7 +293,7 @@ def _prepare_pretrained(dls, name, kwargs):
     kwargs.setdefault('splitter', pretrained_splitter)
     transforms = getattr(getattr(dls, 'after_batch', None), 'fs', ())
     found = [stat.flatten().cpu() for f in transforms if isinstance(f, Normalize) for stat in (f.mean, f.std)]
-    if all(np.allclose(*pair, atol=1e-3) for pair in zip(found, pretrained_stats(name))): return
+    if found and all(np.allclose(*pair, atol=1e-3) for pair in zip(found, pretrained_stats(name))): return
     remedy = f"give cifar_dls stats=pretrained_stats('{name}') of cifar_fastai.networks"
     warnings.warn(f'the images are not normalised as the pretrained weights of {name} need it: {remedy}', stacklevel=3)
 

@@ -185,10 +185,11 @@ def run_summary(
     history, config = learn.recorder.history, save_run.config
     settings = config['settings']
     best = max(history, key=lambda row: row['accuracy'], default=None)
+    images = validation_images(settings['data'], settings['valid'], config['data']['vocab'])
     return dict(
         accuracy=history[-1]['accuracy'] if history else None, n_wrong=n_wrong, balanced_accuracy=balanced_accuracy,
         flip_averaged_accuracy=flip_averaged, calibration=calibration, best_accuracy=best and best['accuracy'],
-        best_epoch=best and best['epoch'], best_is=best_is(validation_images(settings['data'], settings['valid'], save_run.config['data']['vocab'])),
+        best_epoch=best and best['epoch'], best_is=best_is(images),
         valid=settings['valid'], epochs=len(history), interrupted=interrupted,
         n_params=sum(p.numel() for p in learn.model.parameters()), peak_memory=peak_memory(),
         seconds=sum(row['seconds'] for row in history), seed=settings['seed'],
