@@ -319,6 +319,24 @@ def test_a_report_says_when_its_images_are_no_longer_those_of_the_run(trained, t
     write_report(tmp_path/'run')
     assert any(record.levelname == 'WARNING' and 'no images' in record.message for record in caplog.records)
 
+def changed_run(run, folder, **settings):
+    shutil.copytree(run, folder)
+    config = read_json(folder/'config.json')
+    config['settings'] |= settings
+    write_json(folder/'config.json', config)
+    return folder
+
+def test_a_run_in_the_precision_of_another_machine_is_read(trained, tmp_path):
+    run, _ = trained
+    there = changed_run(run, tmp_path/'run', precision='fp16') # of a GPU
+    assert abs(CifarInterpretation.from_run(there).accuracy - CifarInterpretation.from_run(run).accuracy) < .1
+
+def test_the_report_of_a_run_whose_network_is_not_installed_has_its_images(trained, tmp_path, monkeypatch):
+    run, _ = trained
+    def missing(*args, **kwargs): raise ModuleNotFoundError('timm is not installed')
+    monkeypatch.setattr('cifar_fastai.look.report.load_run', missing)
+    assert 'id="gallery"' in write_report(changed_run(run, tmp_path/'run')).read_text()
+
 def test_the_command_names_the_files_of_mistakes_and_doubtful_labels(trained, capsys):
     run, pictures = trained
     cifar_interpret([str(run), '--k', '4', *['--label_issues']*bool(find_spec('cleanlab'))])
