@@ -135,6 +135,7 @@ recipe_temperatures = dict(best=0.545, fast=0.547, quick=0.534, baseline=1.575)
 # What a recipe can be trained without, with the value of the baseline instead. The cost of a run is no ingredient.
 ingredients = tuple(f.name for f in fields(Recipe) if f.name not in ('epochs', 'bs'))
 
+# %% ../nbs/00_core.ipynb #600ffadd
 def get_recipe(
     recipe:str|Recipe, # the name of one of `recipes`, or a recipe of your own
 ) -> Recipe:

@@ -237,7 +237,7 @@ def _balanced_loss_of(dls, label_smoothing):
     loss.to(_device_of(dls)) # in place
     return loss
 
-# %% ../nbs/30_learner.ipynb #95822475
+# %% ../nbs/30_learner.ipynb #60ad6957
 def no_bar_without_tty(
     learn:Learner,
 ) -> Learner:
@@ -258,6 +258,16 @@ def new_model(
     if dirac: dirac_layers(model)
     return model
 
+def _prepare_pretrained(dls, name, kwargs):
+    "Have new layers in a parameter group of their own, and warn if the images are not normalised for the weights"
+    kwargs.setdefault('splitter', pretrained_splitter)
+    transforms = getattr(getattr(dls, 'after_batch', None), 'fs', ())
+    found = [stat.flatten().cpu() for f in transforms if isinstance(f, Normalize) for stat in (f.mean, f.std)]
+    if found and all(np.allclose(*pair, atol=1e-3) for pair in zip(found, pretrained_stats(name))): return
+    remedy = f"give cifar_dls stats=pretrained_stats('{name}') of cifar_fastai.networks"
+    warnings.warn(f'the images are not normalised as the pretrained weights of {name} need it: {remedy}', stacklevel=3)
+
+# %% ../nbs/30_learner.ipynb #acbd176d
 def _recipe_callbacks(recipe, **given): # -> callbacks; a value that is not given is the recipe's
     kinds = dict(sizes=ImageSizes, freeze_first=FreezeFirst, lookahead=Lookahead)
     values = {name: getattr(recipe, name) if given[name] is None else given[name] for name in kinds}
@@ -287,16 +297,7 @@ def _optimizer(recipe, opt_func, wd, wd_bn_bias, **options): # -> (`opt_func`, `
         raise ValueError(f'{name} is {value}, which only FusedAdam takes: give it to opt_func, as in partial(Adam, mom=0.9)')
     return opt_func, wd
 
-# %% ../nbs/30_learner.ipynb #10db38fe
-def _prepare_pretrained(dls, name, kwargs):
-    "Have new layers in a parameter group of their own, and warn if the images are not normalised for the weights"
-    kwargs.setdefault('splitter', pretrained_splitter)
-    transforms = getattr(getattr(dls, 'after_batch', None), 'fs', ())
-    found = [stat.flatten().cpu() for f in transforms if isinstance(f, Normalize) for stat in (f.mean, f.std)]
-    if found and all(np.allclose(*pair, atol=1e-3) for pair in zip(found, pretrained_stats(name))): return
-    remedy = f"give cifar_dls stats=pretrained_stats('{name}') of cifar_fastai.networks"
-    warnings.warn(f'the images are not normalised as the pretrained weights of {name} need it: {remedy}', stacklevel=3)
-
+# %% ../nbs/30_learner.ipynb #6cd06f1b
 def cifar_learner(
     dls, # `DataLoaders`, of `cifar_dls` or any others
     model=None, # gives logits (N, `dls.c`), or a name as in `build_network`; `None` is a new `CustomResNet` as in the recipe

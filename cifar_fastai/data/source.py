@@ -97,7 +97,7 @@ def _cache_file(source:Path, *kind) -> Path|None:
     except (OSError, RuntimeError) as e: # the folder cannot be made, for example in a read-only home folder
         _warn_uncached(str(e))
 
-# %% ../../nbs/05_data.source.ipynb #e30be6ad
+# %% ../../nbs/05_data.source.ipynb #682d6fc3
 def _read_arrays(path:Path): # -> {name: array}
     if path.suffix:
         with open(check_file(path, 2**36), 'rb') as f, np.load(f, allow_pickle=False) as arrays: return dict(arrays)
@@ -126,6 +126,7 @@ def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
             return data, notes
         except Exception: pass # a damaged file may raise anything
 
+# %% ../../nbs/05_data.source.ipynb #80c09016
 def _arrays(data, notes): # -> {name: array or list}
     if notes is None: return data._asdict()
     facts = json.dumps(notes._asdict() | dict(files=data.files)).encode()
@@ -152,6 +153,7 @@ def _keep_mapped(file:Path, data:CIFAR10Data, notes:FolderNotes|None, store:Path
     except OSError as e: _warn_uncached(str(e))
     return (_read_cache(file) or [data])[0]
 
+# %% ../../nbs/05_data.source.ipynb #22533164
 @contextmanager
 def _cache_lock(folder:Path):
     "Hold the lock of the cache folder, and remove temporary files; without a lock where nothing can be written"
@@ -162,6 +164,30 @@ def _cache_lock(folder:Path):
             remove_parts(folder, folders=True)
         except OSError: pass
         yield
+
+# %% ../../nbs/05_data.source.ipynb #6d42d67a
+def _read_or_fall_back(read, path, store): # -> ((data, notes), can they not be stored)
+    try: return read(path, store), False
+    except NotStored as e:
+        _warn_uncached(str(e))
+        return read(path, None), True
+
+def _cached(path, read, *kind): # -> (data, notes); `kind` tells several caches of the same files apart
+    cache = _cache_file(path, *kind)
+    if cache is None: return read(path, None)
+    if (known := _read_cache(cache)) is not None: return known
+    with _cache_lock(cache.parent), temporary_folder(cache.parent) as store:
+        known = _read_cache(cache) # another process may have written it while this one waited
+        if known is not None: return known
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always', UnreadablePictures) # also if the caller ignores it
+            (data, notes), is_refused = _read_or_fall_back(read, path, store)
+        is_whole = not any(issubclass(warning.category, UnreadablePictures) for warning in found)
+        if not is_whole or is_refused: pass # what could not be read may be readable the next time
+        elif isinstance(data.train_x, np.memmap): data = _keep_mapped(cache, data, notes, store)
+        else: _write_cache(cache, data, notes)
+    for warning in found: warnings.warn(warning.message, warning.category, stacklevel=3)
+    return data, notes
 
 # %% ../../nbs/05_data.source.ipynb #5d1f0a02
 _logged = set() # a run and its report both load the images
@@ -174,7 +200,7 @@ def _log_once(path, lines):
         _logged.add((str(path), *lines))
         for line in lines: logger.info(line)
 
-# %% ../../nbs/05_data.source.ipynb #14938ad6
+# %% ../../nbs/05_data.source.ipynb #a37934cc
 def load_cifar10(
     source=None, # 'cifar10' (or `None`), 'digits', one of `named_sets`, a folder, an archive, or `CIFAR10Data`
     urls=cifar10_urls, # addresses to download from when nothing is found
@@ -210,26 +236,3 @@ def _of_32_pixels(load, size):
 def _load_named(name, download):
     path = find_named(named_source(name), download=download)
     return _cached(path, lambda path, store: (read_named(named_source(name)), None), named_source(name))[0]
-
-def _read_or_fall_back(read, path, store): # -> ((data, notes), can they not be stored)
-    try: return read(path, store), False
-    except NotStored as e:
-        _warn_uncached(str(e))
-        return read(path, None), True
-
-def _cached(path, read, *kind): # -> (data, notes); `kind` tells several caches of the same files apart
-    cache = _cache_file(path, *kind)
-    if cache is None: return read(path, None)
-    if (known := _read_cache(cache)) is not None: return known
-    with _cache_lock(cache.parent), temporary_folder(cache.parent) as store:
-        known = _read_cache(cache) # another process may have written it while this one waited
-        if known is not None: return known
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter('always', UnreadablePictures) # also if the caller ignores it
-            (data, notes), is_refused = _read_or_fall_back(read, path, store)
-        is_whole = not any(issubclass(warning.category, UnreadablePictures) for warning in found)
-        if not is_whole or is_refused: pass # what could not be read may be readable the next time
-        elif isinstance(data.train_x, np.memmap): data = _keep_mapped(cache, data, notes, store)
-        else: _write_cache(cache, data, notes)
-    for warning in found: warnings.warn(warning.message, warning.category, stacklevel=3)
-    return data, notes
