@@ -278,7 +278,7 @@ def take_turns(
     """Measure the cases in turns, each in its own process.
 
     Return a dict: name -> `images_per_second` (list, one per turn), peak `memory` and `gpu_memory` (bytes),
-    `first_step` (seconds from the start of the process) and `warmup` (seconds). Raise `ChildProcessError` if a
+    `first_step` (seconds from the start of the process) and `warmup` (seconds). Raises `ChildProcessError` if a
     case fails."""
     children, results = {}, {}
     try:
@@ -450,7 +450,7 @@ def bench(
     The result has `cases`, `matrix_products` and, as the settings ask, `batches`, `own`, `image_sizes`, `sizes` and
     `batch_sizes`. `batches` comes from `batches_alone`, `matrix_products` from the function of that name, the others
     from `take_turns`. Before a process is started, raise `ValueError` for settings that this machine cannot fulfil, a
-    network that does not take the images, and a folder with too few pictures. Raise `ChildProcessError` if a process
+    network that does not take the images, and a folder with too few pictures. Raises `ChildProcessError` if a process
     fails."""
     settings = settings.resolved()
     device = resolve_device(settings.device)

@@ -224,7 +224,7 @@ class RunSettings(TrainSettings):
         "Raise `ValueError`, with their names, for options that would change the result"
         from cifar_fastai.run.train import differences
         changed = '; '.join(differences(asdict(self.run), given))
-        if changed: raise ValueError(f'{changed}: that would be another run')
+        if changed: raise ValueError(f'{changed}: leave the option out, or start another run')
 
 # %% ../nbs/80_cli.ipynb #9c0f574d
 @_command

@@ -112,7 +112,7 @@ class Recipe:
     lr_max: Literal['find']|float = 'find' # learning rate at the peak
     lr_start: float = 0. # learning rate of the first step; 0: `lr_min`
     dirac: bool = False # initialise the first filters of three convolutions as the identity
-    lookahead: int = 0 # steps after which trained weights are averaged; 0: never
+    lookahead: int = 0 # steps between two updates of the averaged weights; 0: no averaging
     cutout: int = 8 # side of the hole in a training image, in pixels; 0: no hole
     sizes: tuple[int, ...] = () # side of the training images in equal parts of the epochs, in pixels; (): as they are
     freeze_first: int = 0 # epochs after which the first layer is frozen; 0: never
@@ -129,10 +129,10 @@ recipes['fast'] = replace(
 recipes['quick'] = replace(
     recipes['fast'], epochs=4, bs=128, lr_min=7e-4, lr_max=7e-3, lr_start=1.4e-3, sizes=(20, 24, 28, 32), freeze_first=2)
 
-# Temperature of the logits of each recipe, fitted on training images that were held out. Without one, it is not calibrated.
+# Temperature of the logits of each recipe, fitted on held-out training images. A recipe without one is not calibrated.
 recipe_temperatures = dict(best=0.545, fast=0.547, quick=0.534, baseline=1.575)
 
-# What a recipe can be trained without, with the value of the baseline instead. The cost of a run is no ingredient.
+# Settings that an ablation can replace by the baseline's values. Epochs and batch size set the cost of a run, and are none.
 ingredients = tuple(f.name for f in fields(Recipe) if f.name not in ('epochs', 'bs'))
 
 # %% ../nbs/00_core.ipynb #600ffadd
@@ -148,7 +148,7 @@ def sized(
     recipe:Recipe,
     size:int, # pixels of a side of the images
 ) -> dict: # with `cutout` and `sizes`
-    "Return the settings of a recipe in pixels, which are for images of 32×32, in proportion for another size"
+    "Return the `cutout` and `sizes` of a recipe, scaled from images of 32×32 to `size`"
     return dict(cutout=recipe.cutout*size//32, sizes=tuple(side*size//32 for side in recipe.sizes))
 
 # Values of a recipe that change `CustomResNet` alone, as they are for other models, and further settings of it.
@@ -212,7 +212,7 @@ class TrainSettings(_Settings):
     rotate: float = 0. # largest angle of a random rotation of a training image, in degrees
     sizes: tuple[int, ...]|None = None # pixels of a side of the images in equal parts of the epochs; None: the recipe's
     freeze_first: int|None = None # epochs after which the first layer is frozen; 0: never; None: the recipe's
-    lookahead: int|None = None # steps after which trained weights are averaged; 0: never; None: the recipe's
+    lookahead: int|None = None # steps between two updates of the averaged weights; 0: no averaging; None: the recipe's
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the fastest that the device supports
     device: str = 'auto' # cpu, cuda, cuda:1, mps; auto: a GPU if there is one
     compile: bool = False # compile the network with torch.compile
@@ -317,9 +317,9 @@ class BenchSettings(_Settings):
     data: str = 'cifar10' # cifar10, digits, cifar100 (or cifar100_coarse), mnist, fashion_mnist, svhn, a folder of pictures or of CIFAR-10, or an archive
     cases: tuple[Literal[_cases], ...] = _cases # training loops to measure in turns
     bs: int|None = None # batch size; None: 512, or 64 for digits
-    steps: int|None = None # training steps of a turn; None: 3 on a processor, 100 on a GPU
+    steps: int|None = None # training steps of a turn; None: 3 on a CPU, 100 on a GPU
     repeats: int = 5 # turns of each case
-    warmup: int|None = None # steps before the first turn; None: 2 on a processor, 50 on a GPU
+    warmup: int|None = None # steps before the first turn; None: 2 on a CPU, 50 on a GPU
     recipe: Literal['baseline', 'best'] = 'baseline' # of package, bare and limit; plain and fastai always train the baseline
     model: str = 'custom' # network of all cases: custom, resnet18, resnet34, a model of torchvision, or timm:NAME
     own: str|None = None # folder of pictures of your own: also measure package with it, in turns with data

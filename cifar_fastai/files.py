@@ -133,7 +133,7 @@ def read_bytes(
     path:Path,
     most:int, # bytes
 ) -> bytes:
-    "Return the content of a regular file of at most `most` bytes. Files in /proc, which may not end, are empty by their size"
+    "Return the content of a regular file of at most `most` bytes. Files in /proc have size 0, so they are read as empty"
     if not os.path.exists(path): raise FileNotFoundError(f'{printable(path)} does not exist')
     with open(check_file(path, most), 'rb') as f: return f.read(os.fstat(f.fileno()).st_size)
 

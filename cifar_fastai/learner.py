@@ -175,13 +175,13 @@ def to_channelslast(self:CifarLearner,
     amp_mode='fp16', # 'bf16' or 'fp16'
     **kwargs, # of `torch.amp.GradScaler`
 ) -> Learner:
-    "Run in the channels-last memory format, which is the default on processors and CUDA"
+    "Run in the channels-last memory format, which is the default on CPUs and CUDA"
     if not self._grab_cbs(ChannelsLast): self.add_cb(ChannelsLast())
     return _set_precision(self, AMPMode(amp_mode).value, **kwargs) if use_amp else self
 
 @patch
 def to_contiguous(self:CifarLearner, to_fp32:bool=False) -> Learner:
-    "Run in the contiguous memory format; `load_learner` calls it with `to_fp32` for a processor"
+    "Run in the contiguous memory format; `load_learner` calls it with `to_fp32` for a CPU"
     Learner.to_contiguous(self)
     return self.to_fp32() if to_fp32 else self
 

@@ -88,7 +88,8 @@ def build_network(
     """Return a new network.
 
     Raises `ValueError` for an unknown name, and for a network that does not take images of this size,
-    `ModuleNotFoundError` for a model of timm without timm, and `FileNotFoundError` for weights that cannot be had."""
+    `ModuleNotFoundError` for a model of timm without timm, and `FileNotFoundError` for weights that cannot be
+    downloaded."""
     if name == 'custom':
         if pretrained: raise ValueError('pretrained is True: load_pretrained returns CustomResNet with its weights')
         return CustomResNet(n_out, **network)
@@ -179,7 +180,7 @@ def load_pretrained_layers(
     """Load pretrained weights, which are downloaded first if needed, into all layers whose shape they fit.
 
     timm resamples the position embeddings of a transformer to `size`. The rest stays new, and is logged. Raises
-    `ValueError` if there are none, and `FileNotFoundError` if they cannot be had."""
+    `ValueError` if there are none, and `FileNotFoundError` if they cannot be downloaded."""
     _offered(name)
     try: found = _weights_of(name, model, size)
     except Exception as e: # of the network, of a checksum, or of a file
@@ -190,7 +191,7 @@ def load_pretrained_layers(
     model.load_state_dict(own | fitting)
     new = [key for key in own if key not in fitting and not key.endswith('num_batches_tracked')]
     model.new_tensors = frozenset(new)
-    logger.info(f'{name} starts from pretrained weights; new are {", ".join(new)}')
+    logger.info(f'{name} starts from pretrained weights; newly initialised: {", ".join(new)}')
 
 def pretrained_splitter(
     model:nn.Module, # with pretrained weights

@@ -48,7 +48,7 @@ def _split_by_decay(params, wd_bn_bias):
 
 # %% ../nbs/11_optimizer.ipynb #2998e912
 class FusedAdam(OptimWrapper):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): PyTorch's `AdamW`, fused on processors and CUDA.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): PyTorch's `AdamW`, fused on CPUs and CUDA.
 
     Each list of parameters is one layer group for `freeze`, `slice` and schedulers, as with fastai's own optimizers.
     Parameters of one dimension (norms and biases) are not decayed, unless `wd_bn_bias`."""

@@ -27,7 +27,7 @@ from .loader import BatchDL, Resident, SeededDL, resolve_device
 # %% ../../nbs/08_data.block.ipynb #ede4a5e6
 def split_images(
     data:CIFAR10Data,
-    valid:Literal['test', 'holdout']='test', # which images validate
+    valid:Literal['test', 'holdout']='test', # which images are used for validation
 ) -> tuple: # ((images, labels) to train on, (images, labels) to validate on)
     """Return the images and labels of both sets, `uint8` (N, 32, 32, 3) and `int64` (N,).
 
@@ -58,7 +58,7 @@ def cifar_block(
     stats=cifar10_stats, # means and standard deviations to normalise with, pixels in [0, 1]
     vocab=cifar10_classes, # class names in label order
     aug:CropFlipCutout=CropFlipCutout(), # augmentation of a training image
-    valid:Literal['test', 'holdout']='test', # which images validate
+    valid:Literal['test', 'holdout']='test', # which images are used for validation
     size:int=32, # pixels of a side of an image before it is augmented
 ) -> DataBlock: # on anything that `load_cifar10` takes
     "Return a `DataBlock` from images to classes that augments training items and normalises batches"
@@ -84,7 +84,7 @@ def _flip_of(vocab, flip): return 'none' if vocab == _digits else flip
 def default_bs(
     data:CIFAR10Data,
     most:int=512, # of the recipe
-    valid:Literal['test', 'holdout']='test', # which images validate
+    valid:Literal['test', 'holdout']='test', # which images are used for validation
 ) -> int:
     """Return the batch size for a data set: `most`, or less for few pictures of your own.
 
@@ -106,7 +106,7 @@ def _without_single_image(bs, n): # batch norm needs more than one image in the 
 # %% ../../nbs/08_data.block.ipynb #5756bc5d
 def resident_images(
     data:CIFAR10Data,
-    valid:Literal['test', 'holdout']='test', # which images validate
+    valid:Literal['test', 'holdout']='test', # which images are used for validation
 ) -> list[dict]: # to be given as `dl_kwargs`, with `dl_type=BatchDL`
     "Return the arrays of both sets for the batch pipeline of a `DataBlock`: those of `cifar_block`, or of your own with the same items"
     return [dict(resident=Resident(x, y)) for x, y in split_images(data, valid)]

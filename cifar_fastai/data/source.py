@@ -64,7 +64,7 @@ def find_cifar10(
 def source_folder(
     source, # as for `load_cifar10`
 ) -> Path|None: # resolved
-    "Return the folder that a source names, or `None` if it is no folder"
+    "Return the folder that a source names, or `None` if it does not name a folder"
     if isinstance(source, CIFAR10Data) or str(named_source(source)) in ('cifar10', 'digits', *named_sets): return None
     try: folder = Path(named_source(source)).expanduser().resolve()
     except RuntimeError: return None # there is no such user

@@ -111,7 +111,9 @@ class CifarInterpretation(ClassificationInterpretation):
         act=None, # from the model's outputs to probabilities; `None` uses what the loss function implies
         temperature:float=1., # by which the logits are divided for the probabilities
     ) -> 'CifarInterpretation':
-        "Run the model once; raise `ValueError` unless each image has one class and the model one output per class"
+        """Return the interpretation of one pass of the model.
+
+        Raises `ValueError` unless each image has one class and the model one output per class."""
         if dl is None: dl = _ordered_dl(learn.dls, ds_idx)
         elif not isinstance(dl, DataLoader): dl = in_order(dl) # `self.dl` must have the order of the predictions
         _, probs, targs, losses = _predict(learn, dl, act)
@@ -123,7 +125,7 @@ class CifarInterpretation(ClassificationInterpretation):
         data=None, # source of the images; `None` uses the source recorded in the run
         weights:Literal['last', 'best']='last', # of the last epoch, or of the epoch with the best validation accuracy
     ) -> 'CifarInterpretation':
-        "Run the model of a run folder on its validation images; raise `FileNotFoundError` or `ValueError`"
+        "Return the interpretation of a run; raise `FileNotFoundError` or `ValueError` for missing or damaged files"
         learn = learner_from_run(run, data, weights)
         return cls.from_learner(learn, temperature=read_temperature(run, weights))
 

@@ -31,7 +31,7 @@ def load_human(
 ) -> np.ndarray: # `int64` (10000, 10): how many people gave each class as answer, in the order of `targs`
     """Read the answers of people to the test images, in the original order or in that of `load_cifar10`.
 
-    Raises `FileNotFoundError` without a file, and `ValueError` if its shape is another or if its most frequent
+    Raises `FileNotFoundError` without a file, and `ValueError` if its shape is wrong or if its most frequent
     answers do not agree with the labels in either order."""
     path = path or os.environ.get(human_variable)
     if not path:

@@ -214,7 +214,7 @@ def _figures(record, interp, dls=None) -> list[dict]: # name, value, note
     tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its horizontal flip'
     error = f'{100*interp.calibration().ece:.1f} points'
     is_small = len(interp.targs) < min_images
-    reliable = f'; not reliable, because fewer than {min_images} images validate' if is_small else ''
+    reliable = f'; not reliable with fewer than {min_images} validation images' if is_small else ''
     rows = [
         ('accuracy', _percent(s['accuracy']), f'on the {images}, after the last epoch{_interval(interp)}'),
         ('misclassified', f"{s['n_wrong']:,}", f'of {len(interp.targs):,} {images}'),

@@ -121,7 +121,7 @@ def write_shift_table(
 def read_shift_table(
     run, # run folder
 ) -> pd.DataFrame|None: # as of `shift_table`; `None` without a file
-    "Read what `write_shift_table` wrote; raise `ValueError` if the file is another"
+    "Return the table that `write_shift_table` wrote; raise `ValueError` for any other file"
     path = Path(run)/shift_file
     if not path.is_file(): return None
     try: table = read_csv_exact(check_file(path, 2**20))

@@ -63,7 +63,7 @@ def _on_cpu(device): # 'auto', 'cuda' or 'cpu' -> bool
 class LaunchedProcesses(Processes):
     """The processes started by `accelerate launch`, from the point of view of one of them.
 
-    Other launchers work as well if they set `WORLD_SIZE`, `RANK` and `LOCAL_RANK`. Raise `ModuleNotFoundError`
+    Other launchers work as well if they set `WORLD_SIZE`, `RANK` and `LOCAL_RANK`. Raises `ModuleNotFoundError`
     without accelerate, and `ValueError` if there is no device for each process."""
     def __init__(self,
         device:str='auto', # 'auto' or 'cuda': one GPU per process; 'cpu'
@@ -350,7 +350,7 @@ def distrib_ctx(self:CifarLearner,
     """Return a context in which `fit` trains together with the other processes that were launched.
 
     It replaces fastai's `distrib_ctx`, for the `DataLoaders` of this package and for CPUs as well. With a single
-    process it does nothing. Raise `ValueError` for batches, metrics or batch norm that the processes cannot share."""
+    process it does nothing. Raises `ValueError` for batches, metrics or batch norm that the processes cannot share."""
     processes = self.processes if self.processes.n > 1 else launched_processes(self.dls.device.type)
     if processes.n < 2:
         yield self

@@ -308,7 +308,7 @@ def validation_images(
     valid:str, # 'test' or 'holdout'
     vocab, # class names
 ) -> str:
-    "Return what the images are called that validate: only a published data set has test images"
+    "Return the name of the validation images for logs and reports: only a published data set has test images"
     if valid == 'holdout': return 'held-out training images'
     is_named = str(named_source(source)) in ('cifar10', 'digits', *named_sets)
     return 'test images' if is_named or list(vocab) == list(cifar10_classes) else 'validation images'
@@ -342,7 +342,8 @@ def learner_from_run(
         raise ValueError(f"the classes of the run are {', '.join(facts['vocab'])}, and those of the data "
                          f"{', '.join(data.vocab)}: give the data of the run")
     if changed and list(data.fingerprint) != list(facts['fingerprint']):
-        raise ValueError(f'the images in {settings.data} are no longer those of the run, so others may validate: give them as data')
+        remedy = 'so the validation images may differ: give the images of the run as data'
+        raise ValueError(f'the images in {settings.data} are no longer those of the run, {remedy}')
     dls = cifar_dls(data, settings.bs, settings.pipeline, settings.valid, settings.seed,
                     aug=sized_augment(**settings.augmentation), stats=facts['stats'],
                     num_workers=settings.num_workers, recipe=settings.recipe)

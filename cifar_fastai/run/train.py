@@ -206,7 +206,7 @@ _same_network = ('device', 'precision', 'compile', 'valid', 'pipeline', 'num_wor
 def changed_from_recipe(
     config:dict, # content of `config.json`
 ) -> list[str]: # 'data' for other images than CIFAR-10
-    """Return the names of settings that make the network of a run another one than that of its recipe.
+    """Return the names of the settings by which the network of a run differs from that of its recipe.
 
     Those that follow from others, such as `cutout` from `size`, are not named."""
     settings, facts = settings_from(config['settings']).resolved(), config['data']
@@ -306,7 +306,7 @@ def load_data(
     data:CIFAR10Data=None, # used in place of the images that `settings` name
     processes:Processes=Processes(), # that train together
 ) -> tuple[TrainSettings, CIFAR10Data]:
-    "Load the images of a run, and return its resolved settings and them; batch size and flips may depend on the images"
+    "Load the images of a run; return its resolved settings and the images, on which batch size and flips may depend"
     precision_callbacks(settings.precision, resolve_device(settings.device)) # raises before anything is downloaded
     check_name(settings.model)
     if settings.log == 'tensorboard': require_extra('tensorboard', 'tensorboard')
@@ -395,7 +395,8 @@ def train(
     logger.info(printable(f'{data}, {data.origin}'))
     if settings.valid == 'holdout':
         n = learn.dls.valid.n
-        logger.info(f'{n:,} of the training images validate, and the {len(data.test_y):,} other images are not used')
+        held_out = f'{n:,} of the training images are held out for validation'
+        logger.info(f'{held_out}; the {len(data.test_y):,} other images are not used')
     return _run(settings, learn, data, SaveRun(run, run_config(settings, data, None, learn), processes=processes))
 
 def _check_images(processes, data, fingerprint=None): # `None`: that of the first process
@@ -591,7 +592,8 @@ def _check_versions(config, learn, force): # -> properties of the machine that d
 
 def _recorded(run, changes): # -> (config, `TrainSettings`, fingerprint of the images)
     config = read_config(run)
-    if changed := differences(config['settings'], changes): raise ValueError(f'{"; ".join(changed)}: that would be another run')
+    if changed := differences(config['settings'], changes):
+        raise ValueError(f'{"; ".join(changed)}: leave the option out, or start another run')
     settings = replace(settings_from(config['settings']).resolved(), **changes).resolved()
     return config, settings, config['data']['fingerprint']
 

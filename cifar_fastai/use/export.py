@@ -282,7 +282,8 @@ def _check_bytes(model, format):
     "Raise `ValueError` for a network whose ONNX file `load_onnx` would refuse"
     n_bytes = sum(4*p.numel() for p in model.parameters())
     if format != 'onnx' or n_bytes < max_onnx_bytes: return
-    raise ValueError(f"format is 'onnx': the network has {n_bytes:,} bytes, and {max_onnx_bytes:,} are the most: export it as torch")
+    size = f'the network has {n_bytes:,} bytes, more than the limit of {max_onnx_bytes:,}'
+    raise ValueError(f"format is 'onnx': {size}: use format 'torch'")
 
 def _check_out(out:Path, suffix):
     "Raise `ValueError` or `FileExistsError` unless `out` is a new file with this suffix in an existing folder"
