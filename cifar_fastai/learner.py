@@ -19,7 +19,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNative
 from fastai.callback.progress import ProgressCallback
 from fastai.losses import BaseLoss
 from fastai.torch_core import no_random
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoaders, Datasets, L, Learner, Normalize, Recorder,
+from fastai.vision.all import (Callback, CancelEpochException, CrossEntropyLossFlat, DataLoaders, Datasets, L, Learner, Normalize, Recorder,
                                accuracy)
 from fastcore.basics import patch
 from torch import nn
@@ -111,6 +111,10 @@ class CifarLearner(Learner):
     processes, scaler = Processes(), None # `scaler`: the `GradScaler` of a fit in fp16
     recipe = recipes['best'] # as it was given; arguments of `cifar_learner`, such as `wd`, may have replaced its values
 
+    def _do_fit(self): # as in fastai, from the epoch on at which a fit is resumed
+        first = next((cb.first_epoch for cb in self.cbs if hasattr(type(cb), 'first_epoch')), 0) # of `Checkpoints`
+        for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
     def _do_one_batch(self): # as in fastai, with the forward pass and the loss in `precision_context`
         with self.precision_context():
             self.pred = self.model(*self.xb)
@@ -129,13 +133,22 @@ class CifarLearner(Learner):
         "Return a new context in which a forward pass runs in the learner's precision"
         return next((cb.context() for cb in self.cbs if isinstance(cb, Autocast)), nullcontext())
 
+    def add_cbs(self, cbs):
+        "Add callbacks, or none of them if one is refused"
+        cbs = L(cbs)
+        cbs.map(self._check_cb)
+        return super().add_cbs(cbs)
+
     def add_cb(self, cb):
         "Add a callback; raise `ValueError` for fastai's callbacks of mixed precision, which `precision` replaces"
+        self._check_cb(cb)
+        return super().add_cb(cb)
+
+    def _check_cb(self, cb):
         kind = cb if isinstance(cb, type) else type(cb)
         if issubclass(kind, (MixedPrecision, NonNativeMixedPrecision, ModelToHalf)):
             remedy = 'give cifar_learner a precision, or call to_fp16, to_bf16 or to_fp32'
             raise ValueError(f'{kind.__name__} is not for this learner: {remedy}')
-        return super().add_cb(cb)
 
     @contextmanager
     def no_bar(self):

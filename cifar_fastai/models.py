@@ -23,7 +23,7 @@ from .core import Norm
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that normalises groups of images separately in training. In evaluation it is `nn.BatchNorm2d`.
 
-    A batch of N images is split into round(N/`group`) groups whose sizes differ by at most one image.
+    A batch of N images is split into round(N/`group`) groups, of two images or more, whose sizes differ by at most one.
     Source: Hoffer, Hubara & Soudry, *Train longer, generalize better* (2017)."""
     def __init__(self,
         num_features:int, # number of channels
@@ -34,7 +34,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         "Normalise (N, C, H, W): in training each group of images by its own statistics"
-        n_groups = round(len(x)/self.group) if self.training else 1
+        n_groups = min(round(len(x)/self.group), len(x)//2) if self.training else 1
         if n_groups < 2: return super().forward(x)
         self.num_batches_tracked.add_(1)
         # One step updates the running statistics once per group: together as much as one update with `self.momentum`.

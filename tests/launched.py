@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from fastai.vision.all import Callback, F1Score, accuracy, set_seed
+from fastai.vision.all import Callback, F1Score, GradientAccumulation, accuracy, set_seed
 
 from cifar_fastai.data.augment import CropFlipCutout
 from cifar_fastai.core import TrainSettings, printed_log
@@ -12,7 +12,7 @@ from cifar_fastai.data.source import load_cifar10
 from cifar_fastai.data.block import cifar_dls
 from cifar_fastai.run.distributed import launched_processes
 from cifar_fastai.callback.checkpoint import Checkpoints
-from cifar_fastai.learner import cifar_learner
+from cifar_fastai.learner import ClassWeightedLoss, cifar_learner
 from cifar_fastai.models import CustomResNet
 from cifar_fastai.callback.schedule import OneCycle
 from cifar_fastai.run.train import train
@@ -32,15 +32,17 @@ class Seen(Callback):
         if self.training: self.losses.append(self.loss.item())
     def after_epoch(self): self.digests.append(digest(self.model))
 
-def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, fp64=False, f1=False, width=16):
+def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, fp64=False, f1=False, width=16, weights=None, n_acc=0):
     data = load_cifar10(source)
     if images: data = data.first(images, images//4)
     aug = CropFlipCutout(flip='alternate') if augmented else CropFlipCutout(pad=0, flip_p=0, cutout=0)
     dls = cifar_dls(data, bs, pipeline, seed=seed, aug=aug, num_workers=num_workers, device='cpu')
     set_seed(seed)
     model = CustomResNet(norm=norm, ghost=ghost, dropout=dropout, width=width).to(torch.float64 if fp64 else torch.float32)
-    learn, seen = cifar_learner(dls, model, 'fp32', recipe='baseline', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else {})), Seen()
+    learn, seen = cifar_learner(dls, model, 'fp32', recipe='baseline', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else {}),
+                                **(dict(loss_func=ClassWeightedLoss(torch.tensor(weights))) if weights else {})), Seen()
     cbs = [OneCycle(1e-4, 2e-3), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
+    if n_acc: cbs.append(GradientAccumulation(n_acc))
     with learn.distrib_ctx(sync_bn=sync_bn): learn.fit(epochs, cbs=cbs)
     return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, gradient=seen.gradient, losses=seen.losses, history=learn.recorder.history,
                 after=[learn.validate()[1], type(learn.model).__name__, len(learn.dls.train.one_batch()[0])])

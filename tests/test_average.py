@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Adam, Callback, Learner, ProgressCallback
+from fastai.vision.all import Adam, Callback, EarlyStoppingCallback, GradientAccumulation, Learner, ProgressCallback, ShortEpochCallback
 from torch import nn
 
 from cifar_fastai.callback.average import Lookahead
@@ -102,3 +102,33 @@ def test_an_exported_learner_has_its_weights_once(tiny_learner):
 @pytest.mark.parametrize('args, name', [((0,), 'every is 0'), ((-1,), 'every is -1'), ((5, 1.), 'decay is 1.0'), ((5, -.1), 'decay is -0.1')])
 def test_invalid_values_are_refused(args, name):
     with pytest.raises(ValueError, match=name): Lookahead(*args)
+
+# ---- fits whose steps are not their batches
+
+def ends_with_average(learn, lookahead): return all(torch.equal(t, lookahead.average[name]) for name, t in learn.model.state_dict().items() if t.is_floating_point())
+
+@pytest.mark.parametrize('n_acc', [32, 48, 80])
+def test_steps_are_counted_and_not_batches(tiny_learner, n_acc):
+    learn, lookahead, updates, steps = tiny_learner(), Lookahead(2), [], []
+    class See(Callback):
+        order = 4
+        def after_step(self): steps.append(self.iter); self.before = {name: t.clone() for name, t in lookahead.average.items()}
+    class Changed(Callback):
+        order = 6
+        def __init__(self, see): self.see = see
+        def after_step(self): updates.append(any(not torch.equal(t, lookahead.average[name]) for name, t in self.see.before.items()))
+    see = See()
+    fit(learn, 4, GradientAccumulation(n_acc), lookahead, see, Changed(see))
+    assert 2 <= len(steps) < 4*len(learn.dls.train)
+    assert updates == [i % 2 == 1 for i in range(len(steps))]
+    assert ends_with_average(learn, lookahead)
+
+@pytest.mark.parametrize('ends_early', [lambda: EarlyStoppingCallback('train_loss', min_delta=100.), lambda: ShortEpochCallback(.5)], ids=['early stopping', 'short epochs'])
+def test_a_fit_that_ends_early_ends_with_the_average(tiny_learner, capsys, ends_early):
+    learn, lookahead = tiny_learner(), Lookahead(2)
+    fit(learn, 4, lookahead, ends_early())
+    assert ends_with_average(learn, lookahead)
+
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_with_accumulated_gradients_a_fit_that_is_resumed_ends_the_same(same_when_resumed, epoch):
+    same_when_resumed(epoch, lambda folder, resume: (GradientAccumulation(32), Lookahead(2), Checkpoints(folder, minutes=0, resume=resume)))

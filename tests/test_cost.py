@@ -5,11 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import Adam, Callback, Learner, ProgressCallback
+from fastai.vision.all import Adam, Callback, CancelFitException, Learner, ProgressCallback
 from torch import nn
 
 from cifar_fastai.callback.checkpoint import Checkpoints
-from cifar_fastai.callback.cost import FreezeFirst, ImageSizes, training_cost
+from cifar_fastai.callback.cost import FreezeFirst, ImageSizes, fit_cost, training_cost
 from cifar_fastai.callback.schedule import OneCycle, range_test
 from cifar_fastai.learner import Processes
 from cifar_fastai.models import CustomResNet
@@ -155,3 +155,51 @@ def test_a_fit_that_is_resumed_ends_with_the_same_weights(same_when_resumed, epo
     def cbs(folder, resume):
         return OneCycle(1e-3, 2e-2), ImageSizes([16, 24, 32]), FreezeFirst(1), Checkpoints(folder, minutes=0, resume=resume)
     same_when_resumed(epoch, cbs)
+
+# ---- states around a fit
+
+def seen_without_gradient(learn, run): # -> set of whether the first layer has no gradient
+    seen = set()
+    class See(Callback):
+        def after_backward(self): seen.add(next(self.learn.model.parameters()).grad is None)
+    with learn.added_cbs(See()): run()
+    return seen
+
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_layer_freezes_after_a_range_test_as_without(tiny_learner, compiled):
+    learn = tiny_learner(freeze_first=1)
+    if compiled: learn.model.compile(backend='eager')
+    assert seen_without_gradient(learn, lambda: range_test(learn, num_it=6)) == {False}
+    assert seen_without_gradient(learn, lambda: fit(learn, 1)) == {False}
+    assert seen_without_gradient(learn, lambda: fit(learn, 2)) == {False, True}
+
+def test_a_range_test_trains_the_layer_after_a_fit_that_was_interrupted(tiny_learner):
+    learn = tiny_learner(freeze_first=1)
+    with pytest.raises(Stop): fit(learn, 3, StopIn('after_batch', 1))
+    assert seen_without_gradient(learn, lambda: range_test(learn, num_it=6)) == {False}
+
+def test_a_fit_that_is_cancelled_before_it_begins_ends_quietly(tiny_learner):
+    class CancelAtOnce(Callback):
+        def before_fit(self): raise CancelFitException()
+    fit(tiny_learner(freeze_first=1), 3, CancelAtOnce())
+
+def test_a_layer_stays_frozen_after_a_validation_within_the_fit(tiny_learner):
+    class ValidateOnce(Callback):
+        order, seen = 100, 0
+        def after_train(self):
+            if self.seen: return
+            self.seen = 1
+            self.learn.validate()
+    learn = tiny_learner(freeze_first=1)
+    assert seen_without_gradient(learn, lambda: fit(learn, 3, ValidateOnce())) == {False, True}
+
+def test_tta_works_after_epochs_of_small_images(tiny_learner):
+    learn = tiny_learner(sizes=(16, 24, 32))
+    with learn.no_logging(), learn.no_bar():
+        fit(learn, 3)
+        preds, _ = learn.tta(n=5)
+    assert preds.shape == (len(learn.dls.valid_ds), 10)
+
+def test_the_cost_of_a_fit_at_full_size_needs_no_sizes():
+    model = CustomResNet(width=4)
+    assert fit_cost(model, 10, 2, sizes=()) == fit_cost(model, 10, 2) == 20*training_cost(model, 32)

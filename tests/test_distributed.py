@@ -133,6 +133,20 @@ def test_shares_of_two_sizes_count_as_much_as_they_have_images(launched):
         assert answer['history'][0]['train_loss'] == pytest.approx(np.mean(answer['losses']), rel=1e-6)
 
 @needs_accelerate
+def test_classes_of_other_weights_count_as_much_as_in_one_process(launched):
+    "The shares of a batch have other numbers of images of the heavy class"
+    options = dict(norm='layer', bs=20, epochs=1, weights=[20., *[1.]*9])
+    one, = launched(1, 'fit', **options)
+    for answer in launched(3, 'fit', **options):
+        np.testing.assert_allclose(answer['gradient'], one['gradient'], rtol=1e-4)
+        np.testing.assert_allclose(answer['losses'][:2], one['losses'][:2], rtol=1e-4)
+        assert answer['history'][0]['train_loss'] == pytest.approx(np.mean(answer['losses']), rel=1e-6)
+
+@needs_accelerate
+def test_gradients_of_several_processes_are_not_accumulated(launched):
+    with pytest.raises(AssertionError, match='GradientAccumulation.*2'): launched(2, 'fit', n_acc=32)
+
+@needs_accelerate
 @pytest.mark.slow
 def test_groups_of_batch_statistics_are_those_of_one_process(launched):
     "Groups of 4 images lie wholly in a share of 8"

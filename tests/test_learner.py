@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, Categorize, DataBlock, DataLoaders, Datasets, GradientClip, ImageBlock, ImageDataLoaders,
+from fastai.vision.all import (Callback, MixedPrecision, Categorize, DataBlock, DataLoaders, Datasets, GradientClip, ImageBlock, ImageDataLoaders,
                                IntToFloatTensor, Learner, MultiCategoryBlock, Normalize, PILImage, PILImageBW,
                                ProgressCallback, RandomCrop, RandomSplitter, RandTransform, ReduceLROnPlateau,
                                RegressionBlock, Resize, TensorImage, ToTensor, accuracy, aug_transforms, error_rate,
@@ -773,3 +773,9 @@ def test_a_lazy_module_is_not_tried(digits):
     learn = cifar_learner(cifar_dls(digits.first(64, 32), bs=32, num_workers=0), model, 'fp32')
     model(learn.dls.one_batch()[0].cpu())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+
+def test_a_refused_callback_leaves_none_of_the_others_behind(tiny_learner):
+    learn = tiny_learner()
+    before = [cb.name for cb in learn.cbs]
+    with pytest.raises(ValueError, match='MixedPrecision'): learn.fit(1, cbs=[OneCycle(1e-5, 1e-2), MixedPrecision()])
+    assert [cb.name for cb in learn.cbs] == before

@@ -307,3 +307,8 @@ def test_other_sizes_are_pooled_over_all_positions(size):
     x = torch.randn(2, 3, size, size)
     features = net.res2(net.layer3(net.layer2(net.res1(net.layer1(net.prep(x))))))
     assert torch.allclose(net(x), net.fc(features.amax((2, 3))), atol=1e-6)
+
+@pytest.mark.parametrize('n', range(2, 12))
+def test_a_group_has_two_images_or_more(n):
+    norm = GhostBatchNorm2d(4, 2).train()
+    assert norm(torch.randn(n, 4, 1, 1)).isfinite().all() # torch refuses one value per channel

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Adam, Callback, F1Score, ProgressCallback, accuracy, set_seed
+from fastai.vision.all import (Adam, Callback, EarlyStoppingCallback, F1Score, GradientAccumulation, ProgressCallback, ReduceLROnPlateau,
+                               SaveModelCallback, accuracy, set_seed)
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -637,3 +638,73 @@ def test_a_process_that_is_killed_while_it_fills_the_cache_blocks_nobody(fill_ca
         assert second.poll() is None # it waits
         first.kill()
     assert second.communicate(timeout=60)[0].splitlines()[-1] == '1 80'
+
+# ---- callbacks of fastai
+
+def fit_with(learn, folder, cb, epochs=6, stop_after=None, resume=False, lr=1e-3):
+    stop = [StopAt('after_epoch', stop_after)] if stop_after else []
+    with learn.no_logging(): learn.fit(epochs, lr, cbs=[cb, Checkpoints(folder, resume=resume), *stop])
+    return [row['lr'] for row in learn.recorder.history]
+
+@pytest.mark.parametrize('make', [
+    lambda: EarlyStoppingCallback('train_loss', patience=3), # improves in each epoch
+    lambda: EarlyStoppingCallback('train_loss', patience=2, min_delta=100.), # stops after the second worse epoch
+    lambda: ReduceLROnPlateau('train_loss', patience=2, min_delta=100.)], ids=['goes on', 'stops', 'plateau'])
+@pytest.mark.parametrize('stop_after', [1, 2, 4])
+def test_trackers_of_fastai_go_on_as_if_nothing_had_happened(tiny_learner, tmp_path, capsys, make, stop_after):
+    whole = fit_with(tiny_learner(), tmp_path/'whole', make())
+    if len(whole) <= stop_after: return
+    with pytest.raises(Stop): fit_with(tiny_learner(), tmp_path/'stopped', make(), stop_after=stop_after)
+    assert fit_with(tiny_learner(), tmp_path/'stopped', make(), resume=True) == whole
+
+def test_the_best_weights_of_fastai_are_not_replaced_by_worse_ones(tiny_learner, tmp_path):
+    def fit(**how):
+        learn = tiny_learner()
+        learn.path = tmp_path
+        best = SaveModelCallback('train_loss', comp=np.greater, fname='best') # the first epoch
+        fit_with(learn, tmp_path/'checkpoints', best, **how)
+    with pytest.raises(Stop): fit(stop_after=3)
+    file = tmp_path/'models'/'best.pth'
+    before = torch.load(file)
+    fit(resume=True)
+    assert same(torch.load(file), before)
+
+def test_finished_epochs_have_no_events_in_a_fit_that_is_resumed(tiny_learner, tmp_path):
+    with pytest.raises(Stop): fit_with(tiny_learner(), tmp_path, Callback(), stop_after=3)
+    class Seen(Callback):
+        def before_epoch(self): epochs.append(self.epoch)
+        def after_epoch(self): epochs.append(self.epoch)
+    epochs = []
+    fit_with(tiny_learner(), tmp_path, Seen(), resume=True)
+    assert epochs == [3, 3, 4, 4, 5, 5]
+
+@pytest.mark.parametrize('stop_at', [('after_batch', 3, True), ('after_batch', 6, True), ('after_epoch', 1), ('after_epoch', 2)], ids=str)
+def test_gradients_that_are_not_used_yet_are_kept(tiny_learner, tmp_path, stop_at):
+    def fit(folder, *more, resume=False):
+        learn = tiny_learner()
+        with learn.no_logging(): learn.fit(3, 1e-2, cbs=[GradientAccumulation(32), Checkpoints(tmp_path/folder, minutes=0, resume=resume), *more])
+        return weights(learn)
+    whole = fit('whole')
+    with pytest.raises(Stop): fit('stopped', StopAt(*stop_at))
+    assert same(fit('stopped', resume=True), whole)
+
+def test_the_order_of_the_images_is_that_of_the_checkpoint(tiny_learner, small_dls, tmp_path):
+    def fit(seed, resume=False, stop_at=None):
+        dls, seen = small_dls(seed=seed), []
+        class See(Callback):
+            def before_batch(self):
+                if self.training: seen.append(self.y.tolist())
+        cbs = [See(), Checkpoints(tmp_path, minutes=0, resume=resume), *([StopAt('after_batch', stop_at, True)] if stop_at else [])]
+        learn = tiny_learner(dls)
+        with learn.no_logging(): learn.fit(1, cbs=cbs)
+        return seen
+    whole = []
+    for batch in small_dls(seed=11).train: whole.append(batch[1].tolist())
+    with pytest.raises(Stop): fit(11, stop_at=2)
+    assert fit(12, resume=True) == whole[2:]
+
+@pytest.mark.parametrize('stop_at', [3, 7, ('after_epoch', 1)], ids=str)
+def test_the_plot_of_the_schedule_has_all_steps(tiny_learner, tmp_path, stop_at):
+    with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=stop_at)
+    recorder = fit(tiny_learner(), tmp_path, again=True).recorder
+    assert recorder.hps['lr'] == recorder.lrs and len(recorder.lrs) == 15

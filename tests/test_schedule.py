@@ -291,3 +291,15 @@ def test_lr_bounds_are_found_by_a_real_range_test(folder_of_its_own):
     assert list(folder_of_its_own.iterdir()) == []
     Fit(learn, 3, cbs=OneCycle(*bounds))
     assert learn.recorder.values[-1][-1] > .9 # what was found trains
+
+def test_a_range_test_restores_an_optimizer_that_was_given_as_an_object(small_dls, tiny_net):
+    model = tiny_net()
+    opt = OptimWrapper(opt=torch.optim.Adam(model.parameters(), 1e-3))
+    learn = Learner(small_dls(), model, CrossEntropyLossFlat(), opt).remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(1, 2e-3)
+    before = deepcopy(opt.state_dict())
+    range_test(learn, **quick)
+    after = opt.state_dict()
+    assert after['param_groups'] == before['param_groups']
+    for i, moments in before['state'].items():
+        for name, t in moments.items(): assert torch.equal(after['state'][i][name], t)

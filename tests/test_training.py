@@ -336,3 +336,22 @@ def test_ctrl_c_in_the_range_test_leaves_no_folder_and_says_so(digits, tmp_path,
     settings = TrainSettings('digits', recipe='baseline', epochs=1, bs=32, width=8, num_workers=0, precision='fp32', out=str(run))
     with pytest.raises(KeyboardInterrupt): train(settings, digits.first(64, 32))
     assert not run.exists() and str(run) in messages().splitlines()[-1] and re.search(r'\b100 steps', messages())
+
+def test_a_signal_at_the_end_of_a_range_test_stops_the_fit_after_it(tiny_learner, monkeypatch):
+    learn = tiny_learner()
+    load = learn.model.load_state_dict
+    def press(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return load(*args, **kwargs)
+    with StopAfterStep() as stop, learn.added_cbs(stop), learn.no_logging():
+        with monkeypatch.context() as patch:
+            patch.setattr(learn.model, 'load_state_dict', press)
+            with pytest.raises(KeyboardInterrupt):
+                range_test(learn, num_it=3)
+                learn.fit(1)
+
+@pytest.mark.parametrize('sizes', [(8, 32), (12, 14, 16)], ids=str)
+def test_a_last_batch_of_one_small_image_is_refused_before_there_is_a_folder(settings, tmp_path, sizes):
+    out = tmp_path/'run'
+    with pytest.raises(ValueError, match='bs is 79'): train(settings(out=str(out), ghost=0, sizes=sizes, bs=79))
+    assert not out.exists()

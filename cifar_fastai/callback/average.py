@@ -13,9 +13,9 @@ from fastai.vision.all import Callback
 class Lookahead(Callback):
     """Every `every` steps, replace the weights by a running average of them. The fit ends with the average.
 
-    A fit of fewer steps than `every` is not averaged.
+    A fit of fewer steps than `every` is not averaged. With `GradientAccumulation`, several batches are one step.
 
-    After step t of T, the average keeps the share `decay`·(t/T)³ of its value. Running statistics of norms are averaged,
+    After batch t of T, the average keeps the share `decay`·(t/T)³ of its value. Running statistics of norms are averaged,
     too. Sources: Zhang et al., *Lookahead Optimizer* (2019); for the shares, Jordan, *94% on CIFAR-10 in 3.29 Seconds* (2024)."""
     order = 5
     def __init__(self,
@@ -24,38 +24,51 @@ class Lookahead(Callback):
     ):
         if every < 1: raise ValueError(f'every is {every}: must be at least 1 step')
         if not 0 <= decay < 1: raise ValueError(f'decay is {decay}: must be in [0, 1)')
-        self.every, self.decay, self.average = every, decay, {}
+        self.every, self.decay, self.average, self.steps = every, decay, {}, 0
 
     def _weights(self): return {name: t for name, t in self.model.state_dict().items() if t.is_floating_point()}
 
     def before_fit(self):
         "Begin with the weights of the model; do nothing in a range test"
         self.run = not hasattr(self.learn, 'lr_finder')
-        if self.run: self.average = {name: t.clone() for name, t in self._weights().items()}
+        if self.run: self.average, self.steps = {name: t.clone() for name, t in self._weights().items()}, 0
 
-    def kept(self, step:int, n_steps:int) -> float:
-        "Return the share of the average that is kept after step 1 … `n_steps`"
-        return self.decay*(step/n_steps)**3
+    def kept(self, batch:int, n_batches:int) -> float:
+        "Return the share of the average that is kept after batch 1 … `n_batches` of the fit"
+        return self.decay*(batch/n_batches)**3
 
     def after_step(self):
         "Update the average, and continue from it"
-        n_steps = self.n_epoch*len(self.dls.train)
-        if n_steps < self.every: return # the average would never leave the first weights
-        step = round(self.pct_train*n_steps) + 1
-        is_due = step % self.every == 0
-        if not is_due and step != n_steps: return
-        for name, t in self._weights().items():
-            if is_due: self.average[name].lerp_(t, 1 - self.kept(step, n_steps))
-            t.copy_(self.average[name])
+        n_batches = self.n_epoch*len(self.dls.train)
+        batch = round(self.pct_train*n_batches) + 1
+        self.steps = batch if self.steps is None else self.steps + 1
+        is_due = self.steps % self.every == 0
+        if is_due:
+            for name, t in self._weights().items(): self.average[name].lerp_(t, 1 - self.kept(batch, n_batches))
+        if is_due or batch == n_batches: self._use_average()
+
+    def _use_average(self): # before the first update, it has the first weights
+        if self.steps < self.every: return
+        for name, t in self._weights().items(): t.copy_(self.average[name])
+
+    def after_train(self):
+        "Validate the last epoch with the average, also if its last batch was no step"
+        if self.epoch == self.n_epoch - 1: self._use_average()
+
+    def after_fit(self):
+        "End with the average, also if the fit ends early"
+        self._use_average()
 
     def __getstate__(self): return self.__dict__ | dict(average={}) # an exported learner needs no second copy of its weights
 
     def state_dict(self) -> dict:
-        "Return the average, for a checkpoint"
-        return self.average
+        "Return the average and the number of steps, for a checkpoint"
+        return self.average | dict(steps=self.steps)
 
     def load_state_dict(self, state:dict):
         "Restore the average of a checkpoint; raise `ValueError` if it is of another model"
+        weights = {name: t for name, t in state.items() if name != 'steps'}
         shapes = lambda tensors: {name: (tuple(t.shape), t.is_floating_point()) for name, t in tensors.items()}
-        if shapes(state) != shapes(self.average): raise ValueError('the averaged weights are those of another model')
-        for name, t in state.items(): self.average[name].copy_(t)
+        if shapes(weights) != shapes(self.average): raise ValueError('the averaged weights are those of another model')
+        for name, t in weights.items(): self.average[name].copy_(t)
+        self.steps = state.get('steps') # `None` in a checkpoint of an earlier version: as many as batches

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from fastai.callback.tracker import TrackerCallback
+from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
-from fastai.vision.all import Callback, CancelEpochException, Learner
+from fastai.vision.all import Callback, Learner
 from fastcore.basics import patch
 from pydantic import Field
 from safetensors import safe_open
@@ -72,6 +73,8 @@ class _Facts(TypedDict):
     scaler: NotRequired[dict[str, float]|None]
     random: NotRequired[dict[str, Any]]
     callbacks: NotRequired[dict[str, dict[str, Any]]]
+    fastai: NotRequired[list[dict[str, Any]]] # of callbacks of fastai: name of the `kind`, attributes
+    seed: NotRequired[int|None] # of the training images
     others: NotRequired[list[dict[str, Any]]]
 
 def _checksum(tensors, text):
@@ -163,9 +166,10 @@ class FiniteLoss(Callback):
 class Checkpoints(Callback):
     """Save checkpoints of one fit, and resume from the newest.
 
-    Callbacks that have `state_dict` (of tensors and what is JSON-ready) and `load_state_dict` are saved, too; others
-    start afresh. Tensors must be the same in every process."""
-    order = TrackerCallback.order + 2 # after the callbacks that save weights and history
+    Callbacks that have `state_dict` (of tensors and what is JSON-ready) and `load_state_dict` are saved, too, and so are
+    fastai's `TrackerCallback`s and `GradientAccumulation`; others start afresh. Tensors must be the same in every
+    process."""
+    order = EarlyStoppingCallback.order + 1 # after the callbacks that save weights and history, or look at the epoch
     def __init__(self,
         folder, # of the checkpoints; must not contain any unless `resume` is set
         minutes:float=5., # maximum time between two checkpoints within an epoch
@@ -177,6 +181,11 @@ class Checkpoints(Callback):
 
     @property
     def run_id(self): return self.run_folder and self.run_folder.config.get('id')
+
+    @property
+    def first_epoch(self) -> int:
+        "The first epoch of the fit, counted from 0: epochs that are already finished have no events"
+        return self.state[1]['epoch'] if self.state else 0
 
     def after_create(self):
         raise ValueError('Checkpoints belong to one fit: give them to learn.fit(…, cbs=Checkpoints(…)) and not to the Learner')
@@ -190,9 +199,6 @@ class Checkpoints(Callback):
         self._load()
         self.position = tuple(self.state[1][k] for k in ('epoch', 'batches'))
         if self.processes.rank == 0: logger.info(self._resumed_at())
-
-    def before_epoch(self):
-        if self.state and self.epoch < self.state[1]['epoch']: raise CancelEpochException() # already finished
 
     def before_train(self):
         self.position = self.epoch, 0
@@ -233,7 +239,8 @@ def save(self:Checkpoints) -> Path:
     check_finite(self.learn)
     facts, tensors = _random_states()
     states = {name: cb.state_dict() for name, cb in self._others().items()}
-    own = dict(random=facts, callbacks={name: _split(state)[0] for name, state in states.items()})
+    callbacks = {name: _split(state)[0] for name, state in states.items()}
+    own = dict(random=facts, callbacks=callbacks, fastai=[_state_of(cb) for cb in self._of_fastai()])
     shared = {f'callback.{name}.{k}': t for name, state in states.items() for k, t in _split(state)[1].items()}
     kept = self.processes.gather((own, tensors))
     path = self.processes.from_first(lambda: self._write(kept, shared))
@@ -265,6 +272,13 @@ def _set_random_states(facts, tensors):
 def _others(self:Checkpoints): # the class is tested: callbacks delegate unknown attributes
     return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')}
 
+@patch
+def _of_fastai(self:Checkpoints): return self.learn.cbs.filter(lambda cb: isinstance(cb, (TrackerCallback, GradientAccumulation)))
+
+def _state_of(cb): # -> name of the class, and attributes that outlast an epoch
+    kept = {name: value for name, value in vars(cb).items() if name in ('best', 'wait', 'count')}
+    return dict(kind=type(cb).__name__, **{name: getattr(value, 'item', lambda: value)() for name, value in kept.items()})
+
 def _split(state): # -> (what is JSON-ready, tensors)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return {name: value for name, value in state.items() if name not in tensors}, tensors
@@ -277,13 +291,14 @@ def _write(self:Checkpoints, kept, shared): # state of each process; tensors of 
     for i, (_, theirs) in enumerate(others, 1): tensors |= {f'other.{i}.{k}': v for k, v in theirs.items()}
     tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
     tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
+    tensors |= {f'grad.{i}': p.grad for i, p in enumerate(_params(self.opt.opt)) if p.grad is not None} # not stepped on yet
     if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
         at = f'epoch {epoch + (batches > 0)}, step {batches or len(self.dls.train)}'
         raise FloatingPointError(f'weights or moments are not finite after {at}, although the loss was: {_remedy(self.learn)}')
     if self.run_folder: self.run_folder.check()
     facts = dict(run=self.run_id, epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)],
                  train_iter=self.train_iter, pct_train=self.pct_train, param_groups=state['param_groups'],
-                 scaler=scaler.state_dict() if scaler else None, **own)
+                 scaler=scaler.state_dict() if scaler else None, seed=getattr(self.dls.train, 'seed', None), **own)
     if others: facts['others'] = [theirs for theirs, _ in others]
     return write_checkpoint(self.folder, tensors, facts)
 
@@ -324,14 +339,15 @@ def _resumed_at(self:Checkpoints) -> str:
     return f'{at}, with {processes(n)} a run started with {processes(before)}: the weights may differ in their last bits'
 
 # %% ../../nbs/23_callback.checkpoint.ipynb #e84d890d
+def _params(opt): return [p for group in opt.param_groups for p in group['params']]
+
 def _kind_of(value): # of a hyper-parameter: flags may be `None`
     if isinstance(value, tuple): return [_kind_of(v) for v in value]
     if value is None or isinstance(value, bool): return 'flag'
     return 'number' if isinstance(value, (int, float)) else type(value)
 
 def _check_optimizer(opt, moments, groups): # torch checks neither shapes nor dtypes
-    params = [p for group in opt.param_groups for p in group['params']]
-    for i, p in enumerate(params):
+    for i, p in enumerate(_params(opt)):
         for name, t in moments.get(i, {}).items():
             if t.is_floating_point() and t.shape in (p.shape, torch.Size()): continue
             raise TypeError(f'{name} of parameter {i} is {t.dtype} {tuple(t.shape)}')
@@ -371,6 +387,11 @@ def _load(self:Checkpoints):
         groups = [{k: tuple(v) if k == 'betas' else v for k, v in group.items()} for group in facts['param_groups']]
         _check_optimizer(self.opt.opt, moments, groups)
         self.opt.opt.load_state_dict(dict(state=moments, param_groups=groups))
+        for i, p in enumerate(_params(self.opt.opt)):
+            if (grad := tensors.get(f'grad.{i}')) is not None: p.grad = torch.empty_like(p).copy_(grad) # in its memory format
+        for cb, state in zip(self._of_fastai(), facts.get('fastai', [])):
+            if type(cb).__name__ == state['kind']: vars(cb).update({k: v for k, v in state.items() if k != 'kind'})
+        if facts.get('seed') is not None: self.dls.train.seed = facts['seed'] # the position is one in its order
         for name, cb in self._others().items():
             if name not in facts['callbacks']: continue
             of_it = f'callback.{name}.'

@@ -52,8 +52,9 @@ class ImageSizes(Callback):
 
     def before_batch(self):
         "Resize a training batch"
+        if not self.training: return
         size = self.size_of(self.epoch, self.n_epoch)
-        if not self.training or self.x.shape[-2:] == (size, size): return
+        if self.x.shape[-2:] == (size, size): return
         self.learn.xb = (F.interpolate(self.x, size=(size, size), mode='bilinear', antialias=True), *self.xb[1:])
 
 # %% ../../nbs/25_callback.cost.ipynb #157c47a1
@@ -81,37 +82,40 @@ class FreezeFirst(Callback):
 
     def before_fit(self):
         "Hook the first child of the model that has parameters"
-        self.run = not hasattr(self.learn, 'lr_finder')
-        if not self.run: return
         if getattr(self.learn, 'processes', None) and self.learn.processes.n > 1:
             raise ValueError(f'freeze_first needs a single process, and {self.learn.processes.n} train together: give 0')
-        self.first = next(m for m in self.model.children() if list(m.parameters()))
+        self.frozen, self.is_test = False, hasattr(self.learn, 'lr_finder')
+        self._hook() # also in a range test: a model that is compiled without the hook stays without it
+
+    def _hook(self):
         if self.hook: self.hook.remove() # of a fit that ended in an exception
+        self.first = next(m for m in self.model.children() if list(m.parameters()))
         self.hook = self.first.register_forward_hook(_Detach(self))
 
     def before_train(self):
-        "Freeze the layer from epoch `epochs` on"
-        self.frozen = self.epoch >= self.epochs
+        "Freeze the layer from epoch `epochs` on, but not in a range test"
+        if self.hook is None: self._hook() # a validation within the fit has removed it
+        self.frozen = self.epoch >= self.epochs and not self.is_test
         if self.frozen:
             for p in self.first.parameters(): p.grad = None # fastai's optimizers step on a gradient of zero, too
 
     def after_fit(self):
         "Remove the hook"
-        self.hook.remove()
-        self.hook = None
+        if self.hook: self.hook.remove()
+        self.frozen, self.hook = False, None
 
 # %% ../../nbs/25_callback.cost.ipynb #03f7f205
 def fit_cost(
     model:nn.Module, # as for `training_cost`; its first child with parameters is the first layer
     n_images:int, # training images
     n_epoch:int, # epochs
-    sizes=(32,), # of `ImageSizes`
+    sizes=(), # of `ImageSizes`; (): always 32
     freeze_first:int=0, # epochs of `FreezeFirst`; 0: never frozen
 ) -> float: # floating-point operations
     "Count the operations of all training steps of a fit, without validation"
     frozen = deepcopy(model)
     next(m for m in frozen.children() if list(m.parameters())).requires_grad_(False)
-    of_epochs = [ImageSizes(sizes).size_of(epoch, n_epoch) for epoch in range(n_epoch)]
+    of_epochs = [ImageSizes(sizes or (32,)).size_of(epoch, n_epoch) for epoch in range(n_epoch)]
     is_frozen = [bool(freeze_first) and epoch >= freeze_first for epoch in range(n_epoch)]
     costs = {key: training_cost(frozen if key[1] else model, key[0]) for key in set(zip(of_epochs, is_frozen))}
     return n_images*sum(costs[key] for key in zip(of_epochs, is_frozen))

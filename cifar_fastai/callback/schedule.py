@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
 from fastai.vision.all import Learner
 
@@ -82,6 +83,14 @@ class OneCycle(ParamScheduler):
         "Return the learning rate of a step of this fit"
         return one_cycle_lr(step, self.n_steps, self.peak_step, self.lr_min, self.lr_max, self.anneal, self.lr_start)
 
+    def state_dict(self) -> dict:
+        "Return the learning rates so far, for a checkpoint"
+        return dict(hps=self.hps)
+
+    def load_state_dict(self, state:dict):
+        "Restore the learning rates of a checkpoint, for `plot_sched`"
+        self.hps = {name: list(values) for name, values in state['hps'].items()}
+
 # %% ../../nbs/20_callback.schedule.ipynb #b59bbbd5
 class _RangeTest(LRFinder):
     "fastai's `LRFinder` that keeps the raw losses. The learner is restored by `_restored`, not from a file in its folder"
@@ -103,6 +112,8 @@ def _restored(learn):
     dl, modes, opt = learn.dls.train, [(m, m.training) for m in learn.model.modules()], learn.opt
     position = {name: deepcopy(getattr(dl, name)) for name in ('rng', 'epoch') if name in dl.__dict__}
     weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    given = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None # fastai trains with the object itself
+    given_state = given and deepcopy(given.state_dict())
     callbacks = [(cb, copy(cb.__dict__)) for cb in learn.cbs]
     states = get_random_states()
     try:
@@ -110,6 +121,7 @@ def _restored(learn):
         yield
     finally:
         learn.opt = opt
+        if given: given.load_state_dict(given_state)
         learn.model.load_state_dict(weights)
         for m, mode in modes: m.training = mode
         for name, value in position.items(): setattr(dl, name, value)

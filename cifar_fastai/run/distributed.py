@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 import torch
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs, num_distrib
 from fastai.vision.all import Callback, DataLoaders, L, noop
 from fastcore.basics import patch
@@ -213,8 +214,9 @@ def _with_sync_bn(model):
 class ShareBatches(DistributedTrainer):
     """fastai's `DistributedTrainer` for the `DataLoaders` of `cifar_dls`: each process uses its share of every batch.
 
-    In every process, losses and metrics are those of the whole batch. Without `sync_bn`, running statistics are
-    averaged."""
+    In every process, losses and metrics are those of the whole batch. With class weights, this holds for the loss of the
+    training images. Without `sync_bn`, running statistics are averaged. Raises `ValueError` for `GradientAccumulation`,
+    which counts the images of one process."""
     order, name = 11, 'distributed_trainer'
     def __init__(self,
         processes:LaunchedProcesses, # that train together
@@ -226,7 +228,10 @@ class ShareBatches(DistributedTrainer):
         super().__init__(sync_bn, **options | kwargs)
         self.launched, self.ddp = processes, None
 
-    def before_fit(self): self.end() # fastai's method wraps the model and the DataLoaders here
+    def before_fit(self): # fastai's method wraps the model and the DataLoaders here
+        self.end()
+        if self.learn.cbs.filter(lambda cb: isinstance(cb, GradientAccumulation)):
+            raise ValueError(f'GradientAccumulation needs a single process, and {self.launched.n} train together: leave it out')
 
     def before_train(self):
         dl = self.learn.dl
@@ -249,12 +254,19 @@ class ShareBatches(DistributedTrainer):
 
     def after_loss(self):
         if not self.training: return
-        dl = self.learn.dl
-        images = min(dl.bs, dl.n - (dl.first + self.iter)*dl.bs) # of the whole batch
-        share = find_bs(self.yb)/images
+        share = self._share()
         self.weight = share*self.launched.n # DDP averages over the processes, whatever the sizes of their shares
-        self.learn.loss = self.loss_grad.detach().float()*share
+        self.learn.loss = self.loss.detach().float()*share
         self.summed = dist.all_reduce(self.learn.loss, async_op=True)
+
+    def _share(self): # of the loss of the whole batch
+        loss, dl = getattr(self.loss_func, 'func', self.loss_func), self.learn.dl
+        weights = loss.weight if isinstance(loss, nn.CrossEntropyLoss) else None # of the classes
+        if weights is None: return find_bs(self.yb)/min(dl.bs, dl.n - (dl.first + self.iter)*dl.bs)
+        own = weights[self.yb[0].as_subclass(torch.Tensor)].sum()
+        total = own.clone()
+        dist.all_reduce(total)
+        return own/total
 
     def before_backward(self): self.learn.loss_grad = self.loss_grad*self.weight
 

@@ -276,7 +276,7 @@ class StopAfterStep(Callback):
     `SystemExit(143)`. A second signal raises immediately."""
     order = 1000 # after all other callbacks
     def __enter__(self):
-        self.pressed, self.between_steps, self.former = None, False, {}
+        self.signals, self.between_steps, self.former = [], False, {} # a list, which `range_test` does not set back
         if current_thread() is main_thread(): # only the main thread can handle signals
             self.former = {number: signal.signal(number, self._press) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -285,15 +285,15 @@ class StopAfterStep(Callback):
         for number, handler in self.former.items(): signal.signal(number, handler)
 
     def _press(self, number, frame):
-        if self.pressed: self._stop(number)
-        self.pressed = number
+        self.signals.append(number)
+        if len(self.signals) > 1: self._stop(number)
 
     def _stop(self, number): raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def _stop_when_pressed(self, wait=False):
-        if not self.processes.any('stop', bool(self.pressed), wait): return
+        if not self.processes.any('stop', bool(self.signals), wait): return
         self.between_steps = True
-        self._stop(self.pressed or signal.SIGTERM) # all processes at the same step
+        self._stop((self.signals or [signal.SIGTERM])[0]) # all processes at the same step
 
     def after_batch(self):
         if self.training or self.processes.n == 1: self._stop_when_pressed() # numbers of validation batches may differ
@@ -329,7 +329,8 @@ def unused_ingredients(
 def _listed(names): return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 def _check_last_batch(settings, n):
-    if settings.model == 'custom' or n%settings.bs != 1: return # `CustomResNet` has 2×2 positions or more in its norms
+    has_positions = min(settings.sizes or (settings.size,)) >= 16 or settings.norm != 'batch' # 2×2 in the last norms
+    if n%settings.bs != 1 or settings.model == 'custom' and has_positions: return
     reason = f'the last batch of {n:,} training images has 1 image, and batch norm may need 2'
     raise ValueError(f'bs is {settings.bs}: {reason}: give another batch size')
 
