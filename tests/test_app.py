@@ -498,7 +498,10 @@ def test_examples_are_the_first_of_each_class_and_are_not_downloaded(tmp_path, e
 @pytest.fixture
 def examples_of(monkeypatch):
     "The example images of `cifar_app`, which downloads nothing"
-    for module in 'source', 'named': monkeypatch.setattr(f'cifar_fastai.data.{module}.fetch_archive', lambda *args, **kwargs: pytest.fail('downloads'))
+    def fetch(urls, *args, **kwargs):
+        if urls: pytest.fail('downloads')
+        raise FileNotFoundError('no address')
+    for module in 'source', 'named': monkeypatch.setattr(f'cifar_fastai.data.{module}.fetch_archive', fetch)
     offered = []
     def page(*_, examples, **__):
         offered.append(examples)
