@@ -296,7 +296,7 @@ class InterpretSettings:
     "Run to interpret."
     run: tyro.conf.Positional[str] # run folder
     data: str|None = None # source of the images; None: the run's; of others, the plots are in plots-other-data
-    weights: Literal['last', 'best'] = 'last' # of the last epoch, or best by validation accuracy, plots in plots-best
+    weights: Literal['last', 'best'] = 'last' # last epoch, or best by validation accuracy: plots in plots-best
     flip_average: bool = False # also print the accuracy with TTA: logits averaged over image and horizontal flip
     k: int = 10 # most confused pairs, and label issues, to print
     cam: bool = False # also plot where the network finds evidence for the predicted and the actual class (Grad-CAM)
