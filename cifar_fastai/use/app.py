@@ -54,7 +54,7 @@ def find_examples(
 ) -> list[Path]:
     """Save example images from `source`; return an empty list if `source` is `None` and CIFAR-10 is not found.
 
-    A `source` that is given may be downloaded; the errors are those of `load_cifar10`."""
+    A `source` that is given may be downloaded from `urls`; the errors are those of `load_cifar10`."""
     if source is None:
         try: source = find_cifar10(urls=())
         except FileNotFoundError: return []
