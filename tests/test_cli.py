@@ -351,7 +351,9 @@ def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, s
     assert len(re.findall(rf'^({names}) .*\b({names})\W+\d+$', said, re.MULTILINE)) == 3
     assert {'confusion_matrix.png', 'misclassified.png', 'history.png'} <= {p.name for p in (run/'plots').iterdir()}
 
-@pytest.mark.parametrize('args, name', [(['--weights', 'best'], 'plots-best'), (['--data', 'DATA'], 'plots-other-data'), (['--data', 'DATA', '--weights', 'best'], 'plots-best-other-data')])
+@pytest.mark.parametrize('args, name', [
+    (['--weights', 'best'], 'plots-best'), (['--data', 'DATA'], 'plots-other-data'),
+    (['--data', 'DATA', '--weights', 'best'], 'plots-best-other-data')])
 def test_plots_of_other_weights_or_images_leave_those_of_the_run(finished, capsys, tmp_path, small_folder, args, name):
     run = shutil.copytree(finished[0], tmp_path/'run')
     for plot in (run/'plots').iterdir(): plot.write_bytes(b'of the run')
