@@ -23,8 +23,8 @@ from typing import Literal, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, StructFieldSpec, StructTypeInfo
 
-from .core import (BenchSettings, RepeatSettings, TrainSettings, _describe, get_recipe, ingredients, printable,
-                               printed_log, require_extra, settings_from)
+from .core import (BenchSettings, RepeatSettings, TrainSettings, _describe, cifar10_classes, get_recipe,
+                               ingredients, printable, printed_log, require_extra, settings_from)
 
 # %% ../nbs/80_cli.ipynb #bda7cb3a
 class _Data: "Images and data loading"
@@ -295,8 +295,8 @@ def cifar_lr_find(settings:LRFindSettings):
 class InterpretSettings:
     "Run to interpret."
     run: tyro.conf.Positional[str] # run folder
-    data: str|None = None # source of the images; None: the run's
-    weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
+    data: str|None = None # source of the images; None: the run's; of others, the plots are in plots-other-data
+    weights: Literal['last', 'best'] = 'last' # last epoch, or best by validation accuracy: plots in plots-best
     flip_average: bool = False # also print the accuracy with TTA: logits averaged over image and horizontal flip
     k: int = 10 # most confused pairs, and label issues, to print
     cam: bool = False # also plot where the network finds evidence for the predicted and the actual class (Grad-CAM)
@@ -331,11 +331,12 @@ def cifar_interpret(settings:InterpretSettings):
     print(f'accuracy {interp.accuracy:.2%}, {interp.n_wrong:,} of {len(interp.targs):,} wrong{balanced}{chosen}')
     if settings.flip_average: print(f'with test-time augmentation (horizontal flip) {averaged:.2%}')
     print()
-    print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format), '\n')
+    print(interp.per_class().rename(index=printable).to_string(float_format='{:.3f}'.format, na_rep='—'), '\n')
     for actual, predicted, n in interp.most_confused()[:settings.k]:
         print(printable(f'{actual} predicted as {predicted}: {n}'))
     _print_files(interp.misclassified(settings.k))
-    plots = Path(settings.run)/'plots'
+    name = 'plots' if settings.weights == 'last' else f'plots-{settings.weights}'
+    plots = Path(settings.run)/(name if settings.data is None else f'{name}-other-data')
     save_plots(plots, interp, history)
     if settings.cam: save_figure(interp.plot_misclassified(25, cam=True), plots/'cam.png')
     if settings.label_issues: _label_issues(interp, settings.k, plots)
@@ -497,7 +498,7 @@ class AppSettings:
     "Model to show, and address to serve it at."
     model: tyro.conf.Positional[str|None] = None # run folder or ONNX file; None: the network that ships with the package
     weights: Literal['last', 'best'] = 'last' # of the last epoch, or of the epoch with the best validation accuracy
-    data: str|None = None # source of the example images; None: the run's, if it is there
+    data: str|None = None # source of the example images; None: the run's, or CIFAR-10 for its classes, if it is there
     host: str = '127.0.0.1' # address to listen on; 0.0.0.0: all network interfaces
     port: int = 7860 # port to listen on
     max_mb: float = 10. # maximum upload size in megabytes
@@ -514,19 +515,21 @@ def cifar_app(settings:AppSettings):
     classify, vocab = load_classifier(settings.model, settings.weights)
     _say_if_unfinished('cifar_app', settings.model)
     with exit_on_signals():
-        examples = _examples(settings, classify.size)
+        examples = _examples(settings, classify.size, vocab)
         app = build_app(classify, vocab, explain=load_explainer(settings.model, settings.weights), examples=examples)
         with launch_app(app, settings.host, settings.port, settings.max_mb, settings.hosts) as server:
             hint = '' if examples else '; no example images: give --data'
             print(f'{server.address} (Ctrl-C ends it){hint}', flush=True)
             server.block_thread()
 
-def _examples(settings, size): # -> example images; none if the images of the run are not available
+def _examples(settings, size, vocab): # -> example images; none without --data if they would need a download
+    from cifar_fastai.data.source import cifar10_urls
     from cifar_fastai.run.folder import read_config
     from cifar_fastai.use.app import find_examples
     is_run = settings.model and Path(settings.model).is_dir()
     source = settings.data or (settings_from(read_config(settings.model)['settings']).data if is_run else None)
-    try: return find_examples(source, size=size)
+    if source is None and list(vocab) != list(cifar10_classes): return []
+    try: return find_examples(source, size=size, urls=cifar10_urls if settings.data else ())
     except (ValueError, OSError):
         if settings.data: raise
         return []

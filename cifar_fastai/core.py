@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar10_stats', 'data_variable', 'named_sets', 'recipes', 'recipe_temperatures', 'ingredients',
-           'values_for_other_models', 'models_with_norm', 'Norm', 'logger', 'named_source', 'source_defaults',
-           'default_peak_epoch', 'check_size', 'check_lr_order', 'Recipe', 'get_recipe', 'sized', 'TrainSettings',
-           'BenchSettings', 'RepeatSettings', 'printable', 'settings_from', 'environment', 'peak_memory',
-           'require_extra', 'printed_log', 'shows_progress']
+           'values_for_other_models', 'models_with_norm', 'Norm', 'logger', 'images_per_pass', 'named_source',
+           'source_defaults', 'default_peak_epoch', 'check_size', 'check_lr_order', 'Recipe', 'get_recipe', 'sized',
+           'TrainSettings', 'BenchSettings', 'RepeatSettings', 'printable', 'settings_from', 'environment',
+           'peak_memory', 'require_extra', 'printed_log', 'shows_progress']
 
 # %% ../nbs/00_core.ipynb #c9e5aa96
 import logging, math, os, platform, re, sys
@@ -24,6 +24,13 @@ cifar10_classes = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog
 
 # (mean, standard deviation) of red, green and blue over the training images
 cifar10_stats = ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+
+# %% ../nbs/00_core.ipynb #5a0e6d32
+def images_per_pass(
+    size:int, # pixels of a side of an image
+) -> int:
+    "Return how many images have as many pixels as 500 images of 32×32, at least 1"
+    return max(1, 500*32**2//size**2)
 
 # %% ../nbs/00_core.ipynb #80c67f17
 data_variable = 'CIFAR_FASTAI_DATA'

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -18,7 +19,7 @@ import forked
 from cifar_fastai.use.app import build_app, find_examples, save_examples
 from cifar_fastai.use.serve import AppServer, check_serving, launch_app
 from cifar_fastai.cli import cifar_app
-from cifar_fastai.core import cifar10_classes, cifar10_stats
+from cifar_fastai.core import cifar10_classes, cifar10_stats, data_variable
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.data.images import load_digits
 from cifar_fastai.data.picture import max_bytes, read_image
@@ -493,6 +494,38 @@ def test_examples_are_the_first_of_each_class_and_are_not_downloaded(tmp_path, e
     paths = save_examples(digits, tmp_path/'pictures')
     for label, path in enumerate(paths): assert (np.asarray(Image.open(path)) == digits.test_x[digits.test_y == label][0]).all()
     assert find_examples() == [] and len(find_examples('digits', tmp_path/'others')) == 10
+
+@pytest.fixture
+def examples_of(monkeypatch):
+    "The example images of `cifar_app`, which downloads nothing"
+    def fetch(urls, *args, **kwargs):
+        if urls: pytest.fail('downloads')
+        raise FileNotFoundError('no address')
+    for module in 'source', 'named': monkeypatch.setattr(f'cifar_fastai.data.{module}.fetch_archive', fetch)
+    offered = []
+    def page(*_, examples, **__):
+        offered.append(examples)
+        raise ValueError('enough')
+    monkeypatch.setattr('cifar_fastai.use.app.build_app', page)
+    def examples(*args):
+        with pytest.raises(SystemExit, match='enough'): cifar_app(['--port', str(free_port()), *map(str, args)])
+        return offered.pop()
+    return examples
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_the_images_of_a_run_are_not_downloaded_as_examples(finished, examples_of, empty_home, tmp_path, name):
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    assert len(examples_of(run)) == 10
+    config = read_json(run/'config.json')
+    config['settings']['data'] = name
+    write_json(run/'config.json', config)
+    assert examples_of(run) == []
+
+def test_a_file_of_other_classes_has_no_photos_of_cifar10_as_examples(examples_of, monkeypatch, small_archive):
+    monkeypatch.setenv(data_variable, str(small_archive))
+    for vocab, n in (list(cifar10_classes), 10), (['cat', 'dog'], 0):
+        monkeypatch.setattr('cifar_fastai.use.predict.load_classifier', lambda *_: (SimpleNamespace(size=32), vocab))
+        assert len(examples_of('some.onnx')) == n and len(examples_of('some.onnx', '--data', 'digits')) == 10
 
 def test_it_says_when_there_is_nothing_to_click_on(serve):
     assert serve()[1].first_line.endswith(' give --data\n')

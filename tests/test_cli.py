@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from PIL import Image
 
 import forked
@@ -17,7 +18,7 @@ from cifar_fastai.core import BenchSettings, Norm, RepeatSettings, cifar10_class
 from cifar_fastai.files import read_json
 from cifar_fastai.data.picture import read_image
 from cifar_fastai.run.folder import load_run
-from cifar_fastai.look.interpret import class_probabilities
+from cifar_fastai.look.interpret import CifarInterpretation, class_probabilities
 from cifar_fastai.look.report import write_report
 from cifar_fastai.models import load_pretrained
 from cifar_fastai.run.folder import read_csv_exact
@@ -344,11 +345,28 @@ def test_interpret_says_what_is_wrong_and_draws_it(finished, capsys, tmp_path, s
     cifar_interpret([str(run), '--k', '3'])
     said = capsys.readouterr().out
     assert re.search(rf'\b{summary["accuracy"]:.2%}.*\b{summary["n_wrong"]} of 40\b', said)
-    assert all(re.search(rf'^{name} +[\d.]+ +[\d.]+ +[\d.]+ +4 *$', said, re.MULTILINE) for name in small.vocab)
+    assert all(re.search(rf'^{name} +[\d.—]+ +[\d.]+ +[\d.—]+ +4 *$', said, re.MULTILINE) for name in small.vocab)
     assert '\r' not in said # a bar is for people
     names = '|'.join(small.vocab)
     assert len(re.findall(rf'^({names}) .*\b({names})\W+\d+$', said, re.MULTILINE)) == 3
     assert {'confusion_matrix.png', 'misclassified.png', 'history.png'} <= {p.name for p in (run/'plots').iterdir()}
+
+@pytest.mark.parametrize('args, name', [
+    (['--weights', 'best'], 'plots-best'), (['--data', 'DATA'], 'plots-other-data'),
+    (['--data', 'DATA', '--weights', 'best'], 'plots-best-other-data')])
+def test_plots_of_other_weights_or_images_leave_those_of_the_run(finished, capsys, tmp_path, small_folder, args, name):
+    run = shutil.copytree(finished[0], tmp_path/'run')
+    for plot in (run/'plots').iterdir(): plot.write_bytes(b'of the run')
+    cifar_interpret([str(run), *(arg.replace('DATA', str(small_folder)) for arg in args)])
+    assert {plot.read_bytes() for plot in (run/'plots').iterdir()} == {b'of the run'} and (run/name/'confusion_matrix.png').exists()
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(run/name))
+
+def test_interpret_prints_a_dash_for_scores_that_are_undefined(finished, capsys, tmp_path, monkeypatch):
+    interp = CifarInterpretation.from_run(finished[0])
+    one_class = CifarInterpretation(interp.learn, interp.dl, torch.eye(10)[interp.targs*0], interp.targs, interp.losses)
+    monkeypatch.setattr(CifarInterpretation, 'from_run', lambda *_: one_class)
+    cifar_interpret([str(shutil.copytree(finished[0], tmp_path/'run'))])
+    assert re.search(r'^cat +— +0\.000 +— +4 *$', capsys.readouterr().out, re.MULTILINE)
 
 @pytest.mark.parametrize('weights, optimistic', [('best', True), ('last', False)])
 def test_interpret_calls_the_best_on_test_images_optimistic(finished, capsys, tmp_path, weights, optimistic):

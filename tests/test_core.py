@@ -7,7 +7,8 @@ import pytest
 
 from cifar_fastai.cli import LRFindSettings, RunSettings
 from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats,
-                               data_variable, environment, named_source, recipes, settings_from, source_defaults)
+                               data_variable, environment, images_per_pass, named_source, recipes,
+                               settings_from, source_defaults)
 from cifar_fastai.files import read_json, write_json, write_whole
 
 
@@ -18,6 +19,9 @@ def test_stats_are_those_of_the_training_images():
     assert cifar10_stats == ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 
 # ---- defaults
+
+@pytest.mark.parametrize('size, n', [(32, 500), (64, 125), (128, 31), (1024, 1)])
+def test_a_pass_has_as_many_pixels_at_every_size(size, n): assert images_per_pass(size) == n
 
 def test_defaults_are_the_assignment():
     s = TrainSettings().resolved()

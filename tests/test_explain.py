@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from cifar_fastai.core import cifar10_classes
+from cifar_fastai.core import cifar10_classes, cifar10_stats
 from cifar_fastai.models import CustomResNet
+from cifar_fastai.networks import build_network
 from cifar_fastai.look.interpret import CifarInterpretation
 from cifar_fastai.look.people import compare_with_people, load_human, original_order
 from cifar_fastai.look.shift import read_shift_table, shift_table, shifted, shifts, write_shift_table
@@ -67,6 +68,39 @@ def test_the_layer_is_the_last_one_with_enough_positions(net, x):
     (nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.Flatten(), nn.Linear(64, 10)), None, '8×8')])
 def test_a_layer_that_does_not_suit_is_refused(net, x, model, layer, words):
     with pytest.raises(ValueError, match=words): explain.cam_layer(model or net, x, layer)
+
+class ChannelsLast(nn.Module):
+    "Features (N, H, W, C) behind a convolution, or behind flattened patches"
+    def __init__(self, conv=True):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 96, 4, stride=4) if conv else nn.Linear(48, 96)
+        self.mix, self.head = nn.Linear(96, 96), nn.Linear(96, 10)
+    def forward(self, x):
+        if isinstance(self.embed, nn.Conv2d): x = self.embed(x).permute(0, 2, 3, 1)
+        else: x = self.embed(x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3))
+        return self.head(self.mix(x).mean(dim=(1, 2)))
+
+def test_positions_have_the_aspect_of_the_image(x):
+    model = ChannelsLast().eval()
+    assert explain.cam_layer(model, x) == 'embed'
+    with pytest.raises(ValueError, match="'mix'"): explain.cam_layer(model, x, 'mix')
+    with pytest.raises(ValueError, match='8×8'): explain.cam_layer(ChannelsLast(conv=False), x)
+    for stride, size in (2, (49, 32)), (2, (33, 64)), (3, (50, 33)):
+        odd = nn.Sequential(nn.Conv2d(3, 5, 3, stride, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        assert explain.cam_layer(odd, torch.zeros(1, 3, *size)) == '0'
+    with pytest.raises(ValueError, match="'0'"): explain.cam_layer(nn.Sequential(nn.AdaptiveAvgPool2d((12, 4)), nn.Flatten()), torch.zeros(1, 3, 32, 32), '0')
+    with pytest.raises(ValueError, match="'0'"): explain.cam_layer(nn.Sequential(nn.Upsample(scale_factor=2), nn.Flatten()), torch.zeros(1, 3, 32, 32), '0')
+
+@needs_captum
+def test_a_network_without_maps_has_no_explainer(): assert explain.explainer(ChannelsLast(conv=False).eval(), cifar10_stats) is None
+
+@pytest.mark.parametrize('name', ['swin_t', 'timm:vit_small_patch8_224', 'timm:vit_tiny_patch16_224'])
+def test_a_transformer_has_maps_of_its_convolution_or_none(name):
+    if name.startswith('timm:'): pytest.importorskip('timm', reason='the extra [models]')
+    model, x = build_network(name, 10, 64).eval(), torch.zeros(1, 3, 64, 64)
+    try: layer = explain.cam_layer(model, x)
+    except ValueError: return
+    assert isinstance(model.get_submodule(layer), nn.Conv2d)
 
 def test_an_overlay_is_darker_where_nothing_speaks_for_the_class():
     image = np.full((32, 32, 3), 200, np.uint8)
@@ -181,14 +215,24 @@ def test_the_table_has_each_change_and_uses_as_many_images_as_asked(small, tmp_p
     table = shift_table(classify, small.test_x, small.test_y, n=20)
     assert set(seen) == {20} and len(seen) == len(table) == 25
     assert np.allclose(table['accuracy'], .1) and np.allclose(table['confidence'], .1) and np.allclose(table['nll'], np.log(10))
+    assert (table['images'] == 20).all()
     write_shift_table(tmp_path, table)
     pd.testing.assert_frame_equal(read_shift_table(tmp_path), table)
 
-@pytest.mark.parametrize('content', ['', 'change,strength,accuracy\nfog,1,1\n', '\x00\x01', 'change\n' + 'blur\n'*25, 'accuracy', 'strength', 'range'])
+def test_a_table_without_the_number_of_images_stays_readable(small, tmp_path):
+    table = shift_table(lambda images: np.full((len(images), 10), .1), small.test_x, small.test_y).drop(columns='images')
+    write_shift_table(tmp_path, table)
+    pd.testing.assert_frame_equal(read_shift_table(tmp_path), table)
+
+def test_the_seed_of_the_noise_leaves_the_generators_of_gpus_alone(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', lambda seed: pytest.fail('reseeded'))
+    shifted(small.test_x[:2], 'noise', .1)
+
+@pytest.mark.parametrize('content', ['', 'change,strength,accuracy\nfog,1,1\n', '\x00\x01', 'change\n' + 'blur\n'*25, 'accuracy', 'strength', 'range', 'images', 'part'])
 def test_another_file_in_place_of_the_table_is_refused_by_name(tmp_path, content, small):
-    if content in ('accuracy', 'strength', 'range'): # one value of a table
+    if content in ('accuracy', 'strength', 'range', 'images', 'part'): # one value of a table
         table = shift_table(lambda images: np.full((len(images), 10), .1), small.test_x, small.test_y, n=10).reset_index()
-        column, value = dict(accuracy=('accuracy', 'abc'), strength=('strength', 7.5), range=('ece', 7))[content]
+        column, value = dict(accuracy=('accuracy', 'abc'), strength=('strength', 7.5), range=('ece', 7), images=('images', 0), part=('images', 9.5))[content]
         table[column] = table[column].astype(object)
         table.loc[3, column] = value
         content = table.to_csv(index=False)

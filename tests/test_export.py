@@ -102,6 +102,22 @@ def test_a_classifier_takes_no_image_and_a_list_and_more_than_fit_into_a_batch(f
     assert np.abs(classify(list(pictures[:3])) - expected[:3]).max() < 1e-4
     assert np.abs(classify(pictures) - expected).max() < 1e-4
 
+def test_larger_images_pass_in_smaller_groups(files, monkeypatch):
+    classify, passes = load_onnx(files['onnx']), []
+    def note(images):
+        passes.append(len(images))
+        return np.full((len(images), 10), .1, np.float32)
+    monkeypatch.setattr(classify, 'size', 64)
+    monkeypatch.setattr(classify, '_probabilities', note)
+    assert classify(np.zeros((130, 64, 64, 3), np.uint8)).shape == (130, 10) and passes == [125, 5]
+
+@pytest.mark.parametrize('of_onnx', [False, True])
+def test_each_classifier_takes_images_of_its_size_alone(files, pictures, of_onnx):
+    classify, _ = load_classifier(files['onnx'] if of_onnx else None)
+    assert classify(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 10) and classify(list(pictures[:2])).shape == (2, 10)
+    for wrong in (pictures[:2]/255, pictures[0], pictures[:2, :16], pictures[:2].transpose(0, 3, 1, 2), np.zeros((2, 64, 64, 3), np.uint8)):
+        with pytest.raises(ValueError, match=re.escape(f'{wrong.dtype} {wrong.shape}')): classify(wrong)
+
 networks = dict(batch=dict(ghost=4, conv_bias=True, dropout=.2, logit_scale=.125), group=dict(norm='group', n_groups=4), layer=dict(norm='layer', conv_bias=True, logit_scale=3.))
 
 def test_there_is_a_network_to_export_for_each_norm(): assert set(networks) == set(get_args(Norm)), 'add one to `networks`'

@@ -116,8 +116,17 @@ def test_precision_and_recall_of_each_class_are_scikit_learns(interp, predicted,
     table = interp.per_class()
     assert list(table.index) == small.vocab
     for name, score in dict(precision=precision_score, recall=recall_score, f1=f1_score).items():
-        assert np.allclose(table[name], score(targs, decoded, average=None, labels=range(10), zero_division=0))
+        expected = score(targs, decoded, average=None, labels=range(10), zero_division=np.nan)
+        if name == 'f1': expected[~np.isin(range(10), decoded)] = np.nan # as their precision
+        assert np.allclose(table[name], expected, equal_nan=True)
     assert table['images'].tolist() == np.bincount(targs, minlength=10).tolist() == [4]*10
+
+def test_scores_that_are_undefined_are_nan():
+    "Class b is never predicted, c has no images, and d neither"
+    targs, decoded = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0])
+    table = CifarInterpretation(None, SimpleNamespace(vocab=list('abcd')), torch.eye(4)[decoded], targs, torch.zeros(3)).per_class()
+    assert table['precision'].fillna(-1).tolist() == [.5, -1, 0, -1] and table['recall'].fillna(-1).tolist() == [.5, 0, -1, -1]
+    assert table['f1'].fillna(-1).tolist() == [.5, -1, -1, -1] and table['images'].tolist() == [2, 1, 0, 0]
 
 def test_the_confusion_matrix_is_scikit_learns(interp, predicted):
     targs, decoded, _ = predicted
@@ -351,12 +360,32 @@ def test_class_probabilities_are_those_of_the_learner(finished, small):
     assert torch.allclose(probs, torch.stack([by_bytes[x.tobytes()] for x in small.test_x]), atol=1e-4)
     assert torch.allclose(probs.sum(1), torch.ones(40)) and probs.dtype == torch.float32
 
+@pytest.mark.parametrize('size, most', [(32, 500), (64, 125)])
+def test_larger_images_pass_in_smaller_groups(size, most):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.passes = nn.Linear(3, 2), []
+        def forward(self, x):
+            self.passes.append(len(x))
+            return self.fc(x.mean(dim=(2, 3)))
+    model, images = Counting(), np.zeros((most + 1, size, size, 3), np.uint8)
+    assert class_probabilities(model, images, ((.5,)*3, (.5,)*3)).shape == (most + 1, 2) and model.passes == [most, 1]
+
 # ---- losses, metrics and data from elsewhere
 
 class LogOfProbabilities(nn.Module):
     "A loss for models that end in a softmax"
     reduction = 'mean'
     def forward(self, probs, targs): return F.nll_loss(probs.log(), targs, reduction=self.reduction)
+
+class FirstOutput(nn.Module):
+    "A head that gives the first class of the first image of each batch another output"
+    def __init__(self, value): super().__init__(); self.value = value
+    def forward(self, x): return torch.where(torch.arange(x.numel()).reshape(x.shape) == 0, self.value, x)
+
+class Rounded(nn.Module):
+    def forward(self, x): return (3*x).bfloat16()
 
 of_logits = [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy,
              FocalLoss(), FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()]
@@ -369,6 +398,18 @@ def with_loss(learn, loss_func, head, dls=None):
     "A learner of the same network with another loss, and with what that wants at the end of the network"
     own = cifar_learner(dls or learn.dls, nn.Sequential(*learn.model, head), 'fp32', loss_func=loss_func)
     return own.remove_cbs(ProgressCallback)
+
+def test_outputs_that_are_nan_are_refused_and_infinite_logits_are_not(learn, predicted):
+    with pytest.raises(ValueError, match='nan'): CifarInterpretation.from_learner(with_loss(learn, CrossEntropyLossFlat(), FirstOutput(torch.nan)))
+    with pytest.raises(ValueError, match='act'): CifarInterpretation.from_learner(learn, act=lambda outputs: torch.nan*outputs)
+    probs = CifarInterpretation.from_learner(with_loss(learn, CrossEntropyLossFlat(), FirstOutput(-torch.inf))).probs
+    others = np.arange(40) % 16 != 0
+    assert (probs[~others, 0] == 0).all() and np.allclose(probs[others], predicted[2][others], atol=1e-5)
+
+def test_rounded_outputs_become_probabilities_once(learn, predicted):
+    probs, logits = CifarInterpretation.from_learner(with_loss(learn, CrossEntropyLossFlat(), Rounded())).probs, np.log(predicted[2])
+    expected = torch.from_numpy(3*logits).softmax(dim=1)
+    assert probs.dtype == torch.float32 and torch.allclose(probs.double(), expected.double(), atol=.03) and probs.max() > .9
 
 @pytest.mark.parametrize('loss_func, head', losses_and_heads)
 def test_probabilities_are_those_of_the_network_whatever_the_loss(learn, predicted, loss_func, head):

@@ -19,9 +19,10 @@ from cifar_fastai.files import read_json, write_json
 from cifar_fastai.data.images import CIFAR10Data
 from cifar_fastai.run.folder import read_history
 from cifar_fastai.look.interpret import CifarInterpretation
-from cifar_fastai.look.page import read_run, run_images, run_predictions
+from cifar_fastai.look.page import page_plot, read_run, run_images, run_predictions
 from cifar_fastai.look.report import changed_settings, repeat_command, report_page, run_lrs, write_report
 from cifar_fastai.look.compare import mcnemar, write_comparison
+from cifar_fastai.look.shift import shift_table, write_shift_table
 from cifar_fastai.run.train import train, write_range_test
 
 records = Path(__file__).parent.parent/'benchmarks/runs'
@@ -284,6 +285,57 @@ def test_a_matrix_of_many_classes_leaves_zeros_out(finished, tmp_path, n):
     page = Page(of_many_classes(read_run(finished[0]), n, tmp_path/'report.html'))
     matrix = re.search('<table class="matrix.*?</table>', page.source, re.DOTALL)[0]
     assert not re.search('<span class="none">0</span>', matrix) and len(re.findall('<td[ >]', matrix)) == n*n + 1
+
+def test_classes_without_images_have_no_recall(finished):
+    record, targs = read_run(finished[0]), torch.arange(8).repeat(4)
+    interp = CifarInterpretation(None, SimpleNamespace(n=32, vocab=record.data['vocab']), torch.eye(10)[targs], targs, torch.zeros(32))
+    page = SimpleNamespace(source=report_page(record, interp))
+    *_, before, ship, truck = rows(page, 'Results by class')
+    assert before['recall'] == '1.000' and {row[score] for row in (ship, truck) for score in ('precision', 'recall', 'F1')} == {'—'}
+    assert 'classes that have images' in cards(page)['balanced accuracy']
+
+optional = 'best_is', 'device', 'precision', 'weights_sha256'
+
+def test_a_summary_without_its_optional_fields_has_a_page(run, compared, tmp_path):
+    for folder in run, *compared[0][:2]:
+        if folder != run: folder = shutil.copytree(folder, tmp_path/folder.name)
+        summary = read_json(folder/'summary.json')
+        write_json(folder/'summary.json', {name: value for name, value in summary.items() if name not in optional})
+    page = Page(write_report(run))
+    assert 'None' not in page.text and 'SHA-256' not in page.text and cards(page)['device'] == cards(page)['precision'] == '—'
+    assert re.search(r'<small>after epoch \d+</small>', cards(page)['best accuracy'])
+    page = Page(write_comparison([tmp_path/name for name in ('first', 'second')], tmp_path/'both.html'))
+    assert 'None' not in page.text and {row[name] for row in rows(page, 'Results of the runs') for name in ('device', 'precision')} == {'—'}
+
+def shift_of(run, n, small):
+    table = shift_table(lambda images: np.eye(10)[images[:, 16, 16, 0] % 10], small.test_x, small.test_y, n)
+    write_shift_table(run, table)
+    return table
+
+def test_the_table_of_changed_images_says_how_many_there_were(run, small):
+    table = shift_of(run, 20, small)
+    captions = lambda: re.findall(r'<(?:fig)?caption>([^<]*\bchanged\b[^<]*)<', write_report(run).read_text(encoding='utf8'))
+    assert len(captions()) == 2 and all(re.search(r'\b20 validation images\b', caption) for caption in captions())
+    write_shift_table(run, table.drop(columns='images'))
+    assert captions() and not any(re.search(r'\d', caption) for caption in captions())
+
+def contrast(colour): # of `#rrggbb` on white, by WCAG 2
+    linear = [v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4 for v in (int(colour[i:i + 2], 16)/255 for i in (1, 3, 5))]
+    return 1.05/(np.dot(linear, (.2126, .7152, .0722)) + .05)
+
+def test_charts_have_a_contrast_of_three_to_one(run, small, compared):
+    shift_of(run, 20, small)
+    curves = page_plot(lambda ax: [ax.plot([0, 1], [i, i + 1]) for i in range(6)], 'six curves')
+    styles = [style for source in (write_report(run).read_text(encoding='utf8'), Path(compared[1]).read_text(encoding='utf8'), curves)
+              for svg in re.findall('<svg .*?</svg>', source, re.DOTALL) for style in re.findall('style="([^"]*)"', svg)]
+    found = {}
+    for style in styles:
+        opacity = float((re.search(r'(?<![-\w])opacity: ([\d.]+)', style) or [0, 1])[1])
+        for colour in re.findall(r'(?:fill|stroke): (#[0-9a-f]{6})', style):
+            mixed = [round(opacity*int(colour[i:i + 2], 16) + (1 - opacity)*255) for i in (1, 3, 5)]
+            found[style] = contrast('#%02x%02x%02x' % tuple(mixed)) if colour != '#ffffff' else 21
+    assert contrast('#ffffff') == pytest.approx(1) and len(set(found.values())) > 7
+    assert min(found.values()) >= 3.2, {style: ratio for style, ratio in found.items() if ratio < 3.2}
 
 # ---- the command
 

@@ -62,7 +62,9 @@ def _checked(probs, targs): # -> plain tensors on the CPU, fp32 and int64
 def log_probabilities(
     probs:torch.Tensor, # any shape
 ) -> torch.Tensor: # finite; the logits up to a constant per image
-    "Return the logarithm of probabilities, which are raised to the smallest normal number of their dtype"
+    """Return the logarithm of probabilities, which are raised to the smallest normal number of their dtype.
+
+    In fp32, the results are those of the logits only down to 87 below the largest logit of an image."""
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 # %% ../../nbs/31_look.calibration.ipynb #5cac7039
@@ -75,7 +77,7 @@ def draw_reliability(
     "Draw the accuracy in each bin of confidence"
     edges, n, n_right = _bins(*_checked(probs, targs), n_bins)
     shares = np.divide(n_right, n, out=np.zeros(n_bins), where=n > 0)
-    ax.bar(edges[:-1], shares, 1/n_bins, align='edge', edgecolor='white', alpha=.7)
+    ax.bar(edges[:-1], shares, 1/n_bins, align='edge', edgecolor='white', alpha=.85)
     ax.plot([0, 1], [0, 1], '--', color='0.5', label='perfect calibration')
     ax.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy in the bin')
     ax.set_xlabel('confidence: probability of the predicted class')
@@ -89,7 +91,7 @@ def draw_confidences(
 ):
     "Draw the histogram of confidences"
     edges, n, _ = _bins(*_checked(probs, targs), n_bins)
-    ax.bar(edges[:-1], n/len(targs), 1/n_bins, align='edge', edgecolor='white', color='0.6')
+    ax.bar(edges[:-1], n/len(targs), 1/n_bins, align='edge', edgecolor='white', color='0.55')
     ax.set(xlim=(0, 1), xlabel='confidence: probability of the predicted class', ylabel='share of images')
 
 def _bins(probs, targs, n_bins): # -> (edges, images in each bin, correct predictions in each bin)
@@ -122,7 +124,10 @@ def apply_temperature(
     probs:torch.Tensor, # (N, classes); each row sums to 1
     temperature:float, # positive; 1 changes nothing
 ) -> torch.Tensor: # (N, classes); each row sums to 1
-    "Return the probabilities of the same model with its logits divided by `temperature`; the predicted classes stay"
+    """Return the probabilities of the same model with its logits divided by `temperature`; the predicted classes stay.
+
+    A logit further below the largest one than `log_probabilities` can represent, 87 in fp32, counts as the lowest that
+    it can. So the result, and a temperature that is fitted to such logarithms, differ from those of the logits."""
     check_temperature(temperature)
     if temperature == 1: return probs
     check_sums(probs)

@@ -79,8 +79,8 @@ def _results(record) -> list: # one value per column
     s = record.summary
     best = f"{_percent(s['best_accuracy'])}, epoch {s['best_epoch']}"
     return [_percent(s['accuracy']), _percent(s.get('flip_averaged_accuracy')), f"{s['n_wrong']:,}",
-            _calibration_error(s), best, len(record.history), f"{s['seconds']:,.0f}", f"{s['n_params']:,}", s.get('device'), s.get('precision'),
-            _valid_images(record)]
+            _calibration_error(s), best, len(record.history), f"{s['seconds']:,.0f}", f"{s['n_params']:,}",
+            s.get('device') or '—', s.get('precision') or '—', _valid_images(record)]
 
 def _pairs(records, names, right) -> tuple: # (rows of the table, sentences about pairs with different images)
     "Compare each pair of runs"

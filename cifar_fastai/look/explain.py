@@ -32,23 +32,30 @@ def _shapes(model, x): # -> {name of a module: shape of its output}, in the orde
         for hook in hooks: hook.remove()
     return shapes
 
+def _is_map(shape, size): # -> whether the output for one image of `size` is (1, C, h, w) with the aspect of the image
+    if len(shape) != 4 or shape[0] != 1: return False
+    (h, w), (height, width) = shape[2:], size
+    rounding = 0 if height == width else max(height, width) # of one pixel in one direction
+    return h <= height and w <= width and abs(h*width - w*height) <= rounding
+
 def cam_layer(
     model:nn.Module, # in evaluation mode
     x:torch.Tensor, # normalised images (N, C, H, W)
     layer:str=None, # name of a module, as in `named_modules`; `None` is the last one with enough positions
     least:int=8, # positions in each direction
 ) -> str: # name of the layer
-    """Return the layer whose output Grad-CAM weighs.
+    """Return the layer whose output Grad-CAM weighs: (N, C, h, w), with h×w positions in the aspect of the images.
 
-    Raises `ValueError` if `layer` does not exist or has fewer than 2×2 positions, and if no layer has enough."""
+    Raises `ValueError` if `layer` does not exist, has another output or fewer than 2×2 positions, and if no layer has
+    enough."""
     shapes = _shapes(model, x)
-    positions = {name: shape[2:] for name, shape in shapes.items() if len(shape) == 4}
+    positions = {name: shape[2:] for name, shape in shapes.items() if _is_map(shape, x.shape[2:])}
     if layer is not None:
         if layer not in dict(model.named_modules()):
             raise ValueError(f'layer is {layer!r}: the network has no such module')
         if layer not in positions or min(positions[layer]) < 2:
             found = f'layer is {layer!r}: its output is {shapes.get(layer)}'
-            raise ValueError(f'{found}, and must have 2×2 positions or more')
+            raise ValueError(f'{found}, and must have 2×2 positions or more, in the aspect of the images')
         return layer
     fine = [name for name, size in positions.items() if min(size) >= least]
     if not fine:

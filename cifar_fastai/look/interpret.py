@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from sklearn import metrics
 from torch import nn
 
-from ..core import require_extra
+from ..core import images_per_pass, require_extra
 from ..files import check_tensors, write_whole
 from ..data.inspect import class_names, in_order, make_batch
 from ..run.folder import learner_from_run, read_temperature
@@ -65,7 +65,7 @@ def _check_single_label(outputs, targs):
 
 def _check_probs(probs, shape):
     "Raise `ValueError` unless `probs` has this shape and values from 0 to 1"
-    if probs.shape == shape and not (probs < 0).any() and not (probs > 1 + 1e-3).any(): return
+    if probs.shape == shape and ((probs >= 0) & (probs <= 1 + 1e-3)).all(): return # not of NaN
     given = f'shape {tuple(probs.shape)} with values from {probs.min():.3g} to {probs.max():.3g}'
     raise ValueError(f'act returns {given}: it must return probabilities of shape {tuple(shape)}')
 
@@ -75,10 +75,14 @@ def _predict(
     dl,
     act=None, # from outputs to probabilities; `None` uses what the loss function implies
 ): # (outputs (N, classes), probabilities (N, classes), labels (N,), losses (N,)), plain tensors
-    "Run the model once over `dl`; raise `ValueError` unless the task is single-label classification"
+    """Run the model once over `dl`.
+
+    Raises `ValueError` unless the task is single-label classification, and if an output is NaN."""
     outputs, targs, losses = learn.get_preds(dl=dl, with_loss=True, act=noop)
     _check_single_label(outputs, targs)
     outputs, targs = (torch.as_tensor(o).as_subclass(torch.Tensor) for o in (outputs, targs))
+    outputs = outputs.float() # probabilities in bf16 do not sum to one
+    if outputs.isnan().any(): raise ValueError('outputs of the model are nan: its training diverged, use another one')
     probs = _probabilities(outputs, learn.loss_func) if act is None else act(outputs)
     _check_probs(probs, outputs.shape)
     return outputs, probs, targs.reshape(-1), losses
@@ -208,15 +212,19 @@ def plot_misclassified(self:CifarInterpretation,
 # %% ../../nbs/42_look.interpret.ipynb #5a0885e0
 @patch
 def per_class(self:CifarInterpretation) -> pd.DataFrame: # one row per class
-    "Return precision, recall, F1 and number of images of each class; undefined scores are 0"
+    """Return precision, recall, F1 and number of images of each class; undefined scores are NaN.
+
+    Precision is undefined for a class that is never predicted, recall for one without images, and F1 for both."""
     labels = range(len(self.vocab))
-    scores = metrics.precision_recall_fscore_support(self.targs, self.decoded, labels=labels, zero_division=0)
+    scores = metrics.precision_recall_fscore_support(self.targs, self.decoded, labels=labels, zero_division=np.nan)
     columns = dict(zip(['precision', 'recall', 'f1', 'images'], scores))
-    return pd.DataFrame(columns, index=pd.Index(self.vocab, name='class'))
+    table = pd.DataFrame(columns, index=pd.Index(self.vocab, name='class'))
+    table['f1'] = table['f1'].mask(table[['precision', 'recall']].isna().any(axis=1)) # scikit-learn's is 0
+    return table
 
 @patch(as_prop=True)
 def balanced_accuracy(self:CifarInterpretation) -> float:
-    "Return the mean recall of the classes, in which a class of few images counts as much as one of many"
+    "Return the mean recall of the classes that have images, in which few images count as much as many"
     present = self.targs.unique() # scikit-learn's `balanced_accuracy_score` warns of classes that are only predicted
     return float(metrics.recall_score(self.targs, self.decoded, labels=present, average='macro'))
 
@@ -441,17 +449,17 @@ def from_predictions(cls:CifarInterpretation,
 # %% ../../nbs/42_look.interpret.ipynb #5fa0f7d8
 def class_probabilities(
     model:nn.Module, # returns logits
-    images, # `uint8` (N, 32, 32, 3)
+    images, # `uint8` (N, size, size, 3)
     stats, # (means, standard deviations) of the training images, pixels in [0, 1]
     temperature:float=1., # by which the logits are divided
 ) -> torch.Tensor: # (N, classes), on the CPU; each row sums to 1
     "Return the softmax of the logits, computed in fp32 on the model's device; raise `ValueError` if it is not finite"
     mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in stats)
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()/255
+    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float()/255
     x = ((x - mean)/std).to(next(model.parameters()).device)
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(part) for part in x.split(500)])
+        logits = torch.cat([model(part) for part in x.split(images_per_pass(x.shape[-1]))])
         probs = (logits/temperature).softmax(dim=1).cpu()
     if not probs.isfinite().all():
         raise ValueError('the probabilities are not finite, so the training of this network diverged: use another one')

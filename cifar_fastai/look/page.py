@@ -153,7 +153,7 @@ def _n_predicted(path):
 
 # %% ../../nbs/50_look.page.ipynb #f941da1d
 _ink = '#010203' # stands for the colour of the page's text
-_colors = ['#2f80d0', '#e07b39', '#2f9e6b', '#c2528b', '#8a74d6', '#a8862b']
+_colors = ['#2f80d0', '#d9722f', '#2f9e6b', '#c2528b', '#8a74d6', '#a8862b']
 _inked = 'text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'grid.color'
 _style = dict.fromkeys(_inked, _ink) | {
     'legend.frameon': False, 'legend.labelcolor': _ink, 'axes.spines.top': False, 'axes.spines.right': False,

@@ -189,7 +189,8 @@ def _duration(seconds) -> str:
 def _balanced(interp): # -> the balanced accuracy, if some classes have more images than others
     if not interp.is_unbalanced: return []
     counts = interp.targs.bincount(minlength=len(interp.vocab))
-    note = f'mean recall of the classes, which have {counts.min():,} to {counts.max():,} images'
+    counts = counts[counts > 0]
+    note = f'mean recall of the classes that have images: {counts.min():,} to {counts.max():,} each'
     return [('balanced accuracy', _percent(interp.balanced_accuracy), note)]
 
 def _interval(interp): # of the accuracy
@@ -213,6 +214,7 @@ def _figures(record, interp, dls=None) -> list[dict]: # name, value, note
     per_epoch = s['seconds']/len(record.history)
     tta = 'test-time augmentation (horizontal flip): logits averaged over each image and its horizontal flip'
     error = f'{100*interp.calibration().ece:.1f} points'
+    best = ', '.join(filter(None, [f"after epoch {s['best_epoch']}", s.get('best_is')]))
     is_small = len(interp.targs) < min_images
     reliable = f'; not reliable with fewer than {min_images} validation images' if is_small else ''
     rows = [
@@ -221,12 +223,12 @@ def _figures(record, interp, dls=None) -> list[dict]: # name, value, note
         *_copies(dls),
         *_balanced(interp),
         ('accuracy with TTA', _percent(s.get('flip_averaged_accuracy')), tta),
-        ('best accuracy', _percent(s['best_accuracy']), f"after epoch {s['best_epoch']}, {s.get('best_is')}"),
+        ('best accuracy', _percent(s['best_accuracy']), best),
         ('calibration error', error, f'expected calibration error, in 15 bins of confidence{reliable}'),
         ('parameters', f"{s['n_params']:,}", ''),
         ('training time', _duration(s['seconds']), f"{s['seconds']:,.0f} s, {per_epoch:,.1f} s per epoch"),
-        ('device', device, record.environment.get('processor') if device == 'cpu' else ''),
-        ('precision', s.get('precision'), '')]
+        ('device', device or '—', record.environment.get('processor') if device == 'cpu' else ''),
+        ('precision', s.get('precision') or '—', '')]
     return [dict(zip(('name', 'value', 'note'), row)) for row in rows]
 
 # %% ../../nbs/51_look.report.ipynb #fec9a851
@@ -250,7 +252,8 @@ def _machine(record) -> list[tuple]: # (name, value)
     rows += [(name, version or 'not installed') for name, version in env['packages'].items()]
     for split, fingerprint in zip(('training', 'test'), record.data['fingerprint']):
         rows.append((f'fingerprint ({split})', str(fingerprint)[:16] + '…'))
-    return [*rows, ('weights (SHA-256)', str(record.summary.get('weights_sha256'))[:16] + '…')]
+    if checksum := record.summary.get('weights_sha256'): rows.append(('weights (SHA-256)', checksum[:16] + '…'))
+    return rows
 
 def _origin(record) -> str:
     "Name the images of a run"
@@ -313,7 +316,7 @@ def _label_issues(interp, k=24): # -> list of dicts: uri, idx, given, suggested;
     return [issue._asdict() | shown(issue) for issue in issues]
 
 # %% ../../nbs/51_look.report.ipynb #d7b0a9cc
-def _shift(record) -> dict|None: # rows and plot; `None` without a table
+def _shift(record) -> dict|None: # rows, plot and, if it is recorded, number of images; `None` without a table
     "Return accuracy and calibration error under changes of the images"
     table = read_shift_table(record.path)
     if table is None: return None
@@ -323,7 +326,8 @@ def _shift(record) -> dict|None: # rows and plot; `None` without a table
         rows.append(dict(change=name, strength=how, accuracy=_percent(row.accuracy), confidence=_percent(row.confidence),
                          ece=f'{100*row.ece:.1f}'))
     plot = page_plot(lambda ax: plot_shift_rows(ax, table), 'Accuracy under each change of the images', (7, 3.3))
-    return dict(rows=rows, plot=plot)
+    n = int(table['images'].iloc[0]) if 'images' in table else None
+    return dict(rows=rows, plot=plot, n=n)
 
 # %% ../../nbs/51_look.report.ipynb #f00c812d
 def _shades(
@@ -334,6 +338,8 @@ def _shades(
     wrong = np.where(is_diagonal, 0, confusion)
     return np.where(is_diagonal, confusion/max(1, confusion.max()), wrong/max(1, wrong.max())).round(3)
 
+def _score(value): return '—' if math.isnan(value) else f'{value:.3f}'
+
 def _mistakes(interp, dls=None) -> dict: # name in the template → value
     "Return the confusion matrix, its shades, the most confused pairs and the results by class"
     confusion, label = interp.confusion_matrix(), {name: i for i, name in enumerate(interp.vocab)}
@@ -341,7 +347,7 @@ def _mistakes(interp, dls=None) -> dict: # name in the template → value
     for actual, predicted, n in interp.most_confused()[:10]:
         pairs.append(dict(actual=actual, predicted=predicted, n=n, pair=f'{label[actual]}-{label[predicted]}'))
     for name, row in interp.per_class().iterrows():
-        scores = {score: f'{row[score]:.3f}' for score in ('precision', 'recall', 'f1')}
+        scores = {score: _score(row[score]) for score in ('precision', 'recall', 'f1')}
         counts = dict(n_train=n_train and f'{n_train[name]:,}', n_valid=f'{int(row["images"]):,}')
         classes.append(dict(name=name, **counts, **scores))
     return dict(confusion=confusion.tolist(), shares=_shades(confusion).tolist(), pairs=pairs, classes=classes)

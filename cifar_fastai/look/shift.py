@@ -59,7 +59,7 @@ def shifted(
     if name not in shifts: raise ValueError(f'name is {name!r}: must be one of {", ".join(shifts)}')
     change = shifts[name][0]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # `torch.manual_seed` would reseed GPUs, too
         changed = [change(torch.from_numpy(image).permute(2, 0, 1), strength) for image in images]
     return torch.stack(changed).permute(0, 2, 3, 1).numpy()
 
@@ -84,7 +84,7 @@ def shift_table(
     images, # `uint8` (N, H, W, 3)
     labels, # (N,)
     n:int|None=500, # images to use, the same share of each class; `None` is all
-) -> pd.DataFrame: # a row per change and strength; columns accuracy, confidence and ece, from 0 to 1, and nll
+) -> pd.DataFrame: # a row per change and strength; accuracy, confidence and ece, from 0 to 1, nll, and number of images
     """Measure accuracy, mean confidence and calibration under each change, and without one (`original`).
 
     Source of the idea: Hendrycks & Dietterich, *Benchmarking neural network robustness to common corruptions* (2019)."""
@@ -106,7 +106,7 @@ def _measures(classify, images, labels):
     confidence, decoded = probs.max(dim=1)
     found = calibration(probs, targs)
     accuracy = float((decoded == targs).float().mean())
-    return dict(accuracy=accuracy, confidence=float(confidence.mean()), ece=found.ece, nll=found.nll)
+    return dict(accuracy=accuracy, confidence=float(confidence.mean()), ece=found.ece, nll=found.nll, images=len(targs))
 
 # %% ../../nbs/46_look.shift.ipynb #10c4bda2
 shift_file = 'shift.csv'
@@ -120,7 +120,7 @@ def write_shift_table(
 
 def read_shift_table(
     run, # run folder
-) -> pd.DataFrame|None: # as of `shift_table`; `None` without a file
+) -> pd.DataFrame|None: # as of `shift_table`, without `images` if an earlier version wrote it; `None` without a file
     "Return the table that `write_shift_table` wrote; raise `ValueError` for any other file"
     path = Path(run)/shift_file
     if not path.is_file(): return None
@@ -129,10 +129,13 @@ def read_shift_table(
         reason = ' '.join(str(e).split())[:200]
         raise ValueError(f'{path} is not a table of shifts: {reason}') from None
     names, strengths = zip(*_cases())
-    read = table.reindex(columns=['strength', 'accuracy', 'confidence', 'ece', 'nll']).apply(pd.to_numeric, errors='coerce')
+    columns = ['strength', 'accuracy', 'confidence', 'ece', 'nll', *table.columns.intersection(['images'])]
+    read = table.reindex(columns=columns).apply(pd.to_numeric, errors='coerce')
     numbers, shares = read.drop(columns='strength'), read[['accuracy', 'confidence', 'ece']]
+    counts = numbers.get('images', pd.Series(1))
     has_cases = table.get('change', pd.Series()).tolist() == list(names) and read['strength'].tolist()[1:] == list(strengths[1:])
-    is_table = has_cases and np.isfinite(numbers).all(axis=None) and ((shares >= 0) & (shares <= 1)).all(axis=None)
+    in_range = ((shares >= 0) & (shares <= 1)).all(axis=None) and ((counts >= 1) & (counts % 1 == 0)).all()
+    is_table = has_cases and np.isfinite(numbers).all(axis=None) and in_range
     if not is_table: raise ValueError(f'{path} is not a table of shifts: cifar_interpret --shift writes it again')
     return numbers.set_axis(pd.MultiIndex.from_arrays([names, strengths], names=['change', 'strength']))
 
@@ -147,7 +150,7 @@ def plot_shift_table(
         rows, names = table.loc[name], [f'{strength:g}' for strength in strengths]
         ax.plot(range(3), rows['accuracy'], 'o-', label='accuracy')
         ax.plot(range(3), rows['confidence'], 's--', color='tab:orange', label='mean confidence')
-        ax.axhline(original['accuracy'], color='0.6', linestyle=':')
+        ax.axhline(original['accuracy'], color='0.55', linestyle=':')
         ax.set(title=name, xticks=range(3), xticklabels=names, xlabel=unit, ylim=(0, 1))
         ax.grid(alpha=.3)
     axes[0, 0].legend(loc='lower left', fontsize=8)

@@ -20,7 +20,7 @@ from PIL import Image
 from ..core import require_extra
 from ..data.images import CIFAR10Data
 from ..data.picture import read_image
-from ..data.source import find_cifar10, load_cifar10
+from ..data.source import cifar10_urls, find_cifar10, load_cifar10
 from ..look.page import image_uri
 
 # %% ../../nbs/61_use.app.ipynb #7a10c0d5
@@ -50,14 +50,16 @@ def find_examples(
     source=None, # as for `load_cifar10`; `None` uses CIFAR-10 where it is found without a download
     folder=None, # for the PNG files; `None` is a temporary folder that is deleted when Python exits
     size:int=32, # as for `load_cifar10`
+    urls=cifar10_urls, # as for `load_cifar10`; with `()`, nothing is downloaded
 ) -> list[Path]:
     """Save example images from `source`; return an empty list if `source` is `None` and CIFAR-10 is not found.
 
-    A `source` that is given may be downloaded; the errors are those of `load_cifar10`."""
+    A `source` that is given may be downloaded from `urls`; the errors are those of `load_cifar10`."""
     if source is None:
         try: source = find_cifar10(urls=())
         except FileNotFoundError: return []
-    return save_examples(load_cifar10(source, size=size), folder or tempfile.mkdtemp(dir=_temporary_folder()))
+    data = load_cifar10(source, urls, size)
+    return save_examples(data, folder or tempfile.mkdtemp(dir=_temporary_folder()))
 
 # %% ../../nbs/61_use.app.ipynb #b7968e42
 def _file_in(folder, path): # -> `Path` or `None`

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import cifar10_classes, cifar10_stats, printable, require_extra, settings_from
+from ..core import (cifar10_classes, cifar10_stats, images_per_pass, printable, require_extra,
+                               settings_from)
 from ..files import check_file, write_whole
 from ..run.folder import load_run, read_temperature
 from ..models import load_pretrained
 from ..look.calibration import check_temperature
+from .predict import check_images
 
 # %% ../../nbs/60_use.export.ipynb #545ad33a
 class ImagesToProbabilities(nn.Module):
@@ -208,7 +210,7 @@ class OnnxClassifier:
     copy loads the file again in a process of its own."""
     def __init__(self,
         path, # ONNX file written by `export_model`
-        timeout:float=60, # seconds for loading the file, and for each batch of 500 images
+        timeout:float=60, # seconds for loading the file, and for each pass: 500 images of 32×32, fewer larger ones
     ):
         self.path, self.timeout = Path(path), timeout
         content = self.path.read_bytes()
@@ -229,11 +231,9 @@ class OnnxClassifier:
     def __reduce__(self): return type(self), (self.path, self.timeout)
 
     def __call__(self, images) -> np.ndarray:
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.shape[1:] != (self.size, self.size, 3):
-            raise ValueError(f'images are {images.dtype} {images.shape}: must be uint8 (N, {self.size}, {self.size}, 3)')
-        starts = range(0, len(images), 500) or [0] # without images, one empty batch
-        try: return np.concatenate([self._probabilities(images[i:i + 500]) for i in starts])
+        images, step = check_images(images, self.size), images_per_pass(self.size)
+        starts = range(0, len(images), step) or [0] # without images, one empty batch
+        try: return np.concatenate([self._probabilities(images[i:i + step]) for i in starts])
         except Exception as e: raise ValueError(f'{printable(self.path)} could not run: {_in_one_line(e)}') from None
 
     def _probabilities(self, images):
@@ -249,7 +249,7 @@ def _in_one_line(e): return printable(' '.join(str(e).split())[:200]) or type(e)
 # %% ../../nbs/60_use.export.ipynb #9394bd03
 def load_onnx(
     path, # ONNX file written by `export_model`
-    timeout:float=60, # seconds for loading the file, and for each batch of 500 images
+    timeout:float=60, # seconds for loading the file, and for each pass: 500 images of 32×32, fewer larger ones
 ) -> OnnxClassifier:
     """Load an ONNX file as a function from `uint8` images (N, size, size, 3) to probabilities (N, classes).
 
