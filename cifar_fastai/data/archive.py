@@ -34,7 +34,7 @@ def is_cifar10(
     pictures, # those that are pictures by their suffixes
     size:int=32, # at which they are to be read, in pixels
 ) -> bool:
-    "Return whether a folder is meant as CIFAR-10: it has batches, or nothing but PNG files of the ten classes in train and test"
+    "Return whether a folder is CIFAR-10: it has batches, or all its pictures are PNG files of the ten classes, in both splits"
     if any(map(_batch_name.search, names)): return True
     pngs = list(map(_png_name.search, pictures))
     if size != 32 or not all(pngs): return False
@@ -252,7 +252,8 @@ def _decode_png(data:bytes, name:str) -> np.ndarray: # `uint8` (32, 32, 3)
     try: img = Image.open(MeteredFile(data), formats=('PNG',))
     except Exception: raise ValueError(f'{name} is not a PNG image') from None # a decoder may raise anything
     if img.size != (32, 32) or img.mode != 'RGB':
-        raise ValueError(f'{name} is {img.size[0]}×{img.size[1]} {img.mode}: every image must be 32×32 RGB; {_if_own}')
+        kind = f'{img.size[0]}×{img.size[1]} {img.mode}'
+        raise ValueError(f'{name} is {kind}: every image must be 32×32 RGB; {_if_own}')
     try: return np.asarray(img)
     except Exception as e: raise ValueError(f'{name} is damaged: {one_line(e)}') from None
 

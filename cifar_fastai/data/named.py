@@ -85,8 +85,9 @@ def is_cifar100_folder(
     names, # of the files of a folder
     pictures, # those that are pictures by their suffixes
 ) -> bool:
-    "Return whether a folder has the pickles of CIFAR-100, or nothing but PNG files of 100 classes in 20 groups in train and test"
-    if any({f'{place}{name}' for name in ('train', 'test', 'meta')} <= set(names) for place in ('', 'cifar-100-python/')): return True
+    "Return whether a folder is CIFAR-100: it has its pickles, or all its pictures are PNG files of 100 classes in 20 groups"
+    for place in '', 'cifar-100-python/':
+        if {f'{place}{name}' for name in ('train', 'test', 'meta')} <= set(names): return True
     pngs = list(map(_png_name.search, pictures))
     return all(pngs) and [len({png[i] for png in pngs}) for i in (1, 2, 3)] == [2, 20, 100]
 

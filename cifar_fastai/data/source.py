@@ -21,8 +21,8 @@ from ..files import check_file, remove_parts, rename_folder, temporary_folder, w
 from .images import CIFAR10Data, load_digits
 from .archive import is_cifar10, list_files, read_images
 from .download import fetch_archive
-from .folder import (FolderData, FolderNotes, NotStored, UnreadablePictures, folder_lines, folder_warnings,
-                                      max_pictures, pictures_among, read_with_notes, warn_of_duplicates)
+from .folder import (FolderData, FolderNotes, NotStored, UnreadablePictures, folder_lines,
+                                      folder_warnings, max_pictures, pictures_among, read_with_notes, warn_of_duplicates)
 from .named import find_named, is_cifar100, is_cifar100_folder, read_cifar100, read_named
 
 # %% ../../nbs/05_data.source.ipynb #ab050006
