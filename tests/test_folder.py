@@ -156,6 +156,18 @@ def test_a_cache_of_a_version_that_did_not_keep_the_names_is_made_anew(pets, tmp
     np.savez(cache, **arrays | dict(notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)))
     assert list(map(list, load_cifar10(pets).files)) == list(map(list, files))
 
+def test_a_cache_of_a_version_that_did_not_keep_unused_splits_is_read(split, tmp_path, monkeypatch):
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path/'home'))
+    expected = load_cifar10(split)
+    [cache] = (tmp_path/'home').rglob('*.npz')
+    arrays = dict(np.load(cache))
+    notes = json.loads(arrays['notes'].tobytes())
+    assert notes.pop('unused') == []
+    np.savez(cache, **arrays | dict(notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)))
+    def refuse(*args): raise AssertionError('a picture was decoded')
+    monkeypatch.setattr('cifar_fastai.data.folder.read_image', refuse)
+    assert load_cifar10(split).fingerprint == expected.fingerprint and told(split)[1] == []
+
 def test_pictures_that_are_read_in_another_way_are_cached_anew(pets, tmp_path, monkeypatch):
     monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path/'home'))
     def cache():

@@ -7,6 +7,7 @@ __all__ = ['fetch_archive']
 
 # %% ../../nbs/04_data.download.ipynb #a0440004
 import time
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from secrets import token_hex
@@ -70,7 +71,7 @@ def fetch_archive(
     "Download an archive; raises `FileNotFoundError`, which lists the addresses and reasons, when no address works"
     folder, failures = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    remove_parts(folder, min_age=24*60*60) # of downloads that were killed
+    with suppress(OSError): remove_parts(folder, min_age=24*60*60) # of downloads that were killed
     for url in urls:
         for attempt in range(2):
             try: return _fetch(url, folder, show_progress, timeout)
