@@ -22,6 +22,7 @@ def write_whole(
     path, # file to write, in an existing folder
     content:bytes,
     check=lambda part: None, # called with the new file before it is renamed; raises if the file is not good
+    name:str='', # begins that of the temporary file, so that `remove_parts` can tell it from others
 ) -> Path:
     """Write a file completely or not at all. A symbolic link at `path` is replaced and not followed.
 
@@ -30,7 +31,7 @@ def write_whole(
     kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
     if kind not in (stat.S_IFREG, stat.S_IFLNK) or path.absolute().parent == Path('/dev'): # root could replace a device
         raise FileExistsError(f'{path} is not a regular file: it is not replaced; give another file')
-    part = path.with_name(f'.{token_hex(8)}.part')
+    part = path.with_name(f'.{name}{token_hex(8)}.part')
     try:
         with open(part, 'xb') as f: # never an existing file or link
             f.write(content)
@@ -60,7 +61,7 @@ _cannot_flush = errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF
 def remove_parts(
     folder,
     folders:bool=False, # remove those of `temporary_folder`, too
-    name:str='', # of `temporary_folder`; '*' for any
+    name:str='', # given to `write_whole` or `temporary_folder`; '*' for any
     min_age:float=0, # in seconds
 ):
     "Remove the temporary files of `write_whole` below `folder` that a killed process has left"

@@ -135,15 +135,16 @@ def _arrays(data, notes): # -> {name: array or list}
     facts = json.dumps(notes._asdict() | dict(files=data.files)).encode()
     return data._asdict() | dict(notes=np.frombuffer(facts, dtype=np.uint8)) # text of NumPy takes 4 bytes a character
 
-def _write_cache(file:Path, data:CIFAR10Data, notes:FolderNotes|None, store:Path):
-    "Write the cache file in the temporary folder `store`, and give it its name; warn if that cannot be done"
+def _write_cache(file:Path, data:CIFAR10Data, notes:FolderNotes|None=None):
+    "Write the cache file, or warn that it cannot be written"
     content = io.BytesIO()
     np.savez(content, **_arrays(data, notes))
     try:
-        store.mkdir(parents=True)
-        write_whole(store/file.name, content.getvalue()).replace(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True) # it is damaged, or a pipe, which `write_whole` would refuse to replace
+        write_whole(file, content.getvalue(), name=_place(file))
         _remove_others(file)
-    except OSError as e: _warn_uncached(f'{file.parent}: {e.strerror or e}')
+    except OSError as e: _warn_uncached(str(e))
 
 def _keep_mapped(file:Path, data:CIFAR10Data, notes:FolderNotes|None, store:Path) -> CIFAR10Data:
     "Complete the folder of memory-mapped images, give it its name, and return the data in it; warn if that cannot be done"
@@ -154,7 +155,7 @@ def _keep_mapped(file:Path, data:CIFAR10Data, notes:FolderNotes|None, store:Path
             write_whole(store/f'{name}.npy', content.getvalue())
         rename_folder(store, file.with_suffix(''))
         _remove_others(file.with_suffix(''))
-    except OSError as e: _warn_uncached(f'{file.parent}: {e.strerror or e}')
+    except OSError as e: _warn_uncached(str(e))
     return (_read_cache(file) or [data])[0]
 
 def _remove_others(kept:Path): # the caches of earlier states of the source
@@ -212,7 +213,7 @@ def _cached(path, read, *kind): # -> (data, notes); `kind` tells several caches 
         is_whole = not any(issubclass(warning.category, UnreadablePictures) for warning in found)
         if not is_whole or is_refused: pass # what could not be read may be readable the next time
         elif isinstance(data.train_x, np.memmap): data = _keep_mapped(cache, data, notes, store)
-        else: _write_cache(cache, data, notes, store)
+        else: _write_cache(cache, data, notes)
     for warning in found: warnings.warn(warning.message, warning.category, stacklevel=3)
     return data, notes
 
