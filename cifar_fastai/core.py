@@ -441,7 +441,8 @@ def _cpu(): # what the name does not tell: the generation, and the instructions 
 def peak_memory() -> int|None: # bytes; `None` where the system does not tell
     "Return the peak resident memory of this process, without worker processes"
     if os.path.exists('/proc/self/status'):
-        with open('/proc/self/status') as f: return next(1024*int(line.split()[1]) for line in f if line.startswith('VmHWM'))
+        with open('/proc/self/status') as f: peak = [line.split()[1] for line in f if line.startswith('VmHWM')]
+        return 1024*int(peak[0]) if peak else None
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)

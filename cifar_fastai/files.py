@@ -6,7 +6,7 @@
 __all__ = ['write_whole', 'remove_parts', 'write_json', 'check_file', 'read_json']
 
 # %% ../nbs/01_files.ipynb #2994dc76
-import json, math, os, shutil, stat
+import errno, json, math, os, shutil, stat, time
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ def write_whole(
     path, # file to write, in an existing folder
     content:bytes,
     check=lambda part: None, # called with the new file before it is renamed; raises if the file is not good
+    name:str='', # begins that of the temporary file, so that `remove_parts` can tell it from others
 ) -> Path:
     """Write a file completely or not at all. A symbolic link at `path` is replaced and not followed.
 
@@ -30,7 +31,7 @@ def write_whole(
     kind = stat.S_IFMT(os.lstat(path).st_mode) if os.path.lexists(path) else stat.S_IFREG
     if kind not in (stat.S_IFREG, stat.S_IFLNK) or path.absolute().parent == Path('/dev'): # root could replace a device
         raise FileExistsError(f'{path} is not a regular file: it is not replaced; give another file')
-    part = path.with_name(f'.{token_hex(8)}.part')
+    part = path.with_name(f'.{name}{token_hex(8)}.part')
     try:
         with open(part, 'xb') as f: # never an existing file or link
             f.write(content)
@@ -47,16 +48,25 @@ def write_whole(
 
 def _flush_folder(path): # so that the new name is on disk, too
     if os.name != 'posix': return # elsewhere a folder cannot be opened
-    folder = os.open(path, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
+    except OSError as e:
+        if e.errno not in _cannot_flush: raise
+
+# Some file systems cannot flush a folder. The file is complete then, and has its name.
+_cannot_flush = errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF
 
 def remove_parts(
     folder,
     folders:bool=False, # remove those of `temporary_folder`, too
+    name:str='', # given to `write_whole` or `temporary_folder`; '*' for any
+    min_age:float=0, # in seconds
 ):
     "Remove the temporary files of `write_whole` below `folder` that a killed process has left"
-    for part in list(Path(folder).rglob('.' + 16*'?' + '.part')):
+    for part in list(Path(folder).rglob(f'.{name}{16*"?"}.part')):
+        if min_age and time.time() - part.lstat().st_mtime < min_age: continue
         if not part.is_dir(): part.unlink(missing_ok=True)
         elif folders: shutil.rmtree(part, ignore_errors=True)
 
@@ -71,9 +81,10 @@ def write_json(
 @contextmanager
 def temporary_folder(
     parent,
+    name:str='', # begins its name, so that `remove_parts` can tell it from others
 ):
     "Give the path of a folder in `parent` that does not exist yet. At the end, it is removed unless it has been renamed"
-    part = Path(parent)/f'.{token_hex(8)}.part'
+    part = Path(parent)/f'.{name}{token_hex(8)}.part'
     try: yield part
     finally: shutil.rmtree(part, ignore_errors=True)
 

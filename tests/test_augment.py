@@ -228,3 +228,11 @@ def test_flips_that_alternate_show_each_image_both_ways_in_two_epochs():
         first, second, third = (flipped_in_epoch(seed, epoch, 1000) for epoch in range(3))
         assert (first ^ second).all() and (first == third).all() and 400 < first.sum() < 600
     assert (flipped_in_epoch(0, 0, 1000) != flipped_in_epoch(1, 0, 1000)).any()
+
+def test_each_image_needs_its_own_draw(digits):
+    tfm, img = ItemAugment(CropFlipCutout(flip='alternate')), PILImage.create(digits.train_x[0])
+    with pytest.raises(ValueError, match='alternate'): tfm(img, split_idx=0)
+    for epoch in range(2):
+        tfm.reseed(0, epoch, 0)
+        tfm(img, split_idx=0)
+        with pytest.raises(ValueError, match='alternate'): tfm(img, split_idx=0)

@@ -187,6 +187,26 @@ def test_the_order_is_that_of_the_item_pipeline(small, dls):
     item = cifar_dls(small, bs=16, seed=0, pipeline='item', num_workers=0).train
     for _ in range(2): assert torch.equal(torch.cat([y for _, y in dls.train]), torch.cat([y for _, y in item]))
 
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('flip', ['random', 'alternate'])
+def test_a_pass_within_a_pass_changes_nothing_of_it(small, pipeline, flip):
+    def batches(within):
+        aug = CropFlipCutout(flip=flip)
+        dl = cifar_dls(small, bs=16, seed=0, aug=aug, pipeline=pipeline, num_workers=0, device='cpu').train
+        found = []
+        for x, y in dl:
+            found.append((x.clone(), y))
+            within(dl)
+        return found
+    for within in lambda dl: dl.one_batch(), list, lambda dl: next(iter(dl)):
+        for (x, y), (x1, y1) in zip(batches(lambda dl: None), batches(within), strict=True): assert torch.equal(x, x1) and torch.equal(y, y1)
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_a_loader_without_a_batch_size_gives_single_images(small, pipeline):
+    dl = cifar_dls(small, bs=16, seed=0, pipeline=pipeline, num_workers=0, device='cpu').valid.new(bs=None)
+    items = list(dl)
+    assert [int(y) for _, y in items] == small.test_y.tolist() and items[0][0].shape[-3:] == (3, 32, 32)
+
 def test_no_item_is_ever_made(dls, monkeypatch):
     dls.train.one_batch()
     def never(*args): raise AssertionError('an item was made')

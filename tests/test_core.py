@@ -1,5 +1,5 @@
 """The facts, the settings and their refusals, and that importing them costs nothing."""
-import json, math, os, re, stat, subprocess, sys
+import errno, io, json, math, os, re, stat, subprocess, sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 
 from cifar_fastai.cli import LRFindSettings, RunSettings
 from cifar_fastai.core import (BenchSettings, RepeatSettings, TrainSettings, cifar10_classes, cifar10_stats,
-                               data_variable, environment, images_per_pass, named_source, recipes,
-                               settings_from, source_defaults)
+                               data_variable, environment, images_per_pass, named_source, peak_memory,
+                               recipes, settings_from, source_defaults)
 from cifar_fastai.files import read_json, write_json, write_whole
 
 
@@ -243,6 +243,23 @@ def test_importing_everything_prints_nothing_and_draws_nothing():
     code = f'import random, numpy, torch; import fastai.vision.all, albumentations; before = {state}; from cifar_fastai.all import *; print("same" if before == {state} else "drawn")'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ('same\n', '')
+
+@pytest.mark.parametrize('error', [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EIO])
+def test_a_file_system_that_cannot_flush_folders_loses_nothing(tmp_path, monkeypatch, error):
+    flush = os.fsync
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode): raise OSError(error, 'folder')
+        flush(fd)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    if error == errno.EIO: # the disk fails
+        with pytest.raises(OSError, match='folder'): write_whole(tmp_path/'a', b'content')
+    else: assert write_whole(tmp_path/'a', b'content').read_bytes() == b'content'
+
+def test_the_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    status = '/proc/self/status'
+    monkeypatch.setattr(os.path, 'exists', lambda path: path == status)
+    monkeypatch.setattr('builtins.open', lambda path: io.StringIO('VmRSS: 10 kB\n'))
+    assert peak_memory() is None
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     "And its name is, before the function returns"

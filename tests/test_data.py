@@ -1,5 +1,5 @@
 """CIFAR-10 found, fetched, read, refused, cached, and made into `DataLoaders`."""
-import gzip, hashlib, io, json, multiprocessing, os, pickle, random, re, signal, subprocess, sys, tarfile
+import gzip, hashlib, io, json, multiprocessing, os, pickle, random, re, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
+from filelock import FileLock
 from PIL import Image
 
 import forked
@@ -232,6 +233,36 @@ def test_a_change_that_keeps_the_size_is_seen_too(empty_home, folder):
     file.write_bytes(png().ljust(file.stat().st_size, b'\0'))
     assert load_cifar10(folder).fingerprint[0] != before.fingerprint[0]
 
+def test_a_changed_source_has_one_cache_and_other_sources_keep_theirs(empty_home, archive, folder, pack, tmp_path):
+    load_cifar10(pack(folder, tmp_path/'other.tgz'))
+    for i in range(3):
+        load_cifar10(archive)
+        assert len(cached(empty_home)) == 2
+        Image.new('RGB', (32, 32), (i, 0, 0)).save(folder/'train'/'cat'/'new.png')
+        pack(folder, archive)
+
+@pytest.fixture
+def locked(empty_home, archive, folder, pack, monkeypatch):
+    "A changed archive, of which another process holds the lock"
+    load_cifar10(archive)
+    Image.new('RGB', (32, 32)).save(folder/'train'/'cat'/'new.png')
+    pack(folder, archive)
+    monkeypatch.setattr('cifar_fastai.data.source.longest_wait', .2)
+    [lock] = empty_home.rglob('*.lock')
+    with FileLock(lock): yield archive
+
+def test_a_process_that_prepares_the_images_for_too_long_is_not_waited_for(locked, empty_home, messages):
+    before = [(file, file.stat().st_mtime_ns) for file in cached(empty_home)]
+    part = empty_home/'data'/'cifar_fastai'/f'.{before[0][0].name[:32]}0123456789abcdef.part'
+    part.write_bytes(b'of the other process')
+    with pytest.warns(UserWarning, match='cache'): assert len(load_cifar10(locked).train_y) == 81
+    assert messages().count('waiting') == 1 and part.exists()
+    assert [(file, file.stat().st_mtime_ns) for file in cached(empty_home)] == before
+
+def test_another_data_set_is_not_waited_for(locked, empty_home, folder, messages):
+    load_cifar10(folder)
+    assert len(cached(empty_home)) == 2 and 'waiting' not in messages()
+
 def test_nothing_half_written_is_left_in_the_cache(empty_home, archive):
     load_cifar10(archive)
     [file] = [p for p in empty_home.rglob('*') if p.is_file() and p.suffix != '.lock']
@@ -335,6 +366,19 @@ def test_a_download_without_end_is_broken_off(server, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'endless\.tgz.*419,430,400'):
         fetch_cifar10([server.url('/endless.tgz')], tmp_path/'archive', show_progress=False)
     assert kept(tmp_path/'archive') == []
+
+def test_what_a_killed_download_has_left_is_removed_after_a_day(server, content, tmp_path, monkeypatch):
+    server.answers['/cifar10.tgz'] = [content]
+    def killed(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr('cifar_fastai.data.download.iter_members', killed)
+        m.setattr(Path, 'unlink', lambda *args, **kwargs: None) # nobody cleans up
+        fetch_cifar10([server.url('/cifar10.tgz')], tmp_path/'archive', show_progress=False)
+    [left] = (tmp_path/'archive').iterdir()
+    for age, names in (0, {left.name, 'cifar10.tgz'}), (2*24*60*60, {'cifar10.tgz'}):
+        os.utime(left, (time.time() - age,)*2)
+        fetch_cifar10([server.url('/cifar10.tgz')], tmp_path/'archive', show_progress=False)
+        assert set(kept(tmp_path/'archive')) == names
 
 def test_a_download_that_drips_is_broken_off(server, content, tmp_path):
     server.answers.update({'/slow.tgz': [(content, 'dripping')], '/second.tgz': [content]})
@@ -495,7 +539,7 @@ def test_show_batch_does_not_change_what_training_sees(small_dls, tiny_learner):
         return seen
     assert labels_seen(False) == labels_seen(True)
 
-@pytest.mark.parametrize('change', [dict(pipeline='none'), dict(valid='train'), dict(bs=0), dict(bs=-4)])
+@pytest.mark.parametrize('change', [dict(pipeline='none'), dict(valid='train'), dict(bs=0), dict(bs=-4), dict(seed=-1)])
 def test_invalid_values_are_refused(small, change):
     [(name, value)] = change.items()
     with pytest.raises(ValueError, match=rf'\b{name}\b.*{re.escape(repr(value))}'): cifar_dls(small, **change)

@@ -71,6 +71,9 @@ def test_the_test_images_validate_if_there_are_two_candidates(split):
     (split/'valid'/'a'/'0000.png').unlink()
     with pytest.warns(UserWarning, match='valid'): data = read_folder(split)
     assert len(data.test_y) == 9
+    for _ in range(2): # the second time from the cache
+        _, [said] = told(split)
+        assert 'valid' in said
 
 @pytest.mark.parametrize('inside_train', [False, True])
 def test_a_fixed_fifth_of_each_class_validates_without_a_second_split(pets, inside_train, tmp_path):
@@ -153,14 +156,29 @@ def test_a_cache_of_a_version_that_did_not_keep_the_names_is_made_anew(pets, tmp
     np.savez(cache, **arrays | dict(notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)))
     assert list(map(list, load_cifar10(pets).files)) == list(map(list, files))
 
+def test_a_cache_of_a_version_that_did_not_keep_unused_splits_is_read(split, tmp_path, monkeypatch):
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path/'home'))
+    expected = load_cifar10(split)
+    [cache] = (tmp_path/'home').rglob('*.npz')
+    arrays = dict(np.load(cache))
+    notes = json.loads(arrays['notes'].tobytes())
+    assert notes.pop('unused') == []
+    np.savez(cache, **arrays | dict(notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)))
+    def refuse(*args): raise AssertionError('a picture was decoded')
+    monkeypatch.setattr('cifar_fastai.data.folder.read_image', refuse)
+    assert load_cifar10(split).fingerprint == expected.fingerprint and told(split)[1] == []
+
 def test_pictures_that_are_read_in_another_way_are_cached_anew(pets, tmp_path, monkeypatch):
     monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path/'home'))
-    def n_caches():
+    def cache():
         load_cifar10(pets)
-        return len(list((tmp_path/'home').rglob('*.npz')))
-    assert (n_caches(), n_caches()) == (1, 1)
+        [file] = (tmp_path/'home').rglob('*.npz') # the one of the former way is gone
+        return file.name
+    before = cache()
+    assert cache() == before
     monkeypatch.setattr('cifar_fastai.data.source.decoder_version', 99)
-    assert (n_caches(), n_caches()) == (2, 2)
+    after = cache()
+    assert after != before and cache() == after
 
 def test_a_hundred_and_more_than_256_classes_are_read(tmp_path):
     for i in range(300):
@@ -184,6 +202,14 @@ def test_a_folder_of_another_kind_is_one_sentence(tmp_path, make):
 def test_an_empty_class_is_named(pets):
     (pets/'tree').mkdir(); (pets/'tree'/'readme.md').write_text('later')
     refused(pets, 'tree')
+
+@pytest.mark.parametrize('place', ['tree', 'palace/tree', 'test/tree'])
+def test_an_empty_class_is_named_after_a_first_start_too(empty_home, pets, split, place):
+    folder = split if place.startswith('test') else pets
+    load_cifar10(folder)
+    (folder/place).mkdir()
+    if place == 'palace/tree': assert n_pictures(load_cifar10(folder)) == (32, 8) # no class
+    else: refused(folder, 'tree', by=load_cifar10)
 
 @pytest.mark.parametrize('part', ['train', 'test'])
 def test_a_class_in_one_split_only_is_named(split, part):
@@ -232,6 +258,52 @@ def test_a_folder_with_the_classes_of_cifar10_is_cifar10_and_others_are_not(smal
     data = load_cifar10(some)
     assert data.vocab == ['cat', 'dog'] and all(digest[:8] in data.origin for digest in data.fingerprint)
 
+def n_pictures(data): return len(data.train_y), len(data.test_y)
+
+def is_own(data): return any(map(len, data.files)) # CIFAR-10 has no names of files
+
+def test_no_picture_is_lost_in_a_folder_with_the_classes_of_cifar10(folder):
+    for part in 'train', 'test':
+        for k, kind in enumerate(('jpg', 'webp')): save_squares(folder/part/'cat', 1, kind, k, seed=len(part))
+    data = load_cifar10(folder)
+    assert (data.vocab, n_pictures(data), is_own(data)) == (list(cifar10_classes), (82, 42), True)
+
+def test_a_class_beside_those_of_cifar10_is_kept(folder):
+    for part, n in dict(train=3, test=2).items(): save_squares(folder/part/'person', n, 'jpg', seed=n)
+    data = load_cifar10(folder)
+    assert (data.vocab, n_pictures(data)) == (sorted([*cifar10_classes, 'person']), (83, 42))
+
+def test_pictures_in_subfolders_of_the_classes_of_cifar10_are_kept(folder):
+    save_squares(folder/'train'/'cat'/'kittens', 3)
+    assert n_pictures(load_cifar10(folder)) == (83, 40)
+
+@pytest.mark.parametrize('name', ['valid', 'val', 'validation'])
+def test_the_classes_of_cifar10_in_other_splits_are_pictures_of_ones_own(folder, name):
+    (folder/'test').rename(folder/name)
+    data = load_cifar10(folder)
+    assert (data.vocab, n_pictures(data), is_own(data)) == (list(cifar10_classes), (80, 40), True)
+
+def test_the_classes_of_cifar10_without_a_split_are_pictures_of_ones_own(folder):
+    shutil.rmtree(folder/'test')
+    assert n_pictures(load_cifar10(folder)) == (60, 20)
+
+def test_a_split_beside_those_of_cifar10_makes_it_pictures_of_ones_own(folder): # as in CINIC-10
+    shutil.copytree(folder/'test', folder/'valid')
+    with pytest.warns(UserWarning, match='valid'): data = load_cifar10(folder)
+    assert n_pictures(data) == (80, 40) and is_own(data)
+
+def test_the_classes_of_cifar10_at_another_size_are_pictures_of_ones_own(folder):
+    for file in folder.rglob('*.png'): Image.open(file).resize((64, 64)).save(file)
+    data = load_cifar10(folder, size=64)
+    assert (data.vocab, data.size, n_pictures(data)) == (list(cifar10_classes), 64, (80, 40))
+    with pytest.raises(ValueError, match='64×64.*valid'): load_cifar10(folder)
+
+def test_too_many_images_for_cifar10_name_a_way_out(folder, monkeypatch):
+    monkeypatch.setattr('cifar_fastai.data.archive.max_files', 100)
+    with pytest.raises(ValueError, match='100 files.*valid'): load_cifar10(folder)
+    (folder/'test').rename(folder/'valid')
+    assert n_pictures(load_cifar10(folder)) == (80, 40)
+
 def test_the_folder_is_decoded_once_and_again_after_a_change(empty_home, pets, monkeypatch):
     first = load_cifar10(pets)
     def refuse(*args, **kwargs): raise AssertionError('an image was decoded')
@@ -267,10 +339,13 @@ def test_a_size_that_cannot_be_trained_on_is_refused(pets, size):
     for make in (lambda: load_cifar10(pets, size=size), lambda: TrainSettings(size=size), lambda: cifar_dls(pets, size=size)):
         with pytest.raises(ValueError, match='size is'): make()
 
-@pytest.mark.parametrize('source', ['digits', 'small_archive', 'small_folder'])
+@pytest.mark.parametrize('source', ['digits', 'small_archive', 'batches'])
 def test_images_of_32_pixels_have_no_other_size(source, request):
     if source != 'digits': source = request.getfixturevalue(source)
     with pytest.raises(ValueError, match='size is 64'): load_cifar10(source, size=64)
+
+@pytest.fixture
+def batches(small, write_batches, tmp_path): return write_batches(small, tmp_path/'cifar-10-batches-py')
 
 def aug_of(dls): return next(t for t in dls.train.after_item.fs if isinstance(t, ItemAugment)).aug
 
@@ -437,13 +512,36 @@ def test_pictures_of_both_spellings_of_a_class_are_kept(split):
     assert np.bincount(read_folder(split).train_y).tolist() == [8, 8, 8, 9]
 
 @pytest.mark.parametrize('link, real', [('a', 'z'), ('z', 'a')])
-def test_a_picture_behind_a_link_has_the_class_of_its_own_folder(tmp_path, link, real):
+def test_a_picture_behind_a_link_is_in_both_classes_and_reported(tmp_path, link, real):
     for k, name in enumerate((link, real)): save_squares(tmp_path/name, 4, photo=k)
     save_squares(tmp_path/real/'more', 3, seed=9)
     (tmp_path/link/'more').symlink_to(tmp_path/real/'more', target_is_directory=True)
-    data = read_folder(tmp_path)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        data = load_cifar10(tmp_path)
     counts = dict(zip(data.vocab, np.bincount(np.concatenate([data.train_y, data.test_y]))))
-    assert counts == {link: 4, real: 7}
+    assert counts == {link: 7, real: 7}
+    assert any('another class' in str(warning.message) for warning in found) == (n_duplicates(data) > 0)
+
+def test_every_class_has_the_pictures_that_it_links_to(tmp_path):
+    save_squares(tmp_path/'pool', 5, seed=9)
+    for k, name in enumerate(('cat', 'dog')):
+        save_squares(tmp_path/'pets'/name, 4, photo=k)
+        (tmp_path/'pets'/name/'more').symlink_to(tmp_path/'pool', target_is_directory=True)
+    found = find_pictures(tmp_path/'pets')
+    assert [sum(label == i for _, label in found.splits[0]) for i in range(2)] == [9, 9]
+
+def test_links_that_lead_to_each_other_end(tmp_path):
+    for k, (name, other) in enumerate((('cat', 'dog'), ('dog', 'cat'))):
+        save_squares(tmp_path/name, 4, photo=k)
+        (tmp_path/name/'others').symlink_to(tmp_path/other, target_is_directory=True)
+    assert len(find_pictures(tmp_path).splits[0]) == 16
+
+def test_cifar10_is_read_with_the_links_by_which_it_is_recognised(empty_home, small, folder, tmp_path):
+    (folder/'train'/'cat').rename(tmp_path/'cats')
+    (folder/'train'/'cat').symlink_to(tmp_path/'cats', target_is_directory=True)
+    data = load_cifar10(folder)
+    assert data.fingerprint == small.fingerprint and not is_own(data)
 
 def test_folders_that_change_places_are_read_again(empty_home, tmp_path):
     for k, name in enumerate('ab'):

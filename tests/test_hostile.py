@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 
@@ -629,3 +630,11 @@ def test_more_images_than_cifar10_has_are_refused(folder):
 @pytest.mark.parametrize('mode', ['I', 'I;16'])
 def test_8_bits_in_a_mode_of_more_are_not_taken_for_black(photo, mode):
     with pytest.raises(ValueError, match='256'): NetworkImage.create(photo.convert('L').convert(mode))
+
+@pytest.mark.parametrize('shape', [(40, 40), (40, 40, 3), (40, 40, 4)])
+@pytest.mark.parametrize('kind', [np.asarray, torch.from_numpy])
+def test_8_bits_in_an_array_of_16_are_not_taken_for_black(shape, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint16)
+    with pytest.raises(ValueError, match='256.*uint8'): NetworkImage.create(kind(pixels))
+    assert np.array_equal(NetworkImage.create(kind(pixels << 8)), NetworkImage.create(pixels.astype(np.uint8)))
+    if shape[2:] != (4,): assert not np.asarray(NetworkImage.create(kind(pixels*0))).any() # black is black

@@ -124,7 +124,7 @@ def test_images_that_are_in_use_outlive_a_change_of_the_folder(mapping, pictures
     expected, data = read_folder(pictures), load_cifar10(pictures)
     (pictures/'a'/'00000.bmp').unlink()
     assert len(load_cifar10(pictures).train_y) + len(load_cifar10(pictures).test_y) == 109
-    assert same(data, expected) and len(cached(mapping)) == 2
+    assert same(data, expected) and len(cached(mapping)) == 1 # of the folder as it is now
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, SystemExit, RuntimeError, MemoryError])
 def test_nothing_is_left_of_a_reading_that_is_broken_off(mapping, pictures, monkeypatch, error):
@@ -135,11 +135,25 @@ def test_nothing_is_left_of_a_reading_that_is_broken_off(mapping, pictures, monk
             load_cifar10(pictures)
         assert cached(mapping) == []
 
-def test_what_a_killed_process_has_left_is_removed(mapping, pictures):
-    left = mapping/'.0123456789abcdef.part'
-    left.mkdir(parents=True)
-    (left/'decoded.npy').write_bytes(bytes(1000))
+def leave_part(folder):
+    folder.mkdir(parents=True)
+    (folder/'decoded.npy').write_bytes(bytes(1000))
+    return folder
+
+def test_what_a_killed_process_has_left_is_removed(mapping, pictures, monkeypatch):
+    class Killed(BaseException): pass
+    def killed(*args, **kwargs): raise Killed
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr('cifar_fastai.data.folder.first_of_each_class', killed)
+        m.setattr('shutil.rmtree', lambda *args, **kwargs: None) # nobody cleans up
+        load_cifar10(pictures)
+    [left] = [path for path in mapping.iterdir() if path.suffix == '.part']
     assert is_mapped(load_cifar10(pictures)) and len(cached(mapping)) == 1 and not left.exists()
+
+def test_what_other_processes_write_is_removed_after_a_day(mapping, pictures):
+    new, old = (leave_part(mapping/f'.{name*48}.part') for name in 'ab')
+    os.utime(old, (0, 0))
+    assert is_mapped(load_cifar10(pictures)) and new.exists() and not old.exists()
 
 def test_incomplete_pictures_are_mapped_and_not_kept(mapping, pictures, tmp_path):
     damaged, content = pictures/'a'/'00007.bmp', (pictures/'a'/'00007.bmp').read_bytes()

@@ -259,6 +259,18 @@ def test_so_does_an_archive_of_the_pickles(tmp_path, empty_home, from_pickles, m
     assert same(load_cifar10(path), from_pickles['cifar100'])
     assert same(read_cifar100(path, 'coarse'), from_pickles['cifar100_coarse'])
 
+@pytest.mark.parametrize('given', ['pngs', 'above the pngs', 'pickles', 'renamed pickles', 'above the pickles'])
+def test_so_does_a_folder_of_either(pngs, given, tmp_path, empty_home, from_pickles, monkeypatch):
+    path = pngs if 'pngs' in given else write_cifar100(tmp_path/'own', monkeypatch)
+    if given.startswith('above'): path = path.parent
+    if given.startswith('renamed'): path = path.rename(tmp_path/'own'/'mine')
+    assert same(load_cifar10(path), from_pickles['cifar100']) and cifar_dls(path, num_workers=0).c == 100
+    with pytest.raises(ValueError, match='size is 64'): load_cifar10(path, size=64)
+
+def test_groups_of_other_numbers_are_pictures_of_ones_own(own_pngs, empty_home):
+    for split in images: shutil.rmtree(own_pngs/split/'coarse 03'/'fine 23')
+    assert load_cifar10(own_pngs).vocab == [f'coarse {i:02}' for i in range(20)]
+
 def test_an_archive_of_other_pickles_is_refused(tmp_path, monkeypatch):
     folder = write_cifar100(tmp_path, monkeypatch)
     class Evil:
@@ -287,6 +299,9 @@ def test_a_name_is_a_source_with_a_cache_and_its_own_flips(empty_home, tmp_path,
     def refuse(*args): raise AssertionError('it was decoded again')
     monkeypatch.setattr('cifar_fastai.data.source.read_named', refuse)
     assert load_cifar10('mnist').fingerprint == first.fingerprint
+    with monkeypatch.context() as m, pytest.raises(AssertionError, match='again'): # in another way
+        m.setattr('cifar_fastai.data.source.decoder_version', 99)
+        load_cifar10('mnist')
     monkeypatch.undo(); monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='size is 64'): load_cifar10('mnist', size=64)
     dls = cifar_dls('mnist', num_workers=0)

@@ -25,15 +25,20 @@ _png_name = re.compile(r'(?:^|/)(train|test)/([^/.][^/]*)/[^/.][^/]*(?i:\.png)$'
 _batch_name = re.compile(r'(?:^|/)(data_batch_[1-5]|test_batch)$')
 
 _give_less = 'give a folder that contains the data set alone'
+_if_own = 'for pictures of your own, give a folder of train/<class> and valid/<class>'
 
 def _is_wanted(name): return bool(_png_name.search(name) or _batch_name.search(name))
 
 def is_cifar10(
     names, # of the files of a folder
+    pictures, # those that are pictures by their suffixes
+    size:int=32, # at which they are to be read, in pixels
 ) -> bool:
-    "Return whether a folder is meant as CIFAR-10: it has batches, or PNG files in folders of its ten classes and of no others"
-    pngs = filter(None, map(_png_name.search, names))
-    return any(map(_batch_name.search, names)) or {png[2] for png in pngs} == set(cifar10_classes)
+    "Return whether a folder is CIFAR-10: it has batches, or all its pictures are PNG files of the ten classes, in both splits"
+    if any(map(_batch_name.search, names)): return True
+    pngs = list(map(_png_name.search, pictures))
+    if size != 32 or not all(pngs): return False
+    return {png[1] for png in pngs} == {'train', 'test'} and {png[2] for png in pngs} == set(cifar10_classes)
 
 # %% ../../nbs/04_data.archive.ipynb #ab040004
 max_source_bytes = 400*2**20 # of all files of a data set, packed or unpacked
@@ -43,18 +48,19 @@ def list_files(
     folder:Path,
     most:int=None, # files and folders; `None` is `max_files`
     follow_links:bool=False, # also into folders that are links
+    with_empty:bool=False, # also the names of empty folders, which end with a slash
 ) -> list[str]: # relative to `folder`, sorted
     "Return the names of all files below a folder that can be read; raise `ValueError` for more than `most`"
     most = most or max_files
-    names, folders, links, n, seen = [], [''], [], 0, set()
-    while folders or links: # links last, so that a folder has its own place
-        parent = folders.pop() if folders else links.pop(0)
+    names, folders, n = [], [('', frozenset())], 0
+    while folders:
+        parent, above = folders.pop()
         try:
             state = os.stat(folder/parent)
-            if (state.st_dev, state.st_ino) in seen: continue # links may lead in a circle
+            if (state.st_dev, state.st_ino) in above: continue # a link to a folder that it is in
             entries = os.scandir(folder/parent)
         except OSError: continue
-        seen.add((state.st_dev, state.st_ino))
+        above, n_before = above | {(state.st_dev, state.st_ino)}, n
         with entries:
             for entry in entries:
                 n += 1
@@ -62,8 +68,8 @@ def list_files(
                 is_link = entry.is_symlink()
                 is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir() # a link may lead to itself
                 if not is_folder: names.append(parent + entry.name)
-                elif not is_link: folders.append(f'{parent}{entry.name}/')
-                elif follow_links: links.append(f'{parent}{entry.name}/')
+                elif follow_links or not is_link: folders.append((f'{parent}{entry.name}/', above))
+        if with_empty and n == n_before: names.append(parent)
     return sorted(names)
 
 # %% ../../nbs/04_data.archive.ipynb #ab040009
@@ -165,13 +171,15 @@ def iter_members(
 
 def _folder_members(folder, is_wanted, most):
     folder, n_bytes = folder.resolve(), 0
-    for file in list_files(folder):
+    try: files = list_files(folder, follow_links=True)
+    except ValueError as e: raise ValueError(f'{e}; {_if_own}') from None
+    for file in files:
         name = f'{folder.name}/{file}'
         if not is_wanted(name): continue
         content = read_bytes(folder/file, most)
         n_bytes += len(content)
         if n_bytes > max_source_bytes:
-            raise ValueError(f'{folder} has images of more than {max_source_bytes:,} bytes: {_give_less}')
+            raise ValueError(f'{folder} has images of more than {max_source_bytes:,} bytes: {_give_less}; {_if_own}')
         yield name, content
 
 def _archive_members(path, is_wanted, most):
@@ -244,7 +252,8 @@ def _decode_png(data:bytes, name:str) -> np.ndarray: # `uint8` (32, 32, 3)
     try: img = Image.open(MeteredFile(data), formats=('PNG',))
     except Exception: raise ValueError(f'{name} is not a PNG image') from None # a decoder may raise anything
     if img.size != (32, 32) or img.mode != 'RGB':
-        raise ValueError(f'{name} is {img.size[0]}×{img.size[1]} {img.mode}: every image must be 32×32 RGB')
+        kind = f'{img.size[0]}×{img.size[1]} {img.mode}'
+        raise ValueError(f'{name} is {kind}: every image must be 32×32 RGB; {_if_own}')
     try: return np.asarray(img)
     except Exception as e: raise ValueError(f'{name} is damaged: {one_line(e)}') from None
 
@@ -313,7 +322,8 @@ def _check_labels(
     if missing: raise ValueError(f'{path} has no {split} images of {names}')
     most = dict(train=50_000, test=10_000)[split]
     if len(labels) > most:
-        raise ValueError(f'{path} has {len(labels):,} {split} images, and {name} has {most:,}: give one copy of it')
+        found = f'{path} has {len(labels):,} {split} images, and {name} has {most:,}'
+        raise ValueError(f'{found}: give one copy of it; {_if_own}')
 
 # %% ../../nbs/04_data.archive.ipynb #6250bf04
 def read_images(

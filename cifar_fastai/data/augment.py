@@ -146,7 +146,7 @@ def flipped_in_epoch(
 class ItemAugment(Transform):
     """Item transform that applies `CropFlipCutout` to one `PILImage` of the training set.
 
-    With `flip='alternate'`, `reseed` must be called first; otherwise an image raises `ValueError`."""
+    With `flip='alternate'`, `reseed` must be called before each image, which otherwise raises `ValueError`."""
     split_idx = 0
     def __init__(self,
         aug:CropFlipCutout=CropFlipCutout(), # augmentation settings
@@ -180,11 +180,12 @@ class ItemAugment(Transform):
 
     def encodes(self, x:PILImage):
         "Return the augmented image"
-        if self.aug.flip == 'alternate' and self.flip_next is None:
+        flip, self.flip_next = self.flip_next, None
+        if self.aug.flip == 'alternate' and flip is None:
             raise ValueError("flip is 'alternate': needs the epoch and the index of the image, so call `reseed` first, "
                              "take the DataLoaders of `cifar_dls`, or use flip='random'")
         img = np.asarray(x)
-        if self.flip_next: img = np.ascontiguousarray(img[:, ::-1])
+        if flip: img = np.ascontiguousarray(img[:, ::-1])
         return PILImage.create(self.pipeline(image=img)['image'])
 
 # %% ../../nbs/06_data.augment.ipynb #3c5649eb

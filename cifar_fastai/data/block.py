@@ -131,6 +131,7 @@ def cifar_dls(
     if pipeline not in ('batch', 'item'): raise ValueError(f"pipeline is {pipeline!r}: must be 'batch' or 'item'")
     recipe = get_recipe(recipe)
     if bs is not None and bs < 1: raise ValueError(f'bs is {bs}: must be 1 or more')
+    if seed is not None and seed < 0: raise ValueError(f'seed is {seed}: must be 0 or more')
     if seed is None: seed = int(torch.randint(2**31, ()))
     data = load_cifar10(source, size=size)
     most = source_defaults('loaded' if source is data else source, bs=recipe.bs)['bs']

@@ -6,15 +6,18 @@
 __all__ = ['fetch_archive']
 
 # %% ../../nbs/04_data.download.ipynb #a0440004
-import os, time
+import time
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from secrets import token_hex
 from urllib.error import ContentTooShortError, HTTPError
 from urllib.request import urlopen
 
 from fastprogress.fastprogress import progress_bar
 
 from ..core import printable
+from ..files import remove_parts
 from .archive import iter_members, max_source_bytes
 
 # %% ../../nbs/04_data.download.ipynb #4aed1124
@@ -52,7 +55,7 @@ def _download(url, part:Path, show_progress, timeout):
 def _fetch(url, folder:Path, show_progress, timeout) -> Path:
     "Download one archive, check that it is complete, and give it its name"
     dest = folder/url.rsplit('/', 1)[-1]
-    part = dest.with_name(f'{dest.name}.{os.getpid()}.part')
+    part = dest.with_name(f'.{token_hex(8)}.part')
     try:
         _download(url, part, show_progress, timeout)
         for _ in iter_members(part): pass # read it to its end, which raises `ValueError` for a damaged archive
@@ -68,6 +71,7 @@ def fetch_archive(
     "Download an archive; raises `FileNotFoundError`, which lists the addresses and reasons, when no address works"
     folder, failures = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError): remove_parts(folder, min_age=24*60*60) # of downloads that were killed
     for url in urls:
         for attempt in range(2):
             try: return _fetch(url, folder, show_progress, timeout)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['picture_suffixes', 'max_pictures', 'max_bytes_in_memory', 'PictureFiles', 'pictures_among', 'find_pictures',
-           'NotStored', 'UnreadablePictures', 'FolderData', 'FolderNotes', 'read_with_notes', 'read_folder',
-           'class_counts', 'folder_lines', 'folder_warnings', 'n_duplicates', 'warn_of_duplicates']
+           'NotStored', 'UnreadablePictures', 'FolderData', 'FolderNotes', 'folder_warnings', 'read_with_notes',
+           'read_folder', 'class_counts', 'folder_lines', 'n_duplicates', 'warn_of_duplicates']
 
 # %% ../../nbs/04_data.folder.ipynb #d958b9d3
 import hashlib, os, re, warnings
@@ -41,6 +41,7 @@ class PictureFiles(NamedTuple):
     splits: list # of lists of (file relative to the folder, label): to train and to validate on, or one list for both
     skipped: dict = {} # number of other files in the class folders, by suffix
     n_beside: int = 0 # pictures beside the class folders
+    unused: list = [] # names of split folders that are not read
 
 def _suffix(name): # in lower case; `None` for a hidden file
     is_hidden = name.startswith('.') or '/.' in name or '__MACOSX' in name.split('/')
@@ -96,19 +97,17 @@ def _class_name(folder, name): # macOS and Linux write accents in different ways
     raise ValueError(f'{folder}: the name of class folder {printable(name)[:100]} {reason}: rename it')
 
 # %% ../../nbs/04_data.folder.ipynb #cd5e83ac
-def _split_folders(folder): # -> names of the folders of both splits, of one, or [''] without splits
+def _split_folders(folder): # -> (names of the folders of both splits, of one, or [''] without splits; those not used)
     tops = _subfolders(folder)
     train, valid = ([name for name in tops if name.lower() in names] for names in (_train_names, _valid_names))
     others, listed = [name for name in tops if name not in train + valid], ', '.join(train + valid)
-    if not listed: return ['']
+    if not listed: return [''], []
     if not train: raise ValueError(f'{folder} has {listed}, but no train folder')
     if len(train) > 1: raise ValueError(f'{folder} has {" and ".join(train)}: keep one of them')
     if others: raise ValueError(f'{folder} has {others[0]} beside {listed}: is it a class or a split? Move it elsewhere')
     preferred = sorted(valid, key=lambda name: _valid_names.index(name.lower()))
     used = [name for name in preferred if _subfolders(folder/name)][:1]
-    for name in valid:
-        if name not in used: warnings.warn(f'{folder}: {name} is not used', stacklevel=4)
-    return train + used
+    return train + used, [name for name in valid if name not in used]
 
 # %% ../../nbs/04_data.folder.ipynb #da878c92
 def _check_same_classes(folder, parts, splits):
@@ -141,7 +140,7 @@ def find_pictures(
     folder = Path(folder)
     names = list_files(folder, max_pictures, follow_links=True)
     pictures, skipped = pictures_among(names), _skipped_among(names)
-    parts = _split_folders(folder)
+    parts, unused = _split_folders(folder)
     skipped = [name for part in parts for name in _in_classes(skipped, part)]
     splits = [_classes(folder, pictures, part, skipped) for part in parts]
     if len(parts) == 2: _check_same_classes(folder, parts, splits)
@@ -149,7 +148,7 @@ def find_pictures(
     _check_two_classes(folder, vocab)
     labelled = [[(file, label) for label, name in enumerate(vocab) for file in split[name]] for split in splits]
     n_beside = sum(name.rpartition('/')[0] in ('', *parts) for name in pictures)
-    return PictureFiles(folder, vocab, labelled, _count_kinds(skipped), n_beside)
+    return PictureFiles(folder, vocab, labelled, _count_kinds(skipped), n_beside, unused)
 
 # %% ../../nbs/04_data.folder.ipynb #c40d9e02
 max_bytes_in_memory = 2*2**30 # of decoded pictures of a folder
@@ -245,6 +244,7 @@ class FolderNotes(NamedTuple):
     n_copies: int # validation images that are also training images
     n_contradictions: int # of them, those of another class there
     copies: list # of the first three: [file to validate on, file to train on]
+    unused: list = [] # names of split folders that are not read
 
 def _copies(x, y, files, train, valid): # -> (number, that in other classes, the first three pairs of files)
     first = {}
@@ -263,6 +263,20 @@ def _check_splits(folder, vocab, y, is_valid, has_split):
         found, need = f'{n_train + n_valid}', 'two or more, because a part of them validates'
         if has_split: found, need = f'{n_train} to train on, {n_valid} to validate on', 'one or more of each'
         raise ValueError(f'{folder}: class {name} has too few pictures that can be read ({found}): it needs {need}')
+
+# %% ../../nbs/04_data.folder.ipynb #23b1071b
+def folder_warnings(
+    notes:FolderNotes,
+) -> list[str]:
+    "Return the warnings about splits and files that are not read, and about pictures that will be dark"
+    found = [f'{printable(name)} is not used' for name in notes.unused]
+    if notes.skipped:
+        are, them = ('is', 'it') if sum(notes.skipped.values()) == 1 else ('are', 'them')
+        found.append(f'{_kinds(notes.skipped)} {are} skipped: save {them} as PNG or JPEG')
+    if notes.n_dark:
+        of_all = f'{notes.n_dark:,} of {notes.n_deep:,} 16-bit pictures'
+        found.append(f'{of_all} use less than a sixteenth of the range and will be dark: scale them to 16 bits')
+    return found
 
 # %% ../../nbs/04_data.folder.ipynb #23b10718
 def read_with_notes(
@@ -292,7 +306,7 @@ def read_with_notes(
     n_dark = sum(peak < 256//16 for peak in peaks)
     copies = _copies(x, labels, files, idxs[~is_valid], idxs[is_valid])
     if is_large: decoded.unlink()
-    notes = FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies)
+    notes = FolderNotes(has_split, found.skipped, found.n_beside, len(peaks), n_dark, *copies, found.unused)
     names = tuple([files[i] for i in idxs[part]] for part in parts)
     return FolderData(*train, *valid, found.vocab, files=names), notes
 
@@ -305,9 +319,11 @@ def read_folder(
     """Decode all pictures of a folder: PNG, JPEG, GIF, BMP, WebP and TIFF files of one frame, as `read_image` does.
 
     Without a folder to validate on, a fixed fifth of each class validates. Unreadable pictures are left out with a
-    warning, up to 1 %. Raises `ValueError` for more of them, for a class without a picture in each split, and for what
-    `find_pictures` refuses, and `NotStored` if `store` cannot be filled."""
-    return read_with_notes(folder, size, show_progress, store)[0]
+    warning, up to 1 %. Warns of what `folder_warnings` lists. Raises `ValueError` for more of them, for a class without
+    a picture in each split, and for what `find_pictures` refuses, and `NotStored` if `store` cannot be filled."""
+    data, notes = read_with_notes(folder, size, show_progress, store)
+    for message in folder_warnings(notes): warnings.warn(f'{folder}: {message}', stacklevel=2)
+    return data
 
 # %% ../../nbs/04_data.folder.ipynb #db292c95
 def class_counts(
@@ -331,19 +347,6 @@ def folder_lines(
         lines.append('no folder to validate on: a fixed fifth of each class is set aside for it')
     if notes and notes.n_beside: lines.append(f'pictures beside the class folders are ignored: {notes.n_beside:,}')
     return lines
-
-def folder_warnings(
-    notes:FolderNotes,
-) -> list[str]:
-    "Return the warnings about files that are skipped, and about pictures that will be dark"
-    found = []
-    if notes.skipped:
-        are, them = ('is', 'it') if sum(notes.skipped.values()) == 1 else ('are', 'them')
-        found.append(f'{_kinds(notes.skipped)} {are} skipped: save {them} as PNG or JPEG')
-    if notes.n_dark:
-        of_all = f'{notes.n_dark:,} of {notes.n_deep:,} 16-bit pictures'
-        found.append(f'{of_all} use less than a sixteenth of the range and will be dark: scale them to 16 bits')
-    return found
 
 # %% ../../nbs/04_data.folder.ipynb #db292c96
 def n_duplicates(

@@ -58,7 +58,7 @@ class SeededDL(TfmdDL):
 
     def shuffle_fn(self, idxs): return np.random.default_rng((self.seed, self.drawing)).permutation(idxs).tolist()
 
-    def get_idxs(self): return super().get_idxs()[self.first*self.bs:]
+    def get_idxs(self): return super().get_idxs()[self.first*(self.bs or 1):]
 
     def do_item(self, s):
         for f in self.augments: f.reseed(self.seed, self.drawing, s or 0)
@@ -73,7 +73,11 @@ def _type_tfms(dataset) -> list: # the transforms that turn items into inputs an
 # %% ../../nbs/07_data.loader.ipynb #92b5d45c
 @patch
 def __iter__(self:SeededDL):
-    try: yield from TfmdDL.__iter__(self)
+    try:
+        for batch in TfmdDL.__iter__(self):
+            drawing = self.drawing
+            yield batch
+            self.drawing = drawing # a pass within this one, such as `one_batch` in a callback, has its own
     except (ValueError, FileNotFoundError) as e:
         _, in_worker, original = str(e).rpartition(f'\n{type(e).__name__}: ') # after the worker's traceback
         if not in_worker: raise
@@ -195,7 +199,8 @@ class BatchDL(SeededDL):
         resident:Resident=None, # images and labels of all items of `dataset`, in their order
         **kwargs, # passed to `SeededDL`
     ):
-        self.resident, self._of_dataset = resident, _type_tfms(dataset)
+        self.resident = resident if kwargs.get('bs', 64) else None # `bs=None` asks for single items
+        self._of_dataset = _type_tfms(dataset)
         super().__init__(dataset, **kwargs)
         if self.resident is None: return
         self._refuse_item_tfms()
@@ -220,7 +225,7 @@ class BatchDL(SeededDL):
 
     def get_idxs(self): # an array: conversion to a list would take longer than the permutation
         idxs = self.shuffle_fn(np.arange(self.n)) if self.shuffle else np.arange(self.n)
-        return idxs if self.resident else idxs[self.first*self.bs:]
+        return idxs if self.resident else idxs[self.first*(self.bs or 1):]
 
 # %% ../../nbs/07_data.loader.ipynb #0a37fb58
 @patch

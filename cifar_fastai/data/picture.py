@@ -270,9 +270,14 @@ def _to_pil(x):
     is_image = x.ndim == 2 or x.ndim == 3 and x.shape[2] in (2, 3, 4) # grey; grey and alpha, RGB, RGBA
     if 0 in x.shape or not is_image:
         raise ValueError(f'its shape is {x.shape}: give (height, width) or (height, width, channels), 1 to 4 channels')
-    if x.dtype == np.uint16: x = x >> 8
+    if x.dtype == np.uint16: x = _high_bytes(x)
     elif x.dtype != np.uint8: x = _to_byte_range(x)
     return Image.fromarray(np.ascontiguousarray(x, dtype=np.uint8))
+
+def _high_bytes(x:np.ndarray) -> np.ndarray:
+    "Scale `uint16` to 0 to 255; values that are all below 256 would become black"
+    if 0 < x.max() < 256: raise ValueError('its uint16 values are below 256: convert it to uint8')
+    return x >> 8
 
 def _to_byte_range(x:np.ndarray) -> np.ndarray:
     "Scale floats from 0 to 1 and booleans to 0 to 255; return integers from 0 to 255 unchanged"
@@ -297,7 +302,7 @@ class NetworkImage(PILImage):
     def create(cls, fn:Path|str|torch.Tensor|np.ndarray|bytes|Image.Image, size:int=32):
         """Return a `NetworkImage` of a path, the content of a file, a PIL image, an array or a tensor.
 
-        Arrays are (H, W) or (H, W, C) and tensors (C, H, W), of `uint8`, `uint16` or floats from 0 to 1.
+        Arrays are (H, W) or (H, W, C) and tensors (C, H, W), of `uint8`, `uint16` (0 to 65535) or floats from 0 to 1.
         Raises `FileNotFoundError`, or `ValueError` for what is not a picture or exceeds the limits."""
         if isinstance(fn, (str, Path)): pixels = read_image(fn, size)
         elif isinstance(fn, bytes): pixels = _read_content(fn, size=size)
