@@ -8,7 +8,7 @@ from fastai.vision.all import Adam, Callback, EarlyStoppingCallback, GradientAcc
 from torch import nn
 
 from cifar_fastai.callback.average import Lookahead
-from cifar_fastai.callback.checkpoint import Checkpoints
+from cifar_fastai.callback.checkpoint import Checkpoints, checkpoints_in, read_checkpoint, write_checkpoint
 from cifar_fastai.callback.schedule import OneCycle, range_test
 
 class Follow(Callback):
@@ -132,3 +132,14 @@ def test_a_fit_that_ends_early_ends_with_the_average(tiny_learner, capsys, ends_
 @pytest.mark.parametrize('epoch', [0, 1])
 def test_with_accumulated_gradients_a_fit_that_is_resumed_ends_the_same(same_when_resumed, epoch):
     same_when_resumed(epoch, lambda folder, resume: (GradientAccumulation(32), Lookahead(2), Checkpoints(folder, minutes=0, resume=resume)))
+
+def test_a_finished_fit_of_an_earlier_version_is_resumed(tiny_learner, tmp_path):
+    "Its checkpoints do not have the number of steps"
+    learn = tiny_learner()
+    fit(learn, 2, Lookahead(3), Checkpoints(tmp_path))
+    tensors, facts = read_checkpoint(checkpoints_in(tmp_path)[0])
+    del facts['callbacks']['lookahead']['steps']
+    write_checkpoint(tmp_path, tensors, facts)
+    again = tiny_learner()
+    fit(again, 2, Lookahead(3), Checkpoints(tmp_path, resume=True))
+    assert same(weights(again), weights(learn))

@@ -1,5 +1,5 @@
 """CIFAR-10 found, fetched, read, refused, cached, and made into `DataLoaders`."""
-import gzip, hashlib, io, json, multiprocessing, os, pickle, random, re, signal, subprocess, sys, tarfile, time
+import gzip, hashlib, io, json, multiprocessing, os, pickle, platform, random, re, shutil, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -736,3 +736,32 @@ def test_batches_leave_the_global_generators_alone(small, pipeline, num_workers)
 def test_a_link_to_nothing_beside_the_images_does_no_harm(folder):
     (folder/'notes').symlink_to(folder/'nothing')
     assert len(load_cifar10(folder).train_y) == 80
+
+def test_batches_behind_a_second_link_are_read_once(small, write_batches, tmp_path):
+    write_batches(small, tmp_path/'data'/'cifar-10-batches-py')
+    (tmp_path/'data'/'latest').symlink_to('cifar-10-batches-py')
+    data = load_cifar10(tmp_path/'data')
+    assert (len(data.train_y), len(data.test_y)) == (len(small.train_y), len(small.test_y))
+
+def test_links_between_many_folders_are_refused_at_once(tmp_path):
+    folders = [tmp_path/f'class {i}' for i in range(12)]
+    for folder in folders:
+        folder.mkdir()
+        Image.new('RGB', (32, 32)).save(folder/'a.png')
+        for other in folders:
+            if other != folder: (folder/f'to {other.name}').symlink_to(other)
+    with pytest.raises(ValueError, match='3 links'): load_cifar10(tmp_path)
+
+def test_machines_with_other_files_at_one_path_keep_a_cache_each_and_with_the_same_files_share_one(small, write_pngs, empty_home, tmp_path, monkeypatch):
+    def of(machine): monkeypatch.setattr(platform, 'node', lambda: machine)
+    source = write_pngs(small, tmp_path/'data')
+    n = lambda: len(cached(empty_home))
+    of('a'); load_cifar10(source)
+    of('b'); load_cifar10(source)
+    assert n() == 1
+    shutil.rmtree(source); write_pngs(small.first(40, 20), source)
+    load_cifar10(source)
+    assert n() == 2 # that of `a` is left alone
+    shutil.rmtree(source); write_pngs(small.first(20, 10), source)
+    load_cifar10(source)
+    assert n() == 2

@@ -82,7 +82,7 @@ class ChannelsLast(nn.Module):
 
 def test_positions_have_the_aspect_of_the_image(x):
     model = ChannelsLast().eval()
-    assert explain.cam_layer(model, x) == 'embed'
+    assert explain.cam_layer(model, x, 'embed') == 'embed'
     with pytest.raises(ValueError, match="'mix'"): explain.cam_layer(model, x, 'mix')
     with pytest.raises(ValueError, match='8×8'): explain.cam_layer(ChannelsLast(conv=False), x)
     for stride, size in (2, (49, 32)), (2, (33, 64)), (3, (50, 33)):
@@ -95,12 +95,15 @@ def test_positions_have_the_aspect_of_the_image(x):
 def test_a_network_without_maps_has_no_explainer(): assert explain.explainer(ChannelsLast(conv=False).eval(), cifar10_stats) is None
 
 @pytest.mark.parametrize('name', ['swin_t', 'timm:vit_small_patch8_224', 'timm:vit_tiny_patch16_224'])
-def test_a_transformer_has_maps_of_its_convolution_or_none(name):
+def test_a_transformer_has_no_maps_but_those_of_its_patches(name):
     if name.startswith('timm:'): pytest.importorskip('timm', reason='the extra [models]')
     model, x = build_network(name, 10, 64).eval(), torch.zeros(1, 3, 64, 64)
-    try: layer = explain.cam_layer(model, x)
-    except ValueError: return
-    assert isinstance(model.get_submodule(layer), nn.Conv2d)
+    with pytest.raises(ValueError, match='name of a layer'): explain.cam_layer(model, x)
+
+@pytest.mark.parametrize('name, layer', [('resnet18', 'layer4'), ('mobilenet_v3_small', None), ('convnext_tiny', None), ('densenet121', None)])
+def test_a_convolutional_network_has_maps(name, layer):
+    chosen = explain.cam_layer(build_network(name, 10, 64).eval(), torch.zeros(1, 3, 64, 64))
+    assert layer is None or chosen == layer
 
 def test_an_overlay_is_darker_where_nothing_speaks_for_the_class():
     image = np.full((32, 32, 3), 200, np.uint8)

@@ -19,6 +19,7 @@ from cifar_fastai.files import read_json, write_json
 from cifar_fastai.data.source import load_cifar10
 from cifar_fastai.callback.checkpoint import (Checkpoints, FiniteLoss, checkpoints_in, newest_checkpoint,
                                               read_checkpoint, write_checkpoint)
+from cifar_fastai.callback.recorder import EpochProgress
 from cifar_fastai.learner import Processes, cifar_learner
 from cifar_fastai.callback.schedule import OneCycle
 from cifar_fastai.look.interpret import class_probabilities
@@ -708,3 +709,31 @@ def test_the_plot_of_the_schedule_has_all_steps(tiny_learner, tmp_path, stop_at)
     with pytest.raises(Stop): fit(tiny_learner(), tmp_path, stop_at=stop_at)
     recorder = fit(tiny_learner(), tmp_path, again=True).recorder
     assert recorder.hps['lr'] == recorder.lrs and len(recorder.lrs) == 15
+
+@pytest.mark.parametrize('stop_after', [1, 2])
+def test_a_fit_with_a_progress_bar_is_resumed(tiny_learner, tmp_path, capsys, stop_after):
+    def fit(stop=None, resume=False):
+        learn = tiny_learner().add_cb(EpochProgress())
+        learn.fit(3, 1e-3, cbs=[Checkpoints(tmp_path, resume=resume), *([StopAt('after_epoch', stop)] if stop else [])])
+        return learn.recorder.history
+    with pytest.raises(Stop): fit(stop_after)
+    assert len(fit(resume=True)) == 3
+
+def test_infinite_gradients_that_are_not_used_yet_do_not_stop_a_fit(tiny_learner, tmp_path):
+    class Overflow(Callback): # as a scaled loss in fp16
+        def after_backward(self):
+            for p in self.learn.model.parameters(): p.grad.fill_(float('inf'))
+    learn = tiny_learner()
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[GradientAccumulation(10_000), Overflow(), Checkpoints(tmp_path, minutes=0)])
+    assert checkpoints_in(tmp_path)
+
+def test_a_learner_that_was_stopped_between_gradient_and_step_goes_on_exactly(tiny_learner, tmp_path):
+    whole = weights(fit(tiny_learner(), tmp_path/'whole'))
+    learn = tiny_learner()
+    with pytest.raises(Stop): fit(learn, tmp_path/'stopped', stop_at=('before_step', 7))
+    assert any(p.grad is not None for p in learn.model.parameters())
+    assert same(weights(fit(learn, tmp_path/'stopped', again=True)), whole)
+
+def test_a_seed_of_numpy_is_kept(tiny_learner, small_dls, tmp_path):
+    fit(tiny_learner(small_dls(seed=np.int64(3))), tmp_path, epochs=2)
+    assert read_checkpoint(checkpoints_in(tmp_path)[0])[1]['seed'] == 3

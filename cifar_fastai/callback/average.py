@@ -48,7 +48,7 @@ class Lookahead(Callback):
         if is_due or batch == n_batches: self._use_average()
 
     def _use_average(self): # before the first update, it has the first weights
-        if self.steps < self.every: return
+        if self.steps is None or self.steps < self.every: return # `None`: no step since a checkpoint, which has the average
         for name, t in self._weights().items(): t.copy_(self.average[name])
 
     def after_train(self):

@@ -10,7 +10,7 @@ __all__ = ['save_weights', 'load_weights', 'checkpoints_in', 'write_checkpoint',
 import hashlib, json, math, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
@@ -74,7 +74,7 @@ class _Facts(TypedDict):
     random: NotRequired[dict[str, Any]]
     callbacks: NotRequired[dict[str, dict[str, Any]]]
     fastai: NotRequired[list[dict[str, Any]]] # of callbacks of fastai: name of the `kind`, attributes
-    seed: NotRequired[int|None] # of the training images
+    seed: NotRequired[int|Literal[False]] # of the order of the training images
     others: NotRequired[list[dict[str, Any]]]
 
 def _checksum(tensors, text):
@@ -225,7 +225,10 @@ def after_batch(self:Checkpoints):
 
 @patch(as_prop=True)
 def _can_save_within_epoch(self:Checkpoints): # needs a reproducible order, and metrics that are sums
-    return isinstance(self.dls.train, SeededDL) and None not in self.recorder._sums()
+    return self._has_order and None not in self.recorder._sums()
+
+@patch(as_prop=True)
+def _has_order(self:Checkpoints): return isinstance(self.dls.train, SeededDL)
 
 @patch
 def after_epoch(self:Checkpoints):
@@ -291,14 +294,15 @@ def _write(self:Checkpoints, kept, shared): # state of each process; tensors of 
     for i, (_, theirs) in enumerate(others, 1): tensors |= {f'other.{i}.{k}': v for k, v in theirs.items()}
     tensors |= {f'model.{k}': v for k, v in self.model.state_dict().items()}
     tensors |= {f'opt.{i}.{k}': v for i, moments in state['state'].items() for k, v in moments.items()}
-    tensors |= {f'grad.{i}': p.grad for i, p in enumerate(_params(self.opt.opt)) if p.grad is not None} # not stepped on yet
     if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
         at = f'epoch {epoch + (batches > 0)}, step {batches or len(self.dls.train)}'
         raise FloatingPointError(f'weights or moments are not finite after {at}, although the loss was: {_remedy(self.learn)}')
+    # Gradients of accumulated batches are not used yet, and may be infinite in fp16.
+    tensors |= {f'grad.{i}': p.grad for i, p in enumerate(_params(self.opt.opt)) if p.grad is not None}
     if self.run_folder: self.run_folder.check()
     facts = dict(run=self.run_id, epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)],
                  train_iter=self.train_iter, pct_train=self.pct_train, param_groups=state['param_groups'],
-                 scaler=scaler.state_dict() if scaler else None, seed=getattr(self.dls.train, 'seed', None), **own)
+                 scaler=scaler.state_dict() if scaler else None, seed=self._has_order and self.dls.train.seed, **own)
     if others: facts['others'] = [theirs for theirs, _ in others]
     return write_checkpoint(self.folder, tensors, facts)
 
@@ -388,10 +392,11 @@ def _load(self:Checkpoints):
         _check_optimizer(self.opt.opt, moments, groups)
         self.opt.opt.load_state_dict(dict(state=moments, param_groups=groups))
         for i, p in enumerate(_params(self.opt.opt)):
-            if (grad := tensors.get(f'grad.{i}')) is not None: p.grad = torch.empty_like(p).copy_(grad) # in its memory format
+            grad = tensors.get(f'grad.{i}') # others are of a step that was interrupted
+            p.grad = None if grad is None else torch.empty_like(p).copy_(grad) # in its memory format
         for cb, state in zip(self._of_fastai(), facts.get('fastai', [])):
             if type(cb).__name__ == state['kind']: vars(cb).update({k: v for k, v in state.items() if k != 'kind'})
-        if facts.get('seed') is not None: self.dls.train.seed = facts['seed'] # the position is one in its order
+        if self._has_order: self.dls.train.seed = facts.get('seed', self.dls.train.seed) # the position is one in its order
         for name, cb in self._others().items():
             if name not in facts['callbacks']: continue
             of_it = f'callback.{name}.'

@@ -198,6 +198,11 @@ class EpochProgress(ProgressCallback):
         super().before_fit()
         self.due = 0
 
+    def before_epoch(self):
+        bar = getattr(self, 'mbar', None)
+        if bar and bar.main_bar.last_v is None: bar.update(0) # the clock starts here; a fit that is resumed has a later epoch
+        super().before_epoch()
+
     def after_cancel_fit(self): # `lr_find` ends this way; the next line must not start behind an unfinished bar
         if not hasattr(self, 'pbar'): return
         self.pbar.prefix = ''

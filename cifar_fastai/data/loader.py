@@ -29,7 +29,7 @@ class _WorkerSeeds(torch.Generator):
 class SeededDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation depend only on `seed` and `epoch`; each pass increments `epoch`"
     def __init__(self, dataset, seed:int=0, **kwargs):
-        self.seed, self.epoch, self.drawing, self.augments = seed, 0, 0, []
+        self.seed, self.epoch, self.drawing, self.augments = int(seed), 0, 0, []
         self.start = self.first = 0 # batches to skip in the next pass and in the current one, to resume an epoch
         self.share = 0, 1 # index of the part of each batch that is made here, number of parts
         super().__init__(dataset, **kwargs)

@@ -6,7 +6,7 @@
 __all__ = ['cifar10_urls', 'decoder_version', 'longest_wait', 'fetch_cifar10', 'find_cifar10', 'source_folder', 'load_cifar10']
 
 # %% ../../nbs/05_data.source.ipynb #86b4854e
-import hashlib, io, json, logging, os, shutil, warnings
+import hashlib, io, json, logging, os, platform, shutil, warnings
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -91,8 +91,9 @@ def _cache_file(source:Path, *kind) -> Path|None:
     for name in names:
         state = _state(os.path.join(source, name) if name else source)
         if state: files.append((name, *state))
-    place, state = map(_digest, [(str(source.resolve()), *kind), (files, decoder_version)])
-    try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{place}-{state}.npz'
+    place, state = _digest((str(source.resolve()), *kind)), _digest((files, decoder_version))
+    machine = _digest((platform.node(), os.stat(source).st_dev))[:8] # others may have other files at this path
+    try: return Path(fastai_cfg().path('data'))/'cifar_fastai'/f'{place}-{machine}-{state}.npz'
     except (OSError, RuntimeError) as e: # the folder cannot be made, for example in a read-only home folder
         _warn_uncached(str(e))
 
@@ -115,7 +116,8 @@ def _read_cache(file:Path) -> tuple[CIFAR10Data, FolderNotes|None]|None:
     """Return data and notes in the cache file or folder of memory-mapped images; `None` when it is missing or damaged.
 
     The notes are `None` for what is not a folder of pictures of your own, and in a cache of an earlier version."""
-    for path in file, file.with_suffix(''):
+    of_others = sorted(file.parent.glob(f'{_place(file)}-*-{file.stem.rpartition("-")[2]}*')) # of the same state
+    for path in file, file.with_suffix(''), *of_others:
         try:
             arrays = _read_arrays(path)
             notes = arrays.pop('notes', None)
@@ -158,8 +160,8 @@ def _keep_mapped(file:Path, data:CIFAR10Data, notes:FolderNotes|None, store:Path
     except OSError as e: _warn_uncached(str(e))
     return (_read_cache(file) or [data])[0]
 
-def _remove_others(kept:Path): # the caches of earlier states of the source
-    for other in kept.parent.glob(f'{_place(kept)}-*'):
+def _remove_others(kept:Path): # the caches of earlier states of the source on this machine
+    for other in kept.parent.glob(f'{kept.stem.rpartition("-")[0]}-*'):
         if other == kept: continue
         if other.is_dir(): shutil.rmtree(other, ignore_errors=True)
         else: other.unlink(missing_ok=True)

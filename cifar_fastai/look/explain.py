@@ -38,6 +38,8 @@ def _is_map(shape, size): # -> whether the output for one image of `size` is (1,
     rounding = 0 if height == width else max(height, width) # of one pixel in one direction
     return h <= height and w <= width and abs(h*width - w*height) <= rounding
 
+def _is_of_tokens(shape): return len(shape) == 3 or len(shape) == 4 and shape[1] == shape[2] != shape[3]
+
 def cam_layer(
     model:nn.Module, # in evaluation mode
     x:torch.Tensor, # normalised images (N, C, H, W)
@@ -46,8 +48,8 @@ def cam_layer(
 ) -> str: # name of the layer
     """Return the layer whose output Grad-CAM weighs: (N, C, h, w), with h×w positions in the aspect of the images.
 
-    Raises `ValueError` if `layer` does not exist, has another output or fewer than 2×2 positions, and if no layer has
-    enough."""
+    Raises `ValueError` if `layer` does not exist, has another output or fewer than 2×2 positions, if no layer has
+    enough, and if all that have precede the layers of a transformer, which are (N, tokens, C) or (N, h, w, C)."""
     shapes = _shapes(model, x)
     positions = {name: shape[2:] for name, shape in shapes.items() if _is_map(shape, x.shape[2:])}
     if layer is not None:
@@ -61,7 +63,11 @@ def cam_layer(
     if not fine:
         raise ValueError(f'no layer has {least}×{least} positions or more: give the name of a layer')
     depth = min(name.count('.') for name in fine)
-    return [name for name in fine if name.count('.') == depth][-1]
+    chosen = [name for name in fine if name.count('.') == depth][-1]
+    names, tokens = list(shapes), [name for name, shape in shapes.items() if _is_of_tokens(shape)]
+    if tokens and names.index(chosen) < names.index(tokens[0]):
+        raise ValueError(f'the maps end with {chosen}, before all layers of a transformer: give the name of a layer')
+    return chosen
 
 # %% ../../nbs/32_look.explain.ipynb #e10d93b0
 def grad_cam(
