@@ -10,7 +10,7 @@ __all__ = ['save_weights', 'load_weights', 'checkpoints_in', 'write_checkpoint',
 import hashlib, json, math, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
@@ -74,7 +74,7 @@ class _Facts(TypedDict):
     random: NotRequired[dict[str, Any]]
     callbacks: NotRequired[dict[str, dict[str, Any]]]
     fastai: NotRequired[list[dict[str, Any]]] # of callbacks of fastai: name of the `kind`, attributes
-    seed: NotRequired[int|Literal[False]] # of the order of the training images
+    seed: NotRequired[int|None] # of the order of the training images; `None` for other loaders
     others: NotRequired[list[dict[str, Any]]]
 
 def _checksum(tensors, text):
@@ -302,7 +302,8 @@ def _write(self:Checkpoints, kept, shared): # state of each process; tensors of 
     if self.run_folder: self.run_folder.check()
     facts = dict(run=self.run_id, epoch=epoch, batches=batches, fit=[self.n_epoch, len(self.dls.train)],
                  train_iter=self.train_iter, pct_train=self.pct_train, param_groups=state['param_groups'],
-                 scaler=scaler.state_dict() if scaler else None, seed=self._has_order and self.dls.train.seed, **own)
+                 scaler=scaler.state_dict() if scaler else None,
+                 seed=self.dls.train.seed if self._has_order else None, **own)
     if others: facts['others'] = [theirs for theirs, _ in others]
     return write_checkpoint(self.folder, tensors, facts)
 
@@ -396,7 +397,7 @@ def _load(self:Checkpoints):
             p.grad = None if grad is None else torch.empty_like(p).copy_(grad) # in its memory format
         for cb, state in zip(self._of_fastai(), facts.get('fastai', [])):
             if type(cb).__name__ == state['kind']: vars(cb).update({k: v for k, v in state.items() if k != 'kind'})
-        if self._has_order: self.dls.train.seed = facts.get('seed', self.dls.train.seed) # the position is one in its order
+        if self._has_order and facts.get('seed') is not None: self.dls.train.seed = facts['seed'] # of the order
         for name, cb in self._others().items():
             if name not in facts['callbacks']: continue
             of_it = f'callback.{name}.'
