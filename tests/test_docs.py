@@ -218,7 +218,7 @@ def test_a_module_notebook_is_committed_with_its_outputs(notebook):
     assert any(cell['outputs'] for cell in cells(notebook, 'code'))
     assert any('assert' in source(cell) or 'test_' in source(cell) for cell in cells(notebook, 'code'))
 
-@pytest.mark.parametrize('name', ['train_cifar10', 'best_recipe', 'from_the_seeds'])
+@pytest.mark.parametrize('name', ['train_cifar10', 'best_recipe', 'from_the_seeds', 'next_exercise', 'your_pictures'])
 def test_the_tutorial_opens_in_colab_and_installs_the_package_there(config, name):
     notebook = root/f'nbs/tutorials/{name}.ipynb'
     text = '\n'.join(source(cell) for cell in cells(notebook))
@@ -230,10 +230,10 @@ opened_in_colab = [p for p in notebooks if f'/nbs/{p.relative_to(root/"nbs").as_
 
 def test_a_notebook_that_runs_a_network_asks_colab_for_a_gpu_and_says_so():
     "Colab starts a notebook on a processor unless its metadata ask for more; those that only read records need none"
-    assert len(opened_in_colab) == 3
+    assert len(opened_in_colab) == 5
     for notebook in opened_in_colab:
         metadata = json.loads(notebook.read_text(encoding='utf8'))['metadata']
-        runs = any('cifar_learner(' in source(cell) for cell in cells(notebook, 'code'))
+        runs = any(re.search(r'\b(cifar_learner|train)\(', source(cell)) for cell in cells(notebook, 'code'))
         assert metadata.get('accelerator') == ('GPU' if runs else None), notebook.name
         assert metadata.get('colab') == (dict(gpuType='T4', provenance=[]) if runs else None), notebook.name
         assert ('T4 GPU' in '\n'.join(map(source, cells(notebook, 'markdown')))) == runs, notebook.name
