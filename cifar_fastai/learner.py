@@ -30,7 +30,7 @@ from .files import Count, checked
 from .data.loader import SeededDL
 from .data.inspect import _check_data, _device_of, _n_classes, class_names, first_images
 from .models import CustomResNet, dirac_layers, whiten_first_layer
-from .networks import build_network, check_module, pretrained_splitter, pretrained_stats
+from .networks import build_network, check_module, pretrained_splitter, pretrained_stats, takes_channels_last
 from .optimizer import FusedAdam
 from .callback.average import Lookahead
 from .callback.cost import FreezeFirst, ImageSizes
@@ -110,10 +110,28 @@ class CifarLearner(Learner):
     "A fastai `Learner` that runs the forward pass and the loss in a given precision, alone or together with other processes"
     processes, scaler = Processes(), None # `scaler`: the `GradScaler` of a fit in fp16
     recipe = recipes['best'] # as it was given; arguments of `cifar_learner`, such as `wd`, may have replaced its values
+    in_fit = False # do the epochs of a fit run?
 
     def _do_fit(self): # as in fastai, from the epoch on at which a fit is resumed
         first = next((cb.first_epoch for cb in self.cbs if hasattr(type(cb), 'first_epoch')), 0) # of `Checkpoints`
-        for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        self.in_fit = True
+        try:
+            for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        finally: self.in_fit = False
+
+    def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'in_fit'}
+
+    def validation_context(self, cbs=None, inner=False):
+        "As in fastai; within a fit, without events of another fit, so that callbacks and recorder keep what they have"
+        context = super().validation_context(cbs=cbs, inner=inner or self.in_fit)
+        recorder = getattr(self, 'recorder', None)
+        if self.in_fit and isinstance(recorder, EpochRecorder): context.append(recorder.apart())
+        return context
+
+    def _split(self, b): # as in fastai, with contiguous images for a model that is not channels-last
+        super()._split(b)
+        if self._grab_cbs(ChannelsLast): return
+        self.xb = tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in self.xb)
 
     def _do_one_batch(self): # as in fastai, with the forward pass and the loss in `precision_context`
         with self.precision_context():
@@ -295,9 +313,31 @@ def _recipe_loss(dls, recipe, loss_func, label_smoothing, class_weights):
         raise ValueError(f'{name} is {value}, which the given loss_func would ignore: give one of the two')
     return loss_func
 
+def _is_custom(model): return isinstance(getattr(model, '_orig_mod', model), CustomResNet) # also of `torch.compile`
+
 def _check_model(dls, model):
     "Raise `ValueError` if a model does not suit the images and classes of `cifar_dls`"
     with no_random(): check_module(model, first_images(dls, 2), dls.c)
+
+def _takes_channels_last(dls, model):
+    try:
+        with no_random(): return takes_channels_last(model, first_images(dls, 2))
+    except Exception: return False # no images, or not as the model takes them
+
+def _precision_callbacks(dls, model, precision): # without channels-last if the model does not allow it
+    callbacks = precision_callbacks(precision, _device_of(dls))
+    if _is_custom(model) or _takes_channels_last(dls, model): return callbacks
+    return [cb for cb in callbacks if not isinstance(cb, ChannelsLast)]
+
+def _exchange_default_callbacks(learn):
+    "Replace fastai's recorder and progress bar by ours, or by given ones of their names"
+    for kind, ours in (Recorder, EpochRecorder), (ProgressCallback, EpochProgress):
+        default = next((cb for cb in learn.cbs if type(cb) is kind), None) # before those that are given
+        if default is None: continue
+        present = getattr(learn, default.name)
+        learn.remove_cb(default)
+        if present is default: learn.add_cb(ours())
+        else: setattr(learn, default.name, present)
 
 def _optimizer(recipe, opt_func, wd, wd_bn_bias, **options): # -> (`opt_func`, `wd` for fastai's `Learner`)
     if opt_func is None: opt_func = partial(FusedAdam, wd=recipe.wd)
@@ -351,15 +391,14 @@ def cifar_learner(
     if model is None or isinstance(model, str):
         network = dict(ghost=recipe.ghost, logit_scale=recipe.logit_scale)
         model = new_model(dls, recipe.whiten, recipe.dirac, pretrained=pretrained, **network)
-    is_custom = isinstance(getattr(model, '_orig_mod', model), CustomResNet)
-    if not is_custom: freeze_first = freeze_first or 0 # the first part of another model may be nearly all of it
+    if not _is_custom(model): freeze_first = freeze_first or 0 # the first part of another model may be nearly all of it
     if is_checked: _check_model(dls, model)
     if compile: model.compile()
     if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']
     of_recipe = _recipe_callbacks(recipe, sizes=sizes, freeze_first=freeze_first, lookahead=lookahead)
-    cbs = [SetEpoch(), *precision_callbacks(precision, _device_of(dls)), *of_recipe, *L(cbs)]
+    cbs = [SetEpoch(), *_precision_callbacks(dls, model, precision), *of_recipe, *L(cbs)]
     learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs, **kwargs)
-    learn.remove_cbs([Recorder, ProgressCallback])
-    learn.add_cbs([EpochRecorder(), EpochProgress()])
-    learn.recipe, learn.logger = recipe, learn.recorder.print_row
+    learn.recipe = recipe
+    if kwargs.get('default_cbs', True): _exchange_default_callbacks(learn)
+    if isinstance(getattr(learn, 'recorder', None), EpochRecorder): learn.logger = learn.recorder.print_row
     return learn

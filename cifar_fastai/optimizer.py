@@ -8,6 +8,7 @@ __all__ = ['FusedAdam']
 # %% ../nbs/11_optimizer.ipynb #d5e9f807
 import torch
 from fastai.optimizer import OptimWrapper, detuplify_pg, set_item_pg
+from fastcore.foundation import L
 
 from .core import TrainSettings, recipes
 
@@ -28,6 +29,13 @@ class _Hypers(dict):
             if name == 'wd' and any(group is o for o in self.undecayed): continue
             set_item_pg(group, self.torch_name[name], value)
         super().__setitem__(name, value)
+
+    def update(self, *args, **kwargs):
+        for name, value in dict(*args, **kwargs).items(): self[name] = value
+
+    def __ior__(self, other):
+        self.update(other)
+        return self
 
 # %% ../nbs/11_optimizer.ipynb #e1e2a838
 class _AdamW(torch.optim.AdamW):
@@ -79,15 +87,15 @@ class FusedAdam(OptimWrapper):
     def _groups(self, positions): return [self.opt.param_groups[i] for i in positions]
 
     @property
-    def param_lists(self) -> list:
+    def param_lists(self) -> L: # of `L`
         "The parameters of each layer group of the splitter"
-        return [[p for group in self._groups(part) for p in group['params']] for part in self.parts]
+        return L(L(p for group in self._groups(part) for p in group['params']) for part in self.parts)
 
     @property
-    def hypers(self) -> list:
+    def hypers(self) -> L: # of dictionaries
         "The hyper-parameters of each layer group, as in fastai's optimizers; assignments change the optimizer"
         undecayed = self._groups(self.undecayed)
-        return [_Hypers(self._groups(part), self._names, undecayed) for part in self.parts]
+        return L(_Hypers(self._groups(part), self._names, undecayed) for part in self.parts)
 
     def _set_hyper(self, name, values):
         for h, value in zip(self.hypers, values): h[name] = value

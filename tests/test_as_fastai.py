@@ -9,9 +9,9 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ShowGraphCallback
 from fastai.vision.all import (SGD, Adam, BalancedAccuracy, Callback, CancelBatchException, CancelEpochException,
-                               CancelFitException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, F1Score,
+                               CancelFitException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, DataLoaders, F1Score,
                                GradientClip, Learner, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
-                               ReduceLROnPlateau, RocAuc, SaveModelCallback, SchedCos, SchedExp, ValueMetric, accuracy,
+                               ReduceLROnPlateau, RocAuc, SaveModelCallback, SchedCos, SchedExp, TrainEvalCallback, ValueMetric, accuracy,
                                load_learner, params, set_seed)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +46,14 @@ def tiny_learner(small_dls):
     def make(dls=None, **kwargs):
         return cifar_learner(dls or small_dls(), net(), **dict(precision='fp32', recipe='baseline') | kwargs).remove_cbs(ProgressCallback)
     return make
+
+@pytest.fixture
+def plain_loaders():
+    "fastai's own `DataLoaders` of random images, in their order"
+    images = torch.utils.data.TensorDataset(torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(64)%10)
+    dls = DataLoaders.from_dsets(images, images, bs=16, device='cpu', shuffle=False)
+    dls.c = 10
+    return dls
 
 @pytest.fixture
 def plain_learner(small_dls):
@@ -663,3 +671,210 @@ def test_the_wildcard_import_changes_no_name_of_fastai():
     public = lambda module: {name: value for name, value in vars(module).items() if not name.startswith('_')}
     names, fastais = public(ours), public(theirs)
     assert [name for name in names if name in fastais and names[name] is not fastais[name]] == []
+
+
+# ---- a validation within a fit
+
+class Ask(Callback):
+    "Call a function of the learner after an event of each epoch"
+    asking = False
+    def __init__(self, ask, event, order): self.ask, self.event, self.order = ask, event, order
+    def _asked(self, event):
+        if event != self.event or self.asking: return # the answer may have such an event, too
+        self.asking = True
+        self.ask(self.learn)
+        self.asking = False
+    def after_train(self): self._asked('after_train')
+    def after_validate(self): self._asked('after_validate')
+    def after_epoch(self): self._asked('after_epoch')
+
+asked = {
+    'predictions': lambda learn: learn.get_preds(),
+    'predictions of the training set': lambda learn: learn.get_preds(ds_idx=0),
+    'inner predictions': lambda learn: learn.get_preds(ds_idx=0, inner=True),
+    'a validation': lambda learn: learn.validate(),
+    'a validation on the training set': lambda learn: learn.validate(0),
+    'one image': lambda learn: learn.predict(np.zeros((32, 32, 3), np.uint8)),
+    'results': lambda learn: learn.show_results(max_n=1)}
+
+def numbers(learn): return [[v for v in values] for values in learn.recorder.values], [
+    {k: v for k, v in row.items() if k != 'seconds'} for row in learn.recorder.history]
+
+@pytest.fixture
+def undisturbed(tiny_learner):
+    learn = tiny_learner(lookahead=2)
+    learn.fit(3, 1e-2)
+    return learn
+
+@pytest.mark.parametrize('event, order', [('after_train', 70), ('after_train', 0), ('after_validate', 70), ('after_epoch', 0), ('after_epoch', 70)])
+@pytest.mark.parametrize('ask', asked)
+def test_a_validation_within_a_fit_leaves_the_fit_as_it_is(tiny_learner, undisturbed, ask, event, order):
+    learn = tiny_learner(lookahead=2)
+    learn.fit(3, 1e-2, cbs=Ask(asked[ask], event, order))
+    assert_same(weights(learn), weights(undisturbed))
+    assert numbers(learn) == numbers(undisturbed)
+    assert learn.recorder.losses == undisturbed.recorder.losses and learn.recorder.lrs == undisturbed.recorder.lrs
+
+def test_a_validation_within_a_fit_returns_its_own_results(tiny_learner):
+    within = []
+    learn = tiny_learner(lookahead=0)
+    learn.fit(1, 1e-2, cbs=Ask(lambda learn: within.append((list(learn.validate()), list(learn.validate(0)))), 'after_epoch', 0))
+    [(of_valid, of_train)] = within
+    assert of_valid == list(learn.validate()) == list(learn.recorder.values[0][1:3]) and of_train != of_valid
+
+def test_fp16_stays_scaled_after_a_validation_within_the_fit(tiny_learner):
+    class Scaled(Callback):
+        def before_train(self): scaled.append(self.learn.scaler is not None)
+    scaled, learn = [], tiny_learner().add_cb(Autocast('fp16'))
+    learn.fit(2, 1e-2, cbs=[Ask(asked['predictions'], 'after_train', 0), Scaled()])
+    assert scaled == [True, True] and learn.scaler is None
+
+def test_a_learner_that_is_exported_within_a_fit_is_in_none(tiny_learner, tmp_path):
+    copies, learn = [], tiny_learner(path=tmp_path)
+    learn.fit(1, cbs=Ask(lambda learn: copies.append(learn.__getstate__()), 'after_epoch', 0))
+    assert 'model' in copies[0] and 'in_fit' not in copies[0]
+
+def test_a_fit_that_raises_is_over(tiny_learner):
+    def stop(learn): raise RuntimeError('stop')
+    learn = tiny_learner()
+    with pytest.raises(RuntimeError, match='stop'): learn.fit(1, cbs=Ask(stop, 'after_train', 0))
+    assert not learn.in_fit
+
+# ---- what callbacks read from the recorder
+
+def test_the_log_is_there_for_callbacks_that_run_before_the_recorder_has_written_its_row(tiny_learner):
+    class Read(Callback):
+        def after_epoch(self): logs.append(list(self.recorder.log))
+    class Late(Callback):
+        order = 55
+        def after_train(self): logs.append(list(self.recorder.log))
+        def after_validate(self): logs.append(list(self.recorder.log))
+    logs, learn = [], tiny_learner()
+    learn.fit(2, 1e-2, cbs=[Read(), Late()])
+    for epoch, row in enumerate(learn.recorder.values):
+        after_train, after_validate, after_epoch = logs[3*epoch:3*epoch + 3]
+        assert after_train == [epoch, row[0]] and after_validate == after_epoch == [epoch, *row]
+
+@pytest.mark.parametrize('skipped', [0, 1, 2])
+def test_an_epoch_without_training_has_its_validation(tiny_learner, tmp_path, skipped):
+    class NoTraining(Callback):
+        def before_train(self):
+            if self.epoch == skipped: raise CancelTrainException
+    learn = tiny_learner(path=tmp_path)
+    save = SaveModelCallback(monitor='valid_loss')
+    learn.fit(3, 1e-2, cbs=[NoTraining(), save])
+    history = learn.recorder.history
+    assert [row['epoch'] for row in history] == [1, 2, 3] and [len(v) for v in learn.recorder.values] == [5, 5, 5]
+    assert [np.isnan(row['train_loss']) and np.isnan(row['train_accuracy']) for row in history] == [i == skipped for i in range(3)]
+    assert save.best == min(row['valid_loss'] for row in history)
+    if skipped: assert history[skipped]['valid_loss'] == history[skipped - 1]['valid_loss']
+
+@pytest.mark.parametrize('change', [lambda h: h.update(lr=.5), lambda h: h.update({'lr': .5}), lambda h: h.__ior__(dict(lr=.5)),
+                                    lambda h: h.__setitem__('lr', .5)])
+def test_hyper_parameters_can_be_changed_as_a_dictionary(tiny_learner, change):
+    learn = tiny_learner(splitter=two_parts)
+    learn.create_opt()
+    change(learn.opt.hypers[-1])
+    assert learn.opt.hypers.itemgot('lr')[-1] == .5 and learn.opt.hypers[0]['lr'] != .5
+    assert [group['lr'] == .5 for group in learn.opt.opt.param_groups] == [False]*2 + [True]*2
+    assert learn.opt.param_lists.map(len) == learn.opt.hypers.map(lambda h: sum(len(g['params']) for g in h.groups))
+
+# ---- callbacks that are given
+
+class MyRecorder(Recorder):
+    def after_epoch(self):
+        super().after_epoch()
+        self.n = getattr(self, 'n', 0) + 1
+class MyProgress(ProgressCallback):
+    def before_epoch(self):
+        super().before_epoch()
+        self.n = getattr(self, 'n', 0) + 1
+
+def test_a_recorder_and_a_bar_that_are_given_are_kept(small_dls):
+    cbs = [MyRecorder(), MyProgress()]
+    learn = cifar_learner(small_dls(), net(), 'fp32', cbs=cbs)
+    learn.fit(2, 1e-2)
+    assert [cb.n for cb in cbs] == [2, 2] and isinstance(learn.recorder, EpochRecorder)
+    assert [row['epoch'] for row in learn.recorder.history] == [1, 2]
+
+def test_a_recorder_of_the_same_name_takes_the_place_of_ours(small_dls):
+    given = Recorder(train_metrics=True)
+    learn = cifar_learner(small_dls(), net(), 'fp32', cbs=given)
+    assert learn.recorder is given and sum(isinstance(cb, Recorder) for cb in learn.cbs) == 1
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert len(given.values) == 1
+
+def test_without_default_callbacks_there_are_none(small_dls):
+    learn = cifar_learner(small_dls(), net(), 'fp32', cbs=TrainEvalCallback, default_cbs=False)
+    assert not learn.cbs.filter(lambda cb: isinstance(cb, (Recorder, ProgressCallback)))
+    learn.fit(1, 1e-2)
+    given = Recorder(train_metrics=True)
+    learn = cifar_learner(small_dls(), net(), 'fp32', cbs=[TrainEvalCallback, given], default_cbs=False)
+    learn.fit(1, 1e-2)
+    assert learn.recorder is given and len(given.values) == 1
+
+def test_batches_without_targets_are_shown_by_the_bar(small_dls):
+    class NoTargets(Callback):
+        def before_batch(self): self.learn.yb = ()
+    learn = cifar_learner(small_dls(), net(), 'fp32')
+    with learn.no_logging(): learn.fit(1, 1e-2, cbs=NoTargets())
+    assert np.isnan(learn.recorder.history[0]['train_loss'])
+
+# ---- memory format of models of one's own
+
+class Viewed(nn.Module):
+    "The usual idiom of PyTorch's tutorials, which needs contiguous maps"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, 4, 1), nn.Linear(512, 10)
+    def forward(self, x):
+        x = self.conv(x)
+        return self.linear(x.view(x.size(0), -1))
+
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3072, 10)
+    def forward(self, x): return self.linear(x.view(len(x), -1))
+
+contiguous = {'view of maps': Viewed, 'view of images': Pixels,
+              'lazy': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10)),
+              'compiled': lambda: torch.compile(Viewed(), backend='eager')}
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+@pytest.mark.parametrize('loss_func', [None, CrossEntropyLossFlat()])
+@pytest.mark.parametrize('kind', contiguous)
+def test_a_model_that_needs_contiguous_images_trains_and_predicts(small_dls, kind, loss_func, pipeline):
+    learn = cifar_learner(small_dls(pipeline=pipeline), contiguous[kind](), 'fp32', loss_func=loss_func)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert not learn.cbs.filter(lambda cb: isinstance(cb, ChannelsLast)) and len(learn.recorder.losses) == len(learn.dls.train)
+    assert learn.get_preds()[0].shape == (learn.dls.valid.n, 10)
+
+def test_a_model_trains_as_in_plain_fastai_on_loaders_of_ones_own(plain_loaders):
+    results = []
+    for make in partial(Learner, opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), partial(cifar_learner, precision='fp32', lookahead=0, opt_func=partial(OptimWrapper, opt=torch.optim.SGD)):
+        set_seed(0)
+        learn = make(plain_loaders, Viewed(), loss_func=CrossEntropyLossFlat())
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=[])
+        results.append(weights(learn))
+    assert_same(*results, exact=False)
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_a_model_without_a_need_for_contiguous_maps_is_channels_last(small_dls, pipeline):
+    learn = cifar_learner(small_dls(pipeline=pipeline), net(), 'fp32')
+    assert len(learn.cbs.filter(lambda cb: isinstance(cb, ChannelsLast))) == 1
+
+def test_contiguous_images_reach_a_learner_that_was_made_contiguous(small_dls):
+    seen, learn = set(), cifar_learner(small_dls(), net(), 'fp32').to_contiguous()
+    learn.model.register_forward_pre_hook(lambda module, xs: seen.add(xs[0].is_contiguous()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert seen == {True}
+
+# ---- numbers of metrics
+
+def test_numbers_of_numpy_are_recorded_as_numbers(tiny_learner, tmp_path):
+    def right(p, y): return (p.argmax(1) == y).float().mean().numpy()
+    def share(p, y): return np.float64((p.argmax(1) == y).float().mean())
+    learn = tiny_learner(metrics=[right, share])
+    learn.fit(1, 1e-3, cbs=Checkpoints(tmp_path))
+    for values in learn.recorder.values[0], learn.validate(), learn.recorder.history[0].values(): assert {type(v) for v in values} <= {float, int}

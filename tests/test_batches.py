@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Brightness, Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, Flip,
+from fastai.vision.all import (Brightness, Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, Flip, L,
                                FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, MixUp,
                                Normalize, Pipeline, PILImage, ProgressCallback, RandomResizedCrop, Resize, Rotate,
                                Saturation, TensorImage, ToTensor, Transform, accuracy, aug_transforms, error_rate,
@@ -643,3 +643,48 @@ def test_interpretation_works_on_a_gpu(tiny_learner, small_dls):
     interp = CifarInterpretation.from_learner(tiny_learner(small_dls(device='cuda')))
     interp.plot_top_losses(4); interp.plot_misclassified(4)
     assert interp.probs.device == cpu
+
+# ---- a loader whose order or items are changed
+
+def labels_of(dl): return torch.cat([y for _, y in dl]).tolist()
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_an_order_of_ones_own_may_be_longer_than_the_set(small, pipeline):
+    dl = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).valid
+    once = labels_of(dl)
+    dl.get_idxs = lambda: list(range(dl.n))*2
+    assert labels_of(dl) == once*2
+
+def other_data_set(dl, other): dl.dataset = other.dataset
+def items_in_another_order(dl, other):
+    for tl in dl.dataset.tls: tl.items = L(list(tl.items)[::-1])
+def items_that_swap_places(dl, other):
+    for tl in dl.dataset.tls: tl.items[0], tl.items[-1] = tl.items[-1], tl.items[0]
+def another_label(dl, other):
+    item = dl.dataset.tls[1].items[0]
+    dl.dataset.tls[1].items[0] = (item[0], next(name for name in dl.vocab if name != item[1]), item[2])
+
+@pytest.mark.parametrize('change', [other_data_set, items_in_another_order, items_that_swap_places, another_label])
+@pytest.mark.parametrize('made_anew', [False, True])
+def test_a_loader_follows_its_data_set(small, change, made_anew):
+    seen = {}
+    for pipeline in 'item', 'batch':
+        dls = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline)
+        before = labels_of(dls.valid)
+        change(dls.valid, dls.train)
+        dl = dls.valid.new() if made_anew else dls.valid
+        assert labels_of(dl) == [int(dl.dataset[i][1]) for i in range(dl.n)] != before
+        seen[pipeline] = torch.cat([x for x, _ in dl])
+    assert torch.equal(seen['item'], seen['batch'])
+
+def test_a_part_of_a_data_set_can_take_its_place(small):
+    dl = cifar_dls(small, bs=4, seed=0, num_workers=0).valid
+    before = labels_of(dl)
+    dl.dataset, dl.n = torch.utils.data.Subset(dl.dataset, [3, 1, 2]), 3
+    assert labels_of(dl) == [before[i] for i in (3, 1, 2)]
+
+def test_a_data_set_that_stays_keeps_its_images_in_memory(small):
+    dls = cifar_dls(small, bs=16, seed=0, num_workers=0)
+    resident = dls.train.resident
+    list(dls.train), dls.train.one_batch(), dls.show_batch(unique=True, show=False), dls.train.new(bs=4)
+    assert dls.train.resident is resident is not None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.external import fastai_cfg
+from fastai.vision.all import get_image_files
 from PIL import Image
 from markupsafe import escape
 from sklearn.datasets import load_sample_images
@@ -863,3 +864,11 @@ def test_a_folder_that_has_moved_is_named_with_its_run(trained, tmp_path):
     (moved/'summary.json').unlink()
     with pytest.raises(FileNotFoundError, match=f'{tmp_path/"gone"}.*{moved}'): resume(moved)
     assert CifarInterpretation.from_run(moved, pictures).accuracy == CifarInterpretation.from_run(run).accuracy
+
+@pytest.mark.parametrize('pipeline', ['batch', 'item'])
+def test_files_are_labelled_by_their_folders_in_a_test_dl(split, pipeline):
+    dls = cifar_dls(split, bs=8, seed=0, num_workers=0, pipeline=pipeline)
+    files = [file for file in get_image_files(split) if file.suffix == '.png']
+    x, y = next(iter(dls.test_dl(files, bs=len(files), with_labels=True)))
+    assert [dls.vocab[i] for i in y] == [file.parent.name for file in files]
+    assert torch.equal(x, dls.test_dl(files, bs=len(files)).one_batch()[0])

@@ -7,9 +7,11 @@ __all__ = ['DeviceSmoothLoss', 'EpochRecorder', 'EpochProgress']
 
 # %% ../../nbs/22_callback.recorder.ipynb #42a5e037
 import math, time
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated
 
+import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgMetric, AvgSmoothLoss, ValueMetric
@@ -31,12 +33,13 @@ class DeviceSmoothLoss(AvgSmoothLoss):
         self.val = self.beta*self.val + (1 - self.beta)*learn.loss.detach().mean()
 
 def _is_scalar(v): return isinstance(v, torch.Tensor) and v.numel() == 1
+def _is_numpy_scalar(v): return isinstance(v, (np.generic, np.ndarray)) and v.size == 1
 
 def _read(values) -> list:
-    "Return `values` with scalar tensors replaced by Python numbers, in a single copy from the device"
+    "Return `values` with scalar tensors and arrays replaced by Python numbers, in a single copy from the device"
     scalars = [v.detach().float().reshape(()) for v in values if _is_scalar(v)]
     numbers = iter(torch.stack([v.to(scalars[0].device) for v in scalars]).tolist() if scalars else [])
-    return [next(numbers) if _is_scalar(v) else v for v in values]
+    return [next(numbers) if _is_scalar(v) else v.item() if _is_numpy_scalar(v) else v for v in values]
 
 def _to_cpu(scalars) -> list:
     "Return scalar tensors on the CPU, in a single copy from the device"
@@ -51,7 +54,7 @@ class EpochRecorder(Recorder):
     """fastai's `Recorder` with means over the epoch for both sets, and a `history` that survives validation.
 
     The columns are those of fastai, then the metrics of the training set (unless `train_metrics` is `False`) and the
-    learning rate. A cancelled epoch has the means over its completed batches, and `nan` for the validation set."""
+    learning rate. A cancelled epoch has the means over its completed batches, and `nan` for a set without any."""
     name = 'recorder'
 
     def __init__(self, train_metrics=True, **kwargs):
@@ -75,7 +78,7 @@ class EpochRecorder(Recorder):
 
     def before_epoch(self):
         super().before_epoch()
-        self.trained, self.n_read = False, len(self.losses)
+        self.trained, self.is_logged, self.n_read = False, False, len(self.losses)
         self.began = time.monotonic() # unlike `time.time`, never set back
         self.of_train, self.of_valid = [], []
         for met in self._train_mets: met.reset()
@@ -86,6 +89,9 @@ class EpochRecorder(Recorder):
             self.fresh, self.n_read = False, 0
         self.trained, self.train_sums = True, None
         for met in self._train_mets: met.reset()
+
+    def after_cancel_train(self):
+        if not self.trained: self.before_train() # cancelled before it came here: an epoch of validation alone
 
 # %% ../../nbs/22_callback.recorder.ipynb #33ee6f93
 @patch
@@ -103,23 +109,33 @@ def after_batch(self:EpochRecorder):
     self.losses.append(self.smooth_loss.value)
     self.learn.smooth_loss = self.smooth_loss.value
 
+def _values(metrics): return [met.value for met in metrics] # numbers on the device of the batch
+
 @patch
 def after_train(self:EpochRecorder):
     self.train_sums = self._sums() # validation resets and reuses the same metric objects
-    self.of_train = [met.value for met in self._train_mets]
+    self.of_train = _values(self._train_mets)
+    self.log += self.of_train[:1]
 
 @patch
-def after_validate(self:EpochRecorder): self.of_valid = [met.value for met in self._valid_mets]
+def _fill_log(self:EpochRecorder):
+    train_loss, *of_train = self.of_train or _values(self._train_mets)
+    of_valid = self.of_valid or [None]*len(self.of_valid_names)
+    row = [train_loss, *of_valid, *of_train, self.lrs[-1] if self.lrs else None]
+    self.log, self.is_logged = L(self.epoch) + [math.nan if value is None else value for value in row], True
+
+@patch
+def after_validate(self:EpochRecorder):
+    self.of_valid = _values(self._valid_mets)
+    if self.trained: self._fill_log()
 
 @patch
 def after_epoch(self:EpochRecorder):
     if not self.trained: # in `validate` and `get_preds`
         self.learn.final_record = L(_read(self.of_valid))
         return
-    train_loss, *of_train = self.of_train or [met.value for met in self._train_mets]
-    of_valid = self.of_valid or [math.nan]*len(self.of_valid_names)
-    row = _read([train_loss, *of_valid, *of_train]) + [self.lrs[-1] if self.lrs else math.nan]
-    self.log += [math.nan if value is None else value for value in row]
+    if not self.is_logged: self._fill_log() # no validation
+    self.log = L(_read(self.log))
     self.losses[self.n_read:] = _to_cpu(self.losses[self.n_read:])
     seconds = time.monotonic() - self.began
     self.start_epoch = time.time() - seconds # fastai computes the column 'time' from it
@@ -130,6 +146,18 @@ def after_epoch(self:EpochRecorder):
 def after_fit(self:EpochRecorder): # the losses of a cancelled epoch, as in `lr_find`, are still on the device
     losses, n_read = getattr(self, 'losses', []), getattr(self, 'n_read', 0) # neither, if the fit was cancelled before it began
     self.losses = losses[:n_read] + _to_cpu(losses[n_read:])
+
+@patch
+@contextmanager
+def apart(self:EpochRecorder):
+    "A context for a validation within a fit: `learn.final_record` has its results, and the recorder those of the fit"
+    metrics = [self.loss, *self.metrics]
+    kept, of_metrics = vars(self).copy(), [vars(metric).copy() for metric in metrics]
+    try: yield
+    finally:
+        self.learn.final_record = L(_read(self.of_valid))
+        vars(self).update(kept)
+        for metric, state in zip(metrics, of_metrics): vars(metric).update(state)
 
 # %% ../../nbs/22_callback.recorder.ipynb #00d849c5
 @patch
@@ -210,7 +238,7 @@ class EpochProgress(ProgressCallback):
 
     def after_batch(self):
         self.pbar.update(self.iter + 1)
-        if not self.training or time.monotonic() < self.due: return
+        if not (self.training and self.recorder.lrs) or time.monotonic() < self.due: return # none: batches without targets
         self.due = time.monotonic() + self.every
         means = [m for m in self.recorder.metrics if isinstance(m, AvgMetric) and m.count] if self._has_means else []
         loss, *values = _read([self.smooth_loss, *(m.value for m in means)])

@@ -7,14 +7,17 @@ __all__ = ['SeededDL', 'explain_lost_worker', 'NormalizeBytes', 'free_memory', '
 
 # %% ../../nbs/07_data.loader.ipynb #b8210a3b
 import os, signal
+from collections.abc import Sized
 from contextlib import contextmanager
 from itertools import islice
+from operator import is_
 
 import numpy as np
 import torch
 from fastai.vision.all import (IntToFloatTensor, Normalize, TensorCategory, TensorImage, TfmdDL, ToTensor, Transform,
                                compose_tfms, default_device, to_cpu, to_detach)
 from fastcore.basics import chunked, patch
+from fastcore.foundation import L
 
 from ..core import logger
 from .images import MappedImages
@@ -186,6 +189,15 @@ class Resident:
         return pack_pixels(sent(images, self.device), self.device), sent(places, self.device)
 
 # %% ../../nbs/07_data.loader.ipynb #a7c7086b
+def _items_of(dataset) -> list: # of the items of each target and input; copies of lists, which may be changed in place
+    lists = [tl.items for tl in getattr(dataset, 'tls', ())]
+    return [list(items) if isinstance(items, (list, L)) else items for items in lists]
+
+def _are_same(items, others): # -> does `_items_of` have the same objects in both?
+    if len(items) != len(others): return False
+    pairs = [(a, b) if isinstance(a, list) and isinstance(b, list) else ([a], [b]) for a, b in zip(items, others)]
+    return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
+
 class BatchDL(SeededDL):
     """A `SeededDL` that makes whole batches of the images in `resident`.
 
@@ -199,12 +211,19 @@ class BatchDL(SeededDL):
         resident:Resident=None, # images and labels of all items of `dataset`, in their order
         **kwargs, # passed to `SeededDL`
     ):
-        self.resident = resident if kwargs.get('bs', 64) else None # `bs=None` asks for single items
-        self._of_dataset = _type_tfms(dataset)
+        self._resident = resident if kwargs.get('bs', 64) else None # `bs=None` asks for single items
+        self._of_dataset, self._items = _type_tfms(dataset), _items_of(dataset)
         super().__init__(dataset, **kwargs)
-        if self.resident is None: return
+        if self._resident is None: return
         self._refuse_item_tfms()
-        self.resident.to(torch.device(self.device or 'cpu')) # now, not during the first epoch
+        self._resident.to(torch.device(self.device or 'cpu')) # now, not during the first epoch
+
+    @property
+    def resident(self) -> Resident|None:
+        "All images and labels; `None` without them, and from then on when other items are put into the data set"
+        if self._resident is None or _are_same(_items_of(self.dataset), self._items): return self._resident
+        logger.info('the items of a data set have changed: its images are made one by one')
+        self._resident = None
 
     def _refuse_item_tfms(self):
         "Raise `ValueError` for custom item transforms: this loader makes no single items"
@@ -225,29 +244,31 @@ class BatchDL(SeededDL):
 
     def get_idxs(self): # an array: conversion to a list would take longer than the permutation
         idxs = self.shuffle_fn(np.arange(self.n)) if self.shuffle else np.arange(self.n)
-        return idxs if self.resident else idxs[self.first*(self.bs or 1):]
+        return idxs if self._resident else idxs[self.first*(self.bs or 1):]
 
 # %% ../../nbs/07_data.loader.ipynb #0a37fb58
 @patch
 def _epoch_draws(self:BatchDL, idxs): # -> (`CropFlipCutout`, draws, fill colour), or `None` without augmentation
     "Draw the augmentation of an epoch, with the settings of the `ItemAugment` in `after_item`, which itself does not run"
-    of_this_set, device = (None, self.dataset.split_idx), self.resident.device
+    of_this_set, resident = (None, self.dataset.split_idx), self._resident
     tfm = next((f for f in self.after_item.fs if type(f) is ItemAugment and f.split_idx in of_this_set), None)
     if tfm is None: return None
     flips = flipped_in_epoch(self.seed, self.drawing, self.n)[idxs] if tfm.aug.flip == 'alternate' else None
-    draws = draw(tfm.aug, len(idxs), (self.seed, self.drawing, 1), self.resident.pixels.shape[1], flips)
-    return tfm.aug, draws.to(device), pack_colour(tfm.mean, device)
+    draws = draw(tfm.aug, len(idxs), (self.seed, self.drawing, 1), resident.pixels.shape[1], flips)
+    return tfm.aug, draws.to(resident.device), pack_colour(tfm.mean, resident.device)
 
 @patch
 def __iter__(self:BatchDL):
-    if self.resident is None:
+    if (resident := self.resident) is None:
         yield from SeededDL.__iter__(self)
         return
     self._refuse_item_tfms() # transforms may have been added since
-    resident = self.resident.to(torch.device(self.device or 'cpu'))
+    resident.to(torch.device(self.device or 'cpu'))
     self.randomize()
     self.before_iter()
-    idxs = np.fromiter(islice(self.get_idxs(), self.n), np.int64) # in `show_batch(unique=True)`, `get_idxs` is infinite
+    idxs = self.get_idxs()
+    if not isinstance(idxs, Sized): idxs = islice(idxs, self.n) # it is infinite in `show_batch(unique=True)`
+    idxs = np.fromiter(idxs, np.int64)
     n = len(idxs) if not self.drop_last else len(idxs)//self.bs*self.bs
     order, drawn = sent(torch.from_numpy(idxs), resident.device), self._epoch_draws(idxs[:n])
     for start in range(self.first*self.bs, n, self.bs):
