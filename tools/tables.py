@@ -31,6 +31,7 @@ def machine(summary):
 own_runs = [
     ('this package', '24-epochs-item', "baseline recipe, `pipeline='item'`", '24-epochs-item'),
     ('this package', '24-epochs', "baseline recipe, `pipeline='batch'`", '24-epochs'),
+    ('this package', '24-epochs-zen4', "baseline recipe, `pipeline='batch'`", '24-epochs-zen4'),
     ('this package', 'best-version-3', "recipe `'best'`, version 3: LRMIN 2.5e-5, label smoothing, alternating flips, ghost batch normalisation (32 images), "
      "logits × 1/8, whitened first layer, weight decay 0.25", 'best-found-end')]
 
