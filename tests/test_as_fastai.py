@@ -844,6 +844,7 @@ contiguous = {'view of maps': Viewed, 'view of images': Pixels,
 @pytest.mark.parametrize('pipeline', ['batch', 'item'])
 @pytest.mark.parametrize('loss_func', [None, CrossEntropyLossFlat()])
 @pytest.mark.parametrize('kind', contiguous)
+@pytest.mark.filterwarnings('ignore') # the compiler imports what warns in some versions
 def test_a_model_that_needs_contiguous_images_trains_and_predicts(small_dls, kind, loss_func, pipeline):
     learn = cifar_learner(small_dls(pipeline=pipeline), contiguous[kind](), 'fp32', loss_func=loss_func)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
