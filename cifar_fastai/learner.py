@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from .core import Recipe, get_recipe, recipes, shows_progress, sized
 from .files import Count, checked
 from .data.loader import SeededDL
-from .data.inspect import _check_data, _device_of, _n_classes, class_names, first_images
+from .data.inspect import _check_data, _device_of, _is_indexed, _n_classes, class_names, first_images
 from .models import CustomResNet, dirac_layers, whiten_first_layer
 from .networks import build_network, check_module, pretrained_splitter, pretrained_stats, takes_channels_last
 from .optimizer import FusedAdam
@@ -116,7 +116,8 @@ class CifarLearner(Learner):
         first = next((cb.first_epoch for cb in self.cbs if hasattr(type(cb), 'first_epoch')), 0) # of `Checkpoints`
         self.in_fit = True
         try:
-            for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+            for self.epoch in range(first, self.n_epoch):
+                self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         finally: self.in_fit = False
 
     def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'in_fit'}
@@ -320,6 +321,7 @@ def _check_model(dls, model):
     with no_random(): check_module(model, first_images(dls, 2), dls.c)
 
 def _takes_channels_last(dls, model):
+    if not _is_indexed(dls[0]): return False # a stream is not used up for a trial
     try:
         with no_random(): return takes_channels_last(model, first_images(dls, 2))
     except Exception: return False # no images, or not as the model takes them

@@ -150,8 +150,8 @@ def takes_channels_last(
     model = _copy_without_hooks(model)
     if model is None: return False
     try:
-        with torch.no_grad():
-            model.to(images.device, memory_format=torch.channels_last).eval()(images.contiguous(memory_format=torch.channels_last))
+        model.to(images.device, memory_format=torch.channels_last).eval()
+        with torch.no_grad(): model(images.contiguous(memory_format=torch.channels_last))
     except Exception: return False # `Tensor.view` needs contiguous images
     return True
 

@@ -860,6 +860,19 @@ def test_a_model_trains_as_in_plain_fastai_on_loaders_of_ones_own(plain_loaders)
         results.append(weights(learn))
     assert_same(*results, exact=False)
 
+class OnceOnly(torch.utils.data.IterableDataset):
+    "A stream whose images come once"
+    def __init__(self): self.left = iter([(torch.rand(3, 32, 32), i%10) for i in range(8)])
+    def __iter__(self): return self.left
+
+@pytest.mark.parametrize('loss_func', [None, CrossEntropyLossFlat()])
+def test_a_stream_is_not_used_up_before_the_fit(loss_func):
+    stream = OnceOnly()
+    dls = DataLoaders(torch.utils.data.DataLoader(stream, 4), torch.utils.data.DataLoader(OnceOnly(), 4))
+    dls.c = 10
+    learn = cifar_learner(dls, net(), 'fp32', loss_func=loss_func)
+    assert len(list(stream.left)) == 8 and not learn.cbs.filter(lambda cb: isinstance(cb, ChannelsLast))
+
 @pytest.mark.parametrize('pipeline', ['batch', 'item'])
 def test_a_model_without_a_need_for_contiguous_maps_is_channels_last(small_dls, pipeline):
     learn = cifar_learner(small_dls(pipeline=pipeline), net(), 'fp32')

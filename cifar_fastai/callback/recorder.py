@@ -91,6 +91,7 @@ class EpochRecorder(Recorder):
         for met in self._train_mets: met.reset()
 
     def after_cancel_train(self):
+        super().after_cancel_train()
         if not self.trained: self.before_train() # cancelled before it came here: an epoch of validation alone
 
 # %% ../../nbs/22_callback.recorder.ipynb #33ee6f93
@@ -238,7 +239,8 @@ class EpochProgress(ProgressCallback):
 
     def after_batch(self):
         self.pbar.update(self.iter + 1)
-        if not (self.training and self.recorder.lrs) or time.monotonic() < self.due: return # none: batches without targets
+        has_loss = self.training and self.recorder.lrs # no rates: batches without targets
+        if not has_loss or time.monotonic() < self.due: return
         self.due = time.monotonic() + self.every
         means = [m for m in self.recorder.metrics if isinstance(m, AvgMetric) and m.count] if self._has_means else []
         loss, *values = _read([self.smooth_loss, *(m.value for m in means)])

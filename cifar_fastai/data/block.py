@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, FuncSplitter, IntToFloatTensor, ItemGetter,
-                               Normalize, TransformBlock)
+                               Normalize, TransformBlock, parent_label)
 
 from ..core import Recipe, TrainSettings, cifar10_classes, cifar10_stats, get_recipe, sized, source_defaults
 from .images import CIFAR10Data, MappedImages, first_of_each_class
@@ -60,7 +60,7 @@ class ItemClass(ItemGetter):
     "The class of an item: its second part, or for a picture that is given by its path the name of its folder"
     input_types = tuple, Path # `test_dl` looks for them
     def __init__(self): super().__init__(1)
-    def encodes(self, x): return x.parent.name if isinstance(x, Path) else super().encodes(x)
+    def encodes(self, x): return parent_label(x) if isinstance(x, Path) else super().encodes(x)
 
 def cifar_block(
     stats=cifar10_stats, # means and standard deviations to normalise with, pixels in [0, 1]
