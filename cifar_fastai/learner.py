@@ -111,6 +111,7 @@ class CifarLearner(Learner):
     processes, scaler = Processes(), None # `scaler`: the `GradScaler` of a fit in fp16
     recipe = recipes['best'] # as it was given; arguments of `cifar_learner`, such as `wd`, may have replaced its values
     in_fit = False # do the epochs of a fit run?
+    _loop_state = 'training', 'dl', 'iter', 'n_iter', 'xb', 'yb', 'pred', 'loss', 'loss_grad'
 
     def _do_fit(self): # as in fastai, from the epoch on at which a fit is resumed
         first = next((cb.first_epoch for cb in self.cbs if hasattr(type(cb), 'first_epoch')), 0) # of `Checkpoints`
@@ -123,11 +124,22 @@ class CifarLearner(Learner):
     def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'in_fit'}
 
     def validation_context(self, cbs=None, inner=False):
-        "As in fastai; within a fit, without events of another fit, so that callbacks and recorder keep what they have"
+        "As in fastai; within a fit, without events of another fit, and all that the fit has stays as it is"
         context = super().validation_context(cbs=cbs, inner=inner or self.in_fit)
-        recorder = getattr(self, 'recorder', None)
-        if self.in_fit and isinstance(recorder, EpochRecorder): context.append(recorder.apart())
+        if self.in_fit: context.append(self._apart())
         return context
+
+    @contextmanager
+    def _apart(self):
+        "Restore the state of the loop, of the modules and of the recorder; run without progress bars"
+        recorder = getattr(self, 'recorder', None)
+        kept = {name: vars(self)[name] for name in self._loop_state if name in vars(self)}
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            with self.no_bar(), recorder.apart() if isinstance(recorder, EpochRecorder) else nullcontext(): yield
+        finally:
+            vars(self).update(kept)
+            for module, is_training in modes: module.training = is_training
 
     def _split(self, b): # as in fastai, with contiguous images for a model that is not channels-last
         super()._split(b)

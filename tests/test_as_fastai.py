@@ -687,6 +687,13 @@ class Ask(Callback):
     def after_train(self): self._asked('after_train')
     def after_validate(self): self._asked('after_validate')
     def after_epoch(self): self._asked('after_epoch')
+    def _in_second_batch(self, event):
+        if self.training and self.iter == 1: self._asked(event)
+    def before_batch(self): self._in_second_batch('before_batch')
+    def after_pred(self): self._in_second_batch('after_pred')
+    def after_loss(self): self._in_second_batch('after_loss')
+    def before_step(self): self._in_second_batch('before_step')
+    def after_batch(self): self._in_second_batch('after_batch')
 
 asked = {
     'predictions': lambda learn: learn.get_preds(),
@@ -706,7 +713,8 @@ def undisturbed(tiny_learner):
     learn.fit(3, 1e-2)
     return learn
 
-@pytest.mark.parametrize('event, order', [('after_train', 70), ('after_train', 0), ('after_validate', 70), ('after_epoch', 0), ('after_epoch', 70)])
+@pytest.mark.parametrize('event, order', [('after_train', 70), ('after_train', 0), ('after_validate', 70), ('after_epoch', 0), ('after_epoch', 70)]
+                         + [(event, 0) for event in ('before_batch', 'after_pred', 'after_loss', 'before_step', 'after_batch')] + [('after_batch', 70)])
 @pytest.mark.parametrize('ask', asked)
 def test_a_validation_within_a_fit_leaves_the_fit_as_it_is(tiny_learner, undisturbed, ask, event, order):
     learn = tiny_learner(lookahead=2)
@@ -892,3 +900,16 @@ def test_numbers_of_numpy_are_recorded_as_numbers(tiny_learner, tmp_path):
     learn = tiny_learner(metrics=[right, share])
     learn.fit(1, 1e-3, cbs=Checkpoints(tmp_path))
     for values in learn.recorder.values[0], learn.validate(), learn.recorder.history[0].values(): assert {type(v) for v in values} <= {float, int}
+
+def test_a_validation_within_an_epoch_leaves_modes_and_bar_as_they_are(small_dls):
+    class Modes(Callback):
+        order = 80
+        def before_train(self): self.model[1].eval() # a norm that keeps its statistics
+        def after_batch(self):
+            if self.training: seen[-1].append((self.model[1].training, self.model[0].training, self.progress.pbar.last_v))
+    seen = []
+    for cbs in [], [Ask(asked['a validation'], 'after_batch', 0)]:
+        seen.append([])
+        learn = cifar_learner(small_dls(), net(), 'fp32', cbs=cbs)
+        with learn.no_logging(): learn.fit(1, 1e-2, cbs=Modes())
+    assert seen[0] == seen[1] and seen[0][3][:2] == (False, True) and len(seen[0]) == 5

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Brightness, Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, Flip, L,
+from fastai.vision.all import (Brightness, Callback, Categorize, CategoryBlock, CategoryMap, CrossEntropyLossFlat, CutMix, DataBlock, Flip, L,
                                FuncSplitter, ImageBlock, IntToFloatTensor, ItemGetter, ItemTransform, Learner, MixUp,
                                Normalize, Pipeline, PILImage, ProgressCallback, RandomResizedCrop, Resize, Rotate,
                                Saturation, TensorImage, ToTensor, Transform, accuracy, aug_transforms, error_rate,
@@ -664,7 +664,11 @@ def another_label(dl, other):
     item = dl.dataset.tls[1].items[0]
     dl.dataset.tls[1].items[0] = (item[0], next(name for name in dl.vocab if name != item[1]), item[2])
 
-@pytest.mark.parametrize('change', [other_data_set, items_in_another_order, items_that_swap_places, another_label])
+def other_vocabulary(dl, other):
+    categorize = next(f for f in dl.dataset.tls[1].tfms.fs if isinstance(f, Categorize))
+    categorize.vocab = CategoryMap(list(categorize.vocab)[::-1], sort=False)
+
+@pytest.mark.parametrize('change', [other_data_set, items_in_another_order, items_that_swap_places, another_label, other_vocabulary])
 @pytest.mark.parametrize('made_anew', [False, True])
 def test_a_loader_follows_its_data_set(small, change, made_anew):
     seen = {}

@@ -14,8 +14,8 @@ from operator import is_
 
 import numpy as np
 import torch
-from fastai.vision.all import (IntToFloatTensor, Normalize, TensorCategory, TensorImage, TfmdDL, ToTensor, Transform,
-                               compose_tfms, default_device, to_cpu, to_detach)
+from fastai.vision.all import (Categorize, IntToFloatTensor, Normalize, TensorCategory, TensorImage, TfmdDL, ToTensor,
+                               Transform, compose_tfms, default_device, to_cpu, to_detach)
 from fastcore.basics import chunked, patch
 from fastcore.foundation import L
 
@@ -189,9 +189,10 @@ class Resident:
         return pack_pixels(sent(images, self.device), self.device), sent(places, self.device)
 
 # %% ../../nbs/07_data.loader.ipynb #a7c7086b
-def _items_of(dataset) -> list: # of the items of each target and input; copies of lists, which may be changed in place
-    lists = [tl.items for tl in getattr(dataset, 'tls', ())]
-    return [list(items) if isinstance(items, (list, L)) else items for items in lists]
+def _items_of(dataset) -> list: # of the items of each input and target, and of class names
+    parts = getattr(dataset, 'tls', ())
+    lists = [tl.items for tl in parts] + [L(f.vocab) for f in _type_tfms(dataset) if isinstance(f, Categorize)]
+    return [list(items) if isinstance(items, (list, L)) else items for items in lists] # copies, since lists may change
 
 def _are_same(items, others): # -> does `_items_of` have the same objects in both?
     if len(items) != len(others): return False
@@ -220,7 +221,7 @@ class BatchDL(SeededDL):
 
     @property
     def resident(self) -> Resident|None:
-        "All images and labels; `None` without them, and from then on when other items are put into the data set"
+        "All images and labels; `None` without them, and from then on when items or class names of the data set change"
         if self._resident is None or _are_same(_items_of(self.dataset), self._items): return self._resident
         logger.info('the items of a data set have changed: its images are made one by one')
         self._resident = None
