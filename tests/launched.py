@@ -19,6 +19,9 @@ from cifar_fastai.run.train import train
 
 def digest(model): return hashlib.sha256(b''.join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
 
+def per_class(preds, targs): return torch.stack([(preds.argmax(1) == i).float().mean() for i in range(10)])
+def predicted(preds, targs): return per_class(preds, targs).reshape(2, 5).numpy()
+
 class Double(Callback):
     def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
 
@@ -32,19 +35,19 @@ class Seen(Callback):
         if self.training: self.losses.append(self.loss.item())
     def after_epoch(self): self.digests.append(digest(self.model))
 
-def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, fp64=False, f1=False, width=16, weights=None, n_acc=0):
+def fit(folder, source, images=None, epochs=2, bs=16, pipeline='batch', norm='batch', ghost=0, dropout=0., augmented=False, seed=0, stop_at=None, resume=False, num_workers=0, sync_bn=None, fp64=False, f1=False, vectors=False, width=16, weights=None, n_acc=0):
     data = load_cifar10(source)
     if images: data = data.first(images, images//4)
     aug = CropFlipCutout(flip='alternate') if augmented else CropFlipCutout(pad=0, flip_p=0, cutout=0)
     dls = cifar_dls(data, bs, pipeline, seed=seed, aug=aug, num_workers=num_workers, device='cpu')
     set_seed(seed)
     model = CustomResNet(norm=norm, ghost=ghost, dropout=dropout, width=width).to(torch.float64 if fp64 else torch.float32)
-    learn, seen = cifar_learner(dls, model, 'fp32', recipe='baseline', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else {}),
+    learn, seen = cifar_learner(dls, model, 'fp32', recipe='baseline', cbs=[Double()] if fp64 else [], **(dict(metrics=[accuracy, F1Score(average='macro')]) if f1 else dict(metrics=[accuracy, per_class, predicted]) if vectors else {}),
                                 **(dict(loss_func=ClassWeightedLoss(torch.tensor(weights))) if weights else {})), Seen()
     cbs = [OneCycle(1e-4, 2e-3), seen, Checkpoints(folder/'checkpoint', minutes=0, resume=resume)]
     if n_acc: cbs.append(GradientAccumulation(n_acc))
     with learn.distrib_ctx(sync_bn=sync_bn): learn.fit(epochs, cbs=cbs)
-    return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, gradient=seen.gradient, losses=seen.losses, history=learn.recorder.history,
+    return dict(train=seen.train_images, valid=seen.valid_images, digests=seen.digests, gradient=seen.gradient, losses=seen.losses, history=[{name: getattr(v, 'tolist', lambda: v)() for name, v in row.items()} for row in learn.recorder.history],
                 after=[learn.validate()[1], type(learn.model).__name__, len(learn.dls.train.one_batch()[0])])
 
 def notebook(folder, source): # as a cell does it, with Accelerate's launcher that needs no GPU

@@ -196,5 +196,12 @@ def test_a_metric_that_cannot_be_summed_is_refused_before_an_epoch(launched):
     with pytest.raises(AssertionError, match='f1_score.*2 processes'): launched(2, 'fit', f1=True)
 
 @needs_accelerate
+def test_metrics_that_are_arrays_are_summed(launched):
+    one, = launched(1, 'fit', vectors=True, norm='layer', epochs=1)
+    for answer in launched(2, 'fit', vectors=True, norm='layer', epochs=1):
+        for name in 'per_class', 'train_per_class', 'predicted', 'train_predicted':
+            np.testing.assert_allclose(answer['history'][0][name], one['history'][0][name], rtol=1e-6)
+
+@needs_accelerate
 def test_batch_norm_that_is_shared_needs_gpus(launched):
     with pytest.raises(AssertionError, match='sync_bn is True'): launched(2, 'fit', sync_bn=True)

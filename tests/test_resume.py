@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Adam, Callback, EarlyStoppingCallback, F1Score, GradientAccumulation, ProgressCallback, ReduceLROnPlateau,
-                               SaveModelCallback, accuracy, set_seed)
+from fastai.metrics import skm_to_fastai
+from fastai.vision.all import (Adam, AvgMetric, Callback, EarlyStoppingCallback, F1Score, GradientAccumulation, ProgressCallback,
+                               ReduceLROnPlateau, SaveModelCallback, ValueMetric, accuracy, set_seed)
 from safetensors.torch import load_file, save
+from sklearn.metrics import recall_score
 from torch import nn
 
 import forked, workers
@@ -179,6 +181,24 @@ def test_a_metric_that_cannot_be_kept_keeps_checkpoints_to_the_ends_of_epochs(sm
     learn = cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32', metrics=[accuracy, F1Score(average='macro')]).remove_cbs(ProgressCallback)
     with pytest.raises(Stop): fit(learn, tmp_path, stop_at=8)
     assert [p.name for p in checkpoints_in(tmp_path)] == ['00001-0000000.safetensors']
+
+def per_class(preds, targs): return torch.stack([(preds.argmax(1) == i).float().mean() for i in range(10)]) # a vector of each batch
+def confusion(preds, targs): return per_class(preds, targs).numpy()*np.ones((2, 1)) # a matrix
+
+vectors = dict(sums=lambda: [accuracy, per_class, AvgMetric(confusion)],
+               others=lambda: [accuracy, skm_to_fastai(recall_score, average=None, zero_division=0), ValueMetric(lambda: 'text', 'said'), ValueMetric(lambda: dict(a=1), 'both')])
+
+@pytest.mark.parametrize('metrics, stop_at', [('sums', 7), ('sums', ('after_epoch', 1)), ('others', 7), ('others', ('after_epoch', 2))], ids=str)
+def test_metrics_need_not_be_numbers(small_dls, tmp_path, metrics, stop_at):
+    def make():
+        set_seed(0)
+        return cifar_learner(small_dls(), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), precision='fp32', metrics=vectors[metrics]())
+    def rows(learn): return [[np.asarray(v).tolist() if not isinstance(v, dict) else str(v) for name, v in row.items() if name != 'seconds'] for row in learn.recorder.history]
+    whole = fit(make(), tmp_path/'whole')
+    with pytest.raises(Stop): fit(make(), tmp_path/'stopped', stop_at=stop_at)
+    again = fit(make(), tmp_path/'stopped', again=True)
+    assert same(weights(again), weights(whole)) and rows(again) == rows(whole)
+    assert [name for name in whole.recorder.history[0] if 'per_class' in name or 'said' in name] == dict(sums=['train_per_class', 'per_class'], others=['said'])[metrics]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [(1, 2), (2, 0), (0, 2)], ids=str)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
@@ -315,7 +316,7 @@ def _newest(self:Checkpoints):
     raise FileExistsError(f'{self.folder} holds checkpoints: give resume=True to continue from them, or another folder')
 
 def _sum_up(recorders, rank): # of all processes -> metric sums: the totals in the first process, zeros in the others
-    add = lambda numbers: sum(numbers) if rank == 0 else 0*numbers[0] # a float stays a float
+    add = lambda numbers: np.sum(numbers if rank == 0 else [np.zeros_like(numbers[0])], axis=0).tolist() # of numbers or lists
     def add_up(of_processes):
         totals, counts, (is_tensor, *_) = zip(*of_processes)
         return [add(totals), add(counts), is_tensor]

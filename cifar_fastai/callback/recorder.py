@@ -9,6 +9,7 @@ __all__ = ['DeviceSmoothLoss', 'EpochRecorder', 'EpochProgress']
 import math, time
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from typing import Annotated
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastai.learner import AvgMetric, AvgSmoothLoss, ValueMetric
 from fastai.vision.all import L, Recorder
 from fastcore.basics import patch
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from ..files import Count, checked
 from ..data.inspect import _device_of
@@ -40,6 +41,12 @@ def _read(values) -> list:
     scalars = [v.detach().float().reshape(()) for v in values if _is_scalar(v)]
     numbers = iter(torch.stack([v.to(scalars[0].device) for v in scalars]).tolist() if scalars else [])
     return [next(numbers) if _is_scalar(v) else v.item() if _is_numpy_scalar(v) else v for v in values]
+
+def _plain(value):
+    "Return what JSON can hold: numbers and `None` as they are, arrays of numbers as lists, anything else as text"
+    if isinstance(value, torch.Tensor): return value.double().tolist()
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf': return value.astype(float).tolist()
+    return value if value is None or isinstance(value, Real) else str(value)
 
 def _to_cpu(scalars) -> list:
     "Return scalar tensors on the CPU, in a single copy from the device"
@@ -181,14 +188,16 @@ def print_row(self:EpochRecorder, log):
     print(f'epoch {log[0] + 1} of {self.n_epoch}:', ', '.join(f'{n} {v}' for n, v in zip(self.metric_names[1:], shown)), flush=True)
 
 # %% ../../nbs/22_callback.recorder.ipynb #3b722712
+_Numbers = TypeAliasType('_Numbers', 'float|bool|list[_Numbers]')
+
 class _RecorderState(TypedDict):
     lrs: list[float]
     losses: list[float]
     iters: list[Count]
-    values: list[list[float|None]]
-    history: list[dict[str, float|None]]
+    values: list[list[_Numbers|str|None]]
+    history: list[dict[str, _Numbers|str|None]]
     smooth: Annotated[list[float], Field(min_length=2, max_length=2)] # count and value
-    sums: list[Annotated[list[float|bool], Field(min_length=3, max_length=3)]|None] # per metric: total, count, is the total a tensor?
+    sums: list[Annotated[list[_Numbers], Field(min_length=3, max_length=3)]|None] # per metric: total, count, is the total a tensor?
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @patch
@@ -198,9 +207,9 @@ def _sums(self:EpochRecorder): # (total, count) of each metric, or `None` for a 
 @patch
 def state_dict(self:EpochRecorder) -> dict: # JSON-ready
     "Return the state; works in the middle of an epoch as well"
-    sums = [[*_read(both), isinstance(both[0], torch.Tensor)] if both else None for both in self.train_sums or self._sums()]
-    return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=[list(v) for v in self.values],
-                history=list(self.history), smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums,
+    sums = [[*map(_plain, _read(both)), isinstance(both[0], torch.Tensor)] if both else None for both in self.train_sums or self._sums()]
+    return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=[[_plain(v) for v in row] for row in self.values],
+                history=[{name: _plain(v) for name, v in row.items()} for row in self.history], smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums,
                 seconds=time.monotonic() - self.began)
 
 @patch
@@ -215,7 +224,7 @@ def load_state_dict(self:EpochRecorder, state:dict):
     for m, kept in zip(L(self.loss) + self.metrics, state['sums']):
         if kept is None: continue
         total, m.count, is_tensor = kept
-        m.total = as_tensor(total) if is_tensor else total
+        m.total = as_tensor(total) if is_tensor else np.array(total) if isinstance(total, list) else total
     self.fresh, self.n_read, self.began = False, len(self.losses), time.monotonic() - state['seconds']
 
 # %% ../../nbs/22_callback.recorder.ipynb #e6a1fe44
@@ -244,7 +253,7 @@ class EpochProgress(ProgressCallback):
         self.due = time.monotonic() + self.every
         means = [m for m in self.recorder.metrics if isinstance(m, AvgMetric) and m.count] if self._has_means else []
         loss, *values = _read([self.smooth_loss, *(m.value for m in means)])
-        running = [f'{m.name} {value:.4f}' for m, value in zip(means, values)]
+        running = [f'{m.name} {value:.4f}' for m, value in zip(means, values) if isinstance(value, Real)] # an array is too long
         self.pbar.comment = ', '.join([f'loss {loss:.4f}', *running, f'lr {self.recorder.lrs[-1]:.2e}'])
 
     @property

@@ -301,8 +301,10 @@ def _sum_metrics(self:ShareBatches):
     "Sum losses and metrics over the processes, before the recorder reads them"
     self.learn.dl.share = 0, 1
     for m in L(self.recorder.loss) + self.recorder.metrics:
-        total, m.count = self.launched.sum([float(m.total), m.count])
-        m.total = torch.tensor(total, device=self.dls.device) if isinstance(m.total, torch.Tensor) else total
+        own = torch.as_tensor(m.total, dtype=torch.float64, device='cpu') # a number or an array
+        *total, m.count = self.launched.sum([*own.flatten().tolist(), m.count])
+        total = torch.tensor(total, dtype=torch.float64).reshape(own.shape)
+        m.total = total.to(m.total) if isinstance(m.total, torch.Tensor) else total.numpy() if own.ndim else total.item()
 
 @patch
 def after_fit(self:ShareBatches): self.end()
