@@ -1,5 +1,5 @@
 """Batches made at once, on the device: the same pixels, the same distribution, and a DataLoader as fastai's users know it."""
-import io, math, platform, shutil, subprocess, sys, warnings
+import io, itertools, math, platform, random, shutil, subprocess, sys, warnings
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 
@@ -648,12 +648,58 @@ def test_interpretation_works_on_a_gpu(tiny_learner, small_dls):
 
 def labels_of(dl): return torch.cat([y for _, y in dl]).tolist()
 
-@pytest.mark.parametrize('pipeline', ['batch', 'item'])
-def test_an_order_of_ones_own_may_be_longer_than_the_set(small, pipeline):
+both = pytest.mark.parametrize('pipeline', ['batch', 'item'])
+
+@both
+def test_the_order_is_a_list_of_python_numbers_as_in_fastai(small, pipeline):
+    for dl in cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).loaders:
+        for idxs in dl.get_idxs(), dl.shuffle_fn(list(range(dl.n))): assert type(idxs) is list and {type(i) for i in idxs} == {int}
+
+orders = dict(longer=lambda idxs: list(range(len(idxs)))*2, twice=lambda idxs: idxs*2, one_more=lambda idxs: idxs + [0, 1], fewer=lambda idxs: idxs[:100]*3,
+              drawn=lambda idxs: random.Random(0).sample(idxs, len(idxs)), generator=lambda idxs: (i for i in idxs*2), cycle=lambda idxs: itertools.islice(itertools.cycle(idxs), 1000),
+              backwards=lambda idxs: reversed(idxs), from_behind=lambda idxs: [-1, -2, 3], array=lambda idxs: np.array(idxs)[::-1], tensor=lambda idxs: torch.tensor(idxs).flip(0), empty=lambda idxs: [])
+
+@both
+@pytest.mark.parametrize('order', orders.values(), ids=orders)
+def test_an_order_of_ones_own(small, pipeline, order):
     dl = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).valid
-    once = labels_of(dl)
-    dl.get_idxs = lambda: list(range(dl.n))*2
-    assert labels_of(dl) == once*2
+    own, labels = dl.get_idxs(), labels_of(dl)
+    dl.get_idxs = lambda: order(own)
+    wanted = [labels[int(i)] for i in order(own)]
+    assert (labels_of(dl) if wanted else list(dl)) == wanted
+
+@both
+def test_an_order_may_be_extended_in_a_subclass_and_by_a_function(small, pipeline):
+    dl = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).train.new(shuffle_fn=lambda idxs: idxs[:50]*2 + [1])
+    assert labels_of(dl) == [small.train_y[i] for i in [*range(50)]*2 + [1]]
+    class OneMore(type(dl)):
+        def get_idxs(self): return super().get_idxs() + [0]
+    dl = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).train
+    dl.__class__ = OneMore
+    assert len(labels_of(dl)) == dl.n + 1 and labels_of(dl)[-1] == small.train_y[0]
+
+@both
+def test_an_order_without_an_end_is_read_as_far_as_it_is_wanted(small, pipeline):
+    dl = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).valid
+    labels = labels_of(dl)
+    dl.get_idxs = lambda: itertools.cycle(range(dl.n))
+    n_batches = 3*dl.n//16 + 1
+    seen = torch.cat([y for _, y in itertools.islice(dl, n_batches)]).tolist()
+    assert seen == (labels*4)[:16*n_batches]
+
+def test_an_iterator_longer_than_the_set_draws_new_crops(small):
+    dl = cifar_dls(small, bs=16, seed=0, num_workers=0, aug=CropFlipCutout(flip_p=0, cutout=0)).train
+    dl.get_idxs = lambda: iter([0]*3*dl.n)
+    images = {x.numpy().tobytes() for batch, _ in dl for x in batch}
+    assert len(images) > 70 # of 81 places
+
+@both
+@pytest.mark.parametrize('i', [40, 10**6, -41])
+def test_an_index_beyond_the_data_set_raises_as_in_fastai(small, pipeline, i):
+    dl = cifar_dls(small, bs=16, seed=0, num_workers=0, pipeline=pipeline).valid
+    assert dl.n == 40
+    dl.get_idxs = lambda: [0, i]
+    with pytest.raises(IndexError): list(dl)
 
 def other_data_set(dl, other): dl.dataset = other.dataset
 def items_in_another_order(dl, other):

@@ -64,7 +64,8 @@ class SeededDL(TfmdDL):
     def get_idxs(self): return super().get_idxs()[self.first*(self.bs or 1):]
 
     def do_item(self, s):
-        for f in self.augments: f.reseed(self.seed, self.drawing, s or 0)
+        i = int(s or 0) # `None` in a stream; counted from the end if negative
+        for f in self.augments: f.reseed(self.seed, self.drawing, i if i >= 0 else i % len(self.dataset))
         return super().do_item(s)
 
 def _tfms(pipeline) -> list: # a plain function may have replaced the pipeline
@@ -241,21 +242,29 @@ class BatchDL(SeededDL):
         same = dataset is None or dataset is self.dataset
         return super().new(dataset, cls, **{'resident': self.resident if same else None, **kwargs} if cls is None else kwargs)
 
-    def shuffle_fn(self, idxs): return np.random.default_rng((self.seed, self.drawing)).permutation(idxs)
-
-    def get_idxs(self): # an array: conversion to a list would take longer than the permutation
-        idxs = self.shuffle_fn(np.arange(self.n)) if self.shuffle else np.arange(self.n)
-        return idxs if self._resident else idxs[self.first*(self.bs or 1):]
+    def get_idxs(self): return TfmdDL.get_idxs(self) if self._resident else super().get_idxs() # `__iter__` skips batches itself
 
 # %% ../../nbs/07_data.loader.ipynb #0a37fb58
 @patch
-def _epoch_draws(self:BatchDL, idxs): # -> (`CropFlipCutout`, draws, fill colour), or `None` without augmentation
+def _parts(self:BatchDL, idxs): # -> indices of images as arrays
+    "Check the indices. An iterator is read in parts of about an epoch: that of `show_batch(unique=True)` is infinite"
+    n, rest = len(self._resident.labels), iter(idxs)
+    size = len(idxs) if isinstance(idxs, Sized) else -(-self.n//self.bs)*self.bs # whole batches
+    while len(part := np.fromiter(islice(rest, size), np.int64)):
+        part[part < 0] += n # as in a list
+        if part.min() < 0 or part.max() >= n:
+            raise IndexError(f'the order of the loader has an index beyond the {n:,} items of its data set')
+        yield part
+
+@patch
+def _draws(self:BatchDL, idxs, drawing, part): # -> (`CropFlipCutout`, draws, fill colour), or `None` without augmentation
     "Draw the augmentation of an epoch, with the settings of the `ItemAugment` in `after_item`, which itself does not run"
     of_this_set, resident = (None, self.dataset.split_idx), self._resident
     tfm = next((f for f in self.after_item.fs if type(f) is ItemAugment and f.split_idx in of_this_set), None)
     if tfm is None: return None
-    flips = flipped_in_epoch(self.seed, self.drawing, self.n)[idxs] if tfm.aug.flip == 'alternate' else None
-    draws = draw(tfm.aug, len(idxs), (self.seed, self.drawing, 1), resident.pixels.shape[1], flips)
+    flips = flipped_in_epoch(self.seed, drawing, len(resident.labels))[idxs] if tfm.aug.flip == 'alternate' else None
+    seed = self.seed, drawing, 1, *([part] if part else [])
+    draws = draw(tfm.aug, len(idxs), seed, resident.pixels.shape[1], flips)
     return tfm.aug, draws.to(resident.device), pack_colour(tfm.mean, resident.device)
 
 @patch
@@ -267,25 +276,28 @@ def __iter__(self:BatchDL):
     resident.to(torch.device(self.device or 'cpu'))
     self.randomize()
     self.before_iter()
-    idxs = self.get_idxs()
-    if not isinstance(idxs, Sized): idxs = islice(idxs, self.n) # it is infinite in `show_batch(unique=True)`
-    idxs = np.fromiter(idxs, np.int64)
+    drawing = self.drawing # another pass may begin within this one
+    for k, idxs in enumerate(self._parts(self.get_idxs())):
+        yield from self._batches_of(resident, idxs, drawing, k)
+    self.after_iter()
+
+@patch
+def _batches_of(self:BatchDL, resident, idxs, drawing, part):
     n = len(idxs) if not self.drop_last else len(idxs)//self.bs*self.bs
-    order, drawn = sent(torch.from_numpy(idxs), resident.device), self._epoch_draws(idxs[:n])
-    for start in range(self.first*self.bs, n, self.bs):
+    order, drawn = sent(torch.from_numpy(idxs), resident.device), self._draws(idxs[:n], drawing, part)
+    for start in range(0 if part else self.first*self.bs, n, self.bs):
         own = self.of_batch(min(self.bs, n - start))
-        part = slice(start + own.start, start + own.stop)
+        at = slice(start + own.start, start + own.stop)
         if own.start == own.stop: continue
-        pixels, places = resident.of_batch(idxs[part], order[part])
+        pixels, places = resident.of_batch(idxs[at], order[at])
         if drawn is None: batch = pixels.index_select(0, places)
         else:
             aug, draws, fill = drawn
-            batch = augment_batch(pixels, places, draws.of(part), aug, fill)
-        y = resident.labels.index_select(0, order[part])
+            batch = augment_batch(pixels, places, draws.of(at), aug, fill)
+        y = resident.labels.index_select(0, order[at])
         if self.device is not None and batch.device.type != self.device.type: batch, y = sent(batch, self.device), sent(y, self.device)
         x = unpack_pixels(batch).permute(0, 3, 1, 2) # a view: channels last in memory, and so is the float batch
         yield self._transformed(TensorImage(x), TensorCategory(y))
-    self.after_iter()
 
 @patch
 def _transformed(self:BatchDL, x, y):
