@@ -20,7 +20,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.losses import BaseLoss
 from fastai.torch_core import no_random
 from fastai.vision.all import (Callback, CancelEpochException, CrossEntropyLossFlat, DataLoaders, Datasets, L, Learner, Normalize, Recorder,
-                               accuracy)
+                               accuracy, defaults)
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
@@ -33,6 +33,7 @@ from .models import CustomResNet, dirac_layers, whiten_first_layer
 from .networks import build_network, check_module, pretrained_splitter, pretrained_stats, takes_channels_last
 from .optimizer import FusedAdam
 from .callback.average import Lookahead
+from .callback.checkpoint import Checkpoints
 from .callback.cost import FreezeFirst, ImageSizes
 from .callback.precision import Autocast, precision_callbacks, resolve_precision, scaled_optimizer
 from .callback.recorder import EpochProgress, EpochRecorder
@@ -114,7 +115,7 @@ class CifarLearner(Learner):
     _loop_state = 'training', 'dl', 'iter', 'n_iter', 'xb', 'yb', 'pred', 'loss', 'loss_grad'
 
     def _do_fit(self): # as in fastai, from the epoch on at which a fit is resumed
-        first = next((cb.first_epoch for cb in self.cbs if hasattr(type(cb), 'first_epoch')), 0) # of `Checkpoints`
+        first = next((cb.first_epoch for cb in self._grab_cbs(Checkpoints)), 0)
         self.in_fit = True
         try:
             for self.epoch in range(first, self.n_epoch):
@@ -157,8 +158,9 @@ class CifarLearner(Learner):
         if self.training and len(self.yb): self._do_grad_opt()
 
     def _step(self):
-        if self.scaler is None: self.opt.step()
-        else: self.scaler.step(scaled_optimizer(self.opt))
+        scaler = next((cb.grad_scaler for cb in self._grab_cbs(Autocast)), None)
+        if scaler is None: self.opt.step()
+        else: scaler.step(scaled_optimizer(self.opt))
 
     def precision_context(self):
         "Return a new context in which a forward pass runs in the learner's precision"
@@ -343,15 +345,11 @@ def _precision_callbacks(dls, model, precision): # without channels-last if the 
     if _is_custom(model) or _takes_channels_last(dls, model): return callbacks
     return [cb for cb in callbacks if not isinstance(cb, ChannelsLast)]
 
-def _exchange_default_callbacks(learn):
-    "Replace fastai's recorder and progress bar by ours, or by given ones of their names"
-    for kind, ours in (Recorder, EpochRecorder), (ProgressCallback, EpochProgress):
-        default = next((cb for cb in learn.cbs if type(cb) is kind), None) # before those that are given
-        if default is None: continue
-        present = getattr(learn, default.name)
-        learn.remove_cb(default)
-        if present is default: learn.add_cb(ours())
-        else: setattr(learn, default.name, present)
+def _default_callbacks(given) -> list:
+    "Return fastai's default callbacks with our recorder and progress bar, unless a given callback has their name"
+    ours, names = {Recorder: EpochRecorder, ProgressCallback: EpochProgress}, given.attrgot('name')
+    cbs = [ours.get(cb if isinstance(cb, type) else type(cb), cb) for cb in L(defaults.callbacks)]
+    return [cb for cb in cbs if cb not in ours.values() or cb.name not in names]
 
 def _optimizer(recipe, opt_func, wd, wd_bn_bias, **options): # -> (`opt_func`, `wd` for fastai's `Learner`)
     if opt_func is None: opt_func = partial(FusedAdam, wd=recipe.wd)
@@ -385,6 +383,7 @@ def cifar_learner(
     lookahead:int=None, # steps of `Lookahead`, 0 for none; `None` is the recipe's
     pretrained:bool=False, # for a model that is given by name: start from pretrained weights; `freeze` leaves the new layers
     class_weights:bool=False, # weigh the loss of a class by the inverse of its share of the training images
+    default_cbs:bool=True, # with fastai's default callbacks, its recorder and progress bar replaced by those of this package
     **kwargs, # further arguments of fastai's `Learner`
 ) -> CifarLearner:
     """Return a fastai `Learner` with Adam, cross-entropy, and accuracy on both sets.
@@ -410,9 +409,11 @@ def cifar_learner(
     if compile: model.compile()
     if sizes is None: sizes = sized(recipe, getattr(dls, 'size', 32))['sizes']
     of_recipe = _recipe_callbacks(recipe, sizes=sizes, freeze_first=freeze_first, lookahead=lookahead)
-    cbs = [SetEpoch(), *_precision_callbacks(dls, model, precision), *of_recipe, *L(cbs)]
-    learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs, **kwargs)
-    learn.recipe = recipe
-    if kwargs.get('default_cbs', True): _exchange_default_callbacks(learn)
-    if isinstance(getattr(learn, 'recorder', None), EpochRecorder): learn.logger = learn.recorder.print_row
+    given = L(cbs).map(lambda cb: cb() if isinstance(cb, type) else cb)
+    default = _default_callbacks(given) if default_cbs else []
+    cbs = [*default, SetEpoch(), *_precision_callbacks(dls, model, precision), *of_recipe, *given]
+    learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs,
+                         default_cbs=False, **kwargs)
+    learn.recipe, learn.default_cbs = recipe, default_cbs
+    if learn.logger is print and isinstance(getattr(learn, 'recorder', None), EpochRecorder): learn.logger = learn.recorder.print_row
     return learn

@@ -7,12 +7,12 @@ import pytest
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ShowGraphCallback
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.vision.all import (SGD, Adam, BalancedAccuracy, Callback, CancelBatchException, CancelEpochException,
-                               CancelFitException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, DataLoaders, F1Score,
+                               CancelFitException, CancelStepException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, DataLoaders, F1Score,
                                GradientClip, Learner, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
                                ReduceLROnPlateau, RocAuc, SaveModelCallback, SchedCos, SchedExp, TrainEvalCallback, ValueMetric, accuracy,
-                               load_learner, params, set_seed)
+                               defaults, load_learner, noop, params, set_seed)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -811,6 +811,105 @@ def test_a_recorder_of_the_same_name_takes_the_place_of_ours(small_dls):
     assert learn.recorder is given and sum(isinstance(cb, Recorder) for cb in learn.cbs) == 1
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     assert len(given.values) == 1
+
+@pytest.mark.parametrize('order', [-10, 9, 10, 50, 60, 61])
+def test_callbacks_of_ones_own_come_after_default_ones_of_the_same_order(small_dls, order):
+    def names(make):
+        own = Callback(before_fit=noop)
+        own.order = order
+        cbs = make(small_dls(), net(), loss_func=CrossEntropyLossFlat(), cbs=[own]).cbs.sorted('order')
+        return ['own' if cb is own else cb.name for cb in cbs if cb is own or cb.name in ('train_eval', 'recorder', 'progress', 'cast_to_tensor')]
+    assert names(partial(cifar_learner, precision='fp32', recipe='baseline')) == names(Learner)
+
+@pytest.mark.parametrize('given_to', ['learner', 'fit'])
+def test_a_logger_of_ones_own_gets_all_rows(small_dls, tmp_path, given_to):
+    logger = CSVLogger(tmp_path/'history.csv')
+    learn = cifar_learner(small_dls(), net(), cbs=[logger] if given_to == 'learner' else [])
+    learn.fit(2, cbs=[] if given_to == 'learner' else logger)
+    names, *rows = (tmp_path/'history.csv').read_text().splitlines()
+    assert names.split(',') == list(learn.recorder.metric_names) and len(rows) == 2
+    assert [float(row.split(',')[1]) for row in rows] == [row[0] for row in learn.recorder.values]
+
+def test_what_a_callback_sets_when_the_learner_is_made_stays(small_dls):
+    class Quiet(Callback):
+        def after_create(self):
+            self.recorder.add_time, self.recorder.smooth_loss.beta, self.learn.logger = False, .5, rows.append
+    rows = []
+    learn = cifar_learner(small_dls(), net(), cbs=Quiet(), default_cbs=True)
+    with learn.no_bar(): learn.fit(2, 1e-2)
+    assert 'time' not in learn.recorder.metric_names and learn.recorder.smooth_loss.beta == .5 and len(rows) == 2
+
+def test_default_callbacks_of_ones_own_are_kept(small_dls, monkeypatch):
+    own = Callback()
+    monkeypatch.setattr(defaults, 'callbacks', [TrainEvalCallback, Recorder(), own])
+    learn = cifar_learner(small_dls(), net())
+    assert own in learn.cbs and type(learn.recorder) is EpochRecorder and not hasattr(learn, 'progress')
+
+class OwnLoop(Callback):
+    "Forward pass, backward pass and step by hand"
+    def before_batch(self):
+        if not self.training: return
+        self.learn.pred = self.model(*self.xb)
+        self.learn.loss = self.loss_func(self.pred, *self.yb)
+        self.loss.backward(); self.opt.step(); self.opt.zero_grad()
+        raise CancelBatchException
+class OwnStep(Callback):
+    def after_loss(self):
+        if not self.training: return
+        self.loss_grad.backward(); self.opt.step(); self.opt.zero_grad()
+        raise CancelBatchException
+class SkipsHighLosses(Callback):
+    def after_loss(self):
+        if self.loss > 2.3: raise CancelBatchException
+
+@pytest.mark.parametrize('cb', [OwnLoop, OwnStep, SkipsHighLosses])
+def test_a_batch_that_is_cancelled_after_its_loss_counts(tiny_learner, plain_learner, small_dls, tmp_path, cb):
+    class Plain(Callback):
+        "The mean over the epoch, as it is defined"
+        def before_train(self): self.losses = []
+        def after_batch(self):
+            if self.training: self.losses.append(self.loss.item()*len(self.y))
+    seen = Plain()
+    learn, plain = tiny_learner(small_dls(), opt_func=SGD, cbs=[cb(), seen], path=tmp_path).to_contiguous(), plain_learner(small_dls(), opt_func=SGD, cbs=cb())
+    for one in learn, plain: one.fit(2, 1e-2, wd=0.)
+    assert_same(weights(learn), weights(plain), exact=False)
+    n = len(learn.dls.train_ds)
+    assert learn.recorder.values[-1][0] == pytest.approx(sum(seen.losses)/n, rel=1e-5)
+    for ours, theirs in zip(learn.recorder.values, plain.recorder.values, strict=True): assert list(ours[1:3]) == pytest.approx(list(theirs[1:3]), rel=1e-4)
+    learn.fit(1, 1e-2, cbs=SaveModelCallback(monitor='train_loss'))
+    assert (tmp_path/'models/model.pth').exists()
+
+def test_an_attribute_of_a_callback_decides_nothing(tiny_learner):
+    class Penalty(Callback): first_epoch = 2 # from this epoch on
+    learn = tiny_learner(cbs=Penalty())
+    learn.fit(3, 1e-2)
+    assert len(learn.recorder.values) == 3
+
+class OwnScaler(Callback):
+    "Scales the loss as fastai's `MixedPrecision` does"
+    order = 10
+    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu')
+    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+    def before_step(self):
+        self.skipped = True
+        self.scaler.step(self)
+        if self.skipped: raise CancelStepException
+    def after_step(self): self.learn.scaler.update()
+    def after_fit(self): self.learn.scaler = None
+    @property
+    def param_groups(self): return self.opt.param_groups
+    def step(self, *args, **kwargs): self.skipped = False
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('opt_func', [SGD, None])
+def test_a_scaler_of_ones_own_is_left_to_its_callback(tiny_learner, opt_func, precision):
+    losses = []
+    for cbs in [], [OwnScaler()]:
+        learn = tiny_learner(opt_func=opt_func, cbs=cbs, precision=precision)
+        learn.fit(2, 1e-2)
+        losses.append(learn.recorder.losses)
+    assert [loss.item() for loss in losses[0]] == pytest.approx([loss.item() for loss in losses[1]], rel=1e-5 if precision == 'fp32' else 1e-2)
+    assert losses[0][-1] < losses[0][0] - .01
 
 def test_without_default_callbacks_there_are_none(small_dls):
     learn = cifar_learner(small_dls(), net(), 'fp32', cbs=TrainEvalCallback, default_cbs=False)

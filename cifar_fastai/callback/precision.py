@@ -31,6 +31,7 @@ class Autocast(Callback):
     In fp16 the loss is scaled, and gradients are unscaled before callbacks of a higher `order` see them, as in fastai's
     `MixedPrecision`. With `FusedAdam` a step that overflows is skipped on the device, without a synchronisation."""
     order = MixedPrecision.order
+    grad_scaler = None # of a fit in fp16, also `learn.scaler`
 
     def __init__(self,
         precision:Literal['bf16', 'fp16'], # of the forward pass and the loss
@@ -48,20 +49,21 @@ class Autocast(Callback):
         if not hasattr(type(self.learn), 'precision_context'):
             raise ValueError('Autocast needs a learner made by cifar_learner')
         is_scaled = self.precision == 'fp16'
-        self.learn.scaler = torch.amp.GradScaler(_device_of(self.dls).type, **self.kwargs) if is_scaled else None
+        self.grad_scaler = torch.amp.GradScaler(_device_of(self.dls).type, **self.kwargs) if is_scaled else None
+        self.learn.scaler = self.grad_scaler # another callback may replace it by its own
 
     def after_pred(self): self.learn.pred = to_float(self.pred)
 
     def before_backward(self):
-        if self.scaler is not None: self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+        if self.grad_scaler is not None: self.learn.loss_grad = self.grad_scaler.scale(self.loss_grad)
 
     def before_step(self):
-        if self.scaler is not None: self.scaler.unscale_(scaled_optimizer(self.opt))
+        if self.grad_scaler is not None: self.grad_scaler.unscale_(scaled_optimizer(self.opt))
 
     def after_step(self):
-        if self.scaler is not None: self.scaler.update()
+        if self.grad_scaler is not None: self.grad_scaler.update()
 
-    def after_fit(self): self.learn.scaler = None
+    def after_fit(self): self.grad_scaler = self.learn.scaler = None
 
 # %% ../../nbs/21_callback.precision.ipynb #8d14cee5
 def best_precision(device:torch.device) -> str:

@@ -81,7 +81,8 @@ class EpochRecorder(Recorder):
         self.of_train_names = self._train_mets[1:].attrgot('name').map('train_{}')
         self.metric_names = L('epoch', 'train_loss') + self.of_valid_names + self.of_train_names + L('lr')
         if self.add_time: self.metric_names.append('time')
-        self.fresh, self.train_sums, self.has_loss = True, None, False
+        self.fresh, self.train_sums, self.last_loss = True, None, None
+        self._has_new_loss() # fastai sets one before the first batch
 
     def before_epoch(self):
         super().before_epoch()
@@ -103,14 +104,16 @@ class EpochRecorder(Recorder):
 
 # %% ../../nbs/22_callback.recorder.ipynb #33ee6f93
 @patch
-def after_loss(self:EpochRecorder): self.has_loss = True
+def _has_new_loss(self:EpochRecorder): # not if the batch was cancelled before it had one
+    loss, last = vars(self.learn).get('loss'), self.last_loss
+    self.last_loss = loss.detach() if isinstance(loss, torch.Tensor) else None # without its graph
+    return self.last_loss is not None and (last is None or last.data_ptr() != loss.data_ptr())
 
 @patch
 def after_batch(self:EpochRecorder):
     if not len(self.yb): return
-    if self.has_loss: # not if the batch was cancelled before the loss
+    if self._has_new_loss():
         for met in self._train_mets if self.training else self._valid_mets: met.accumulate(self.learn)
-    self.has_loss = False
     if not self.training: return
     self.smooth_loss.accumulate(self.learn)
     self.lrs.append(self.opt.hypers[-1]['lr'])
