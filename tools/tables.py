@@ -64,11 +64,14 @@ def spread(values): # fractions -> per cent: mean and standard deviation
     return f'{100*middle:.2f} ± {100*deviation:.2f} %'
 
 
-timed_on = 'benchmarks/bench/2-cores-zen4.json'
-timed_runs = dict(quick='quick-2-cores', fast='fast-holdout') # on that machine, with nothing else running
+# Two cores each: file of `cifar_bench`, and runs with nothing else running
+timed_on = {
+    'Zen 4': ('2-cores-zen4.json', dict(quick='quick-2-cores', fast='fast-holdout')),
+    'Zen 5': ('2-cores-zen5.json', dict(quick='quick-zen5'))}
 
 
-def training_time(name, settings, timed, root): # of a recorded run on that machine, or computed from the throughput at each size of the images
+def training_time(name, settings, file, timed_runs, root): # of a recorded run, or computed from the throughput at each size of the images
+    timed = json.loads((root/'benchmarks/bench'/file).read_text(encoding='utf-8'))
     if name in timed_runs:
         run = json.loads((root/f'benchmarks/runs/{timed_runs[name]}/summary.json').read_text(encoding='utf-8'))
         part = ' for 45,000 of the images'*(run['settings']['valid'] == 'holdout')
@@ -81,14 +84,14 @@ def training_time(name, settings, timed, root): # of a recorded run on that mach
 def accuracies(root=root): # of several seeds of each recipe, on one GPU
     "Return the table of the recipes"
     record = json.loads((root/'benchmarks/runs/h100/runs.json').read_text(encoding='utf-8'))
-    timed = json.loads((root/timed_on).read_text(encoding='utf-8'))
     rows = []
     for name, shows in recipes.items():
         recipe = record['recipes'][name]
         plain, flipped = ([run[key] for run in recipe['runs']] for key in ('accuracy', 'flip_averaged_accuracy'))
         rows.append([f'`{name}`', shows, f"{recipe['petaflop']:.2f}", len(plain), spread(plain), f'{100*min(plain):.2f} %', f'**{spread(flipped)}**',
-                     training_time(name, recipe['settings'], timed, root)])
-    return table(['recipe', 'training', 'PFLOP', 'runs', 'test accuracy, mean ± sd', 'lowest', 'with flip TTA, mean ± sd', 'time on two cores'], rows)
+                     *(training_time(name, recipe['settings'], *timed, root) for timed in timed_on.values())])
+    return table(['recipe', 'training', 'PFLOP', 'runs', 'test accuracy, mean ± sd', 'lowest', 'with flip TTA, mean ± sd',
+                  *(f'time on two {kind} cores' for kind in timed_on)], rows)
 
 
 cases = dict(
