@@ -33,7 +33,6 @@ from .models import CustomResNet, dirac_layers, whiten_first_layer
 from .networks import build_network, check_module, pretrained_splitter, pretrained_stats, takes_channels_last
 from .optimizer import FusedAdam
 from .callback.average import Lookahead
-from .callback.checkpoint import Checkpoints
 from .callback.cost import FreezeFirst, ImageSizes
 from .callback.precision import Autocast, precision_callbacks, resolve_precision, scaled_optimizer
 from .callback.recorder import EpochProgress, EpochRecorder
@@ -115,7 +114,7 @@ class CifarLearner(Learner):
     _loop_state = 'training', 'dl', 'iter', 'n_iter', 'xb', 'yb', 'pred', 'loss', 'loss_grad'
 
     def _do_fit(self): # as in fastai, from the epoch on at which a fit is resumed
-        first = next((cb.first_epoch for cb in self._grab_cbs(Checkpoints)), 0)
+        first = next((cb.first_epoch for cb in self.cbs if getattr(type(cb), '_resumes_fit', False)), 0) # of `Checkpoints`
         self.in_fit = True
         try:
             for self.epoch in range(first, self.n_epoch):

@@ -171,6 +171,7 @@ class Checkpoints(Callback):
     fastai's `TrackerCallback`s and `GradientAccumulation`; others start afresh. Tensors must be the same in every
     process."""
     order = EarlyStoppingCallback.order + 1 # after the callbacks that save weights and history, or look at the epoch
+    _resumes_fit = True # `CifarLearner` begins with `first_epoch`
     def __init__(self,
         folder, # of the checkpoints; must not contain any unless `resume` is set
         minutes:float=5., # maximum time between two checkpoints within an epoch
