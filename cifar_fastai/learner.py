@@ -414,5 +414,6 @@ def cifar_learner(
     learn = CifarLearner(dls, model, loss_func, opt_func, metrics=metrics, wd=wd, wd_bn_bias=wd_bn_bias, cbs=cbs,
                          default_cbs=False, **kwargs)
     learn.recipe, learn.default_cbs = recipe, default_cbs
-    if learn.logger is print and isinstance(getattr(learn, 'recorder', None), EpochRecorder): learn.logger = learn.recorder.print_row
+    has_ours = isinstance(getattr(learn, 'recorder', None), EpochRecorder)
+    if has_ours and learn.logger is print: learn.logger = learn.recorder.print_row
     return learn

@@ -210,9 +210,12 @@ def _sums(self:EpochRecorder): # (total, count) of each metric, or `None` for a 
 @patch
 def state_dict(self:EpochRecorder) -> dict: # JSON-ready
     "Return the state; works in the middle of an epoch as well"
-    sums = [[*map(_plain, _read(both)), isinstance(both[0], torch.Tensor)] if both else None for both in self.train_sums or self._sums()]
-    return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=[[_plain(v) for v in row] for row in self.values],
-                history=[{name: _plain(v) for name, v in row.items()} for row in self.history], smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums,
+    sums = [[*map(_plain, _read(both)), isinstance(both[0], torch.Tensor)] if both else None
+            for both in self.train_sums or self._sums()]
+    values = [[_plain(v) for v in row] for row in self.values]
+    history = [{name: _plain(v) for name, v in row.items()} for row in self.history]
+    return dict(lrs=list(self.lrs), losses=_read(self.losses), iters=list(self.iters), values=values,
+                history=history, smooth=_read([self.smooth_loss.count, self.smooth_loss.val]), sums=sums,
                 seconds=time.monotonic() - self.began)
 
 @patch
